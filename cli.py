@@ -1,0 +1,388 @@
+"""samfed's command line: one command per stage, no logic. Heavy imports stay inside commands."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pipeline import __version__
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_PARTIAL, ConfigError, SamfedError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.runs import RunFolder
+
+_debug = False
+
+
+class _Commands(TyperGroup):
+    """Turns samfed's errors into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SamfedError as error:
+            if _debug:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            if _debug:
+                raise
+            typer.echo("interrupted: run the same command again to continue", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Federated medical segmentation from few labels, guided by a Segment Anything teacher.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Params = Annotated[Path, typer.Option("--params", help="Settings file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. federate.rounds=5."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Name = Annotated[str | None, typer.Option("--name", help="Run (default: federate.name).")]
+
+_PARAMS = Path("params.yaml")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"samfed {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Federated medical segmentation from few labels, guided by a Segment Anything teacher."""
+
+
+def _settings(params: Path | None, overrides: list[str] | None, debug: bool) -> Config:
+    """The validated settings; also turns on the log."""
+    global _debug
+    _debug = debug
+    from pipeline.config import load_config
+
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(levelname)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    logging.getLogger("samfed").setLevel(logging.DEBUG if debug else logging.INFO)
+    return load_config(params, tuple(overrides or ()))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per step, on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    bars: dict[str, Any] = {}
+    with Progress(*columns, console=Console(stderr=True)) as display:
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = display.add_task(what, total=total)
+            display.update(bars[what], completed=done, total=total)
+
+        yield advance
+
+
+def _say(result: dict[str, Any], as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(result, sort_keys=True) if as_json else text)
+
+
+def _run(config: Config, name: str | None) -> RunFolder:
+    from pipeline.runs import RunFolder
+
+    return RunFolder(config.cache.root / "runs" / (name or config.federate.name))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, cache and report.")] = Path(
+        "cache/demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of partition, teacher and rounds.")] = 0,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Methods to compare (default: supervised, fedavg_ssl, sam_fed)."),
+    ] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run the whole pipeline on generated images and compare three methods; CPU, minutes."""
+    config = _settings(None, [f"seed={seed}", *(overrides or [])], debug)
+    from typing import get_args
+
+    from pipeline.config import Method
+    from pipeline.demo import METHODS, demo_config, run_demo
+
+    chosen: Any = tuple(method) if method else METHODS
+    for each in chosen:
+        if each not in get_args(Method):
+            known = ", ".join(get_args(Method))
+            raise ConfigError(f"--method {each}: no such method; expected one of {known}")
+    with _progress() as advance:
+        results = run_demo(demo_config(config, out), methods=chosen, progress=advance)
+    lines = [f"{'method':<12} {'Dice':>6}  {'95 % interval':<15} {'HD95 px':>8} {'images':>7}"]
+    for each in chosen:
+        row = results[each]
+        low, high = row["dice_ci95"]
+        lines.append(
+            f"{each:<12} {row['dice']:6.3f}  {low:.3f} to {high:.3f}  "
+            f"{row['hd95']:8.2f} {row['n']:7d}"
+        )
+    _say(results, as_json, "\n".join([*lines, f"report: {results['report']}"]))
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to write, in the input layout.")],
+    params: Params = _PARAMS,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Generate the embedded default data set: four sites of dermoscopy-like images with masks."""
+    config = _settings(params, overrides, debug)
+    from pipeline.synthetic import write_dataset
+
+    write_dataset(
+        out,
+        images_per_site=config.synth.images_per_site,
+        size_px=config.synth.size_px,
+        seed=config.synth.seed,
+    )
+    count = 4 * config.synth.images_per_site
+    _say({"images": count, "folder": str(out)}, as_json, f"{count} images in {out}")
+
+
+@app.command()
+def prepare(
+    with_oracle: Annotated[
+        bool, typer.Option(help="Also store the clients' labels, for the `oracle` ceiling alone.")
+    ] = False,
+    params: Params = _PARAMS,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Partition data.root over server and clients and write the image stores."""
+    config = _settings(params, overrides, debug)
+    from pipeline.prepare import prepare as run_prepare
+
+    with _progress() as advance:
+        partition = run_prepare(config, with_oracle=with_oracle, progress=advance)
+    sizes = {
+        owner: {split: len(ids) for split, ids in partition.paths(owner).items()}
+        for owner in ("server", *partition.clients)
+    }
+    lines = [
+        f"{owner}: " + ", ".join(f"{count} {split}" for split, count in splits.items())
+        for owner, splits in sizes.items()
+    ]
+    _say(sizes, as_json, "\n".join(lines))
+
+
+@app.command("pretrain-sam")
+def pretrain_sam(
+    out: Annotated[Path, typer.Argument(help="File to write, .safetensors.")],
+    steps: Annotated[int, typer.Option(min=1)] = 4500,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train the embedded vit_t on generated scenes (the shipped weights came from here)."""
+    _settings(None, None, debug)
+    from pipeline.sam.pretrain import pretrain
+
+    with _progress() as advance:
+        iou = pretrain(
+            out,
+            steps=steps,
+            seed=seed,
+            progress=lambda step, loss, iou: advance("pretraining vit_t", step, steps),
+        )
+    _say({"iou": iou, "weights": str(out)}, as_json, f"IoU on unseen scenes {iou:.3f}; {out}")
+
+
+@app.command("finetune-sam")
+def finetune_sam(
+    params: Params = _PARAMS, overrides: Set = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Adapt the teacher to the server's labelled set."""
+    config = _settings(params, overrides, debug)
+    from pipeline.sam.finetune import finetune
+
+    with _progress() as advance:
+        card = finetune(config, progress=advance)
+    text = (
+        f"{card.variant}: Dice {card.calibration_dice:.3f} on {card.calibration_images} held-out "
+        f"images, adapted on {card.train_images}"
+    )
+    _say(card.model_dump(), as_json, text)
+
+
+@app.command("evaluate-sam")
+def evaluate_sam(
+    params: Params = _PARAMS, overrides: Set = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Measure the adapted teacher on the server's calibration part, before any round is spent."""
+    config = _settings(params, overrides, debug)
+    from pipeline.sam.evaluate import evaluate_teacher
+
+    with _progress() as advance:
+        result = evaluate_teacher(config, progress=advance)
+    text = (
+        f"Dice {result['dice']:.3f}, HD95 {result['hd95']:.1f} px, calibration error "
+        f"{result['ece']:.3f}, empty masks {result['empty']:.0%} of {result['n']} images"
+    )
+    _say(result, as_json, text)
+
+
+@app.command("precompute-sam")
+def precompute_sam(
+    client: Annotated[
+        list[str] | None, typer.Option(help="Only this client (may be repeated).")
+    ] = None,
+    params: Params = _PARAMS,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Stage one: label every client's images with the teacher, once."""
+    config = _settings(params, overrides, debug)
+    from dataclasses import asdict
+
+    from pipeline.precompute import precompute
+
+    with _progress() as advance:
+        result = precompute(config, clients=tuple(client or ()), progress=advance)
+    text = f"{result.labelled} images labelled, {result.kept} were labelled already"
+    _say(asdict(result), as_json, text)
+    if result.failed:
+        for line in result.failed:
+            typer.echo(f"error: {line}", err=True)
+        typer.echo(
+            f"error: {len(result.failed)} images have no label; the others are done", err=True
+        )
+        raise typer.Exit(EXIT_PARTIAL)
+
+
+@app.command()
+def federate(
+    name: Name = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Only continue; never begin anew.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew; an earlier run is moved aside.")
+    ] = False,
+    params: Params = _PARAMS,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Stage two: federated rounds on the cached labels."""
+    extra = [] if name is None else [f"federate.name={name}"]
+    config = _settings(params, [*(overrides or []), *extra], debug)
+    if resume and restart:
+        raise ConfigError("--resume and --restart: give one of them")
+    from pipeline.federation import federate as run_federate
+
+    mode = "resume" if resume else "restart" if restart else "auto"
+    with _progress() as advance:
+        run = run_federate(config, mode=mode, progress=advance)
+    last = run.history()[-1]
+    dice = last["val"]["dice"]
+    result = {"run": str(run.path), "rounds": last["round"], "val_dice": dice}
+    shown = "" if dice is None else f", validation Dice {dice:.3f}"
+    _say(result, as_json, f"{last['round']} rounds{shown}; {run.path}")
+
+
+@app.command()
+def evaluate(
+    name: Name = None,
+    params: Params = _PARAMS,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score a run's final model on every client's test images."""
+    config = _settings(params, overrides, debug)
+    from pipeline.evaluation import evaluate as run_evaluate
+
+    with _progress() as advance:
+        metrics = run_evaluate(config, _run(config, name), progress=advance)
+    row = metrics["test"]["pooled"]
+    low, high = row["dice_ci95"]
+    text = (
+        f"{metrics['method']}: Dice {row['dice']:.3f} ({low:.3f} to {high:.3f}), IoU "
+        f"{row['iou']:.3f}, HD95 {row['hd95']:.1f} px, ASSD {row['assd']:.1f} px, {row['n']} images"
+    )
+    _say(metrics, as_json, text)
+
+
+@app.command()
+def report(
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="Run to show (may be repeated).")
+    ] = None,
+    params: Params = _PARAMS,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML file with a run's curves, tables and a gallery."""
+    config = _settings(params, overrides, debug)
+    from pipeline.files import write_bytes
+    from pipeline.gallery import build_gallery
+    from pipeline.report import load_run, render_report
+
+    runs = [_run(config, each) for each in (name or [config.federate.name])]
+    summaries = [load_run(run.path) for run in runs]
+    page = render_report(summaries, build_gallery(config, runs[-1]), title="samfed report")
+    path = runs[-1].path / "report.html"
+    write_bytes(path, page.encode())
+    _say({"report": str(path)}, as_json, str(path))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,16 @@
+"""samfed: federated segmentation from few labels, guided by a Segment Anything teacher.
+
+Imports flow one way: ``cli`` -> stages -> parts -> stores, config, errors. Stage one
+(``precompute``) never imports stage two (``federation``), and stage two never imports ``sam``.
+
+=================  ==========================================================================
+stages             ``synthetic`` ``partition`` ``sam.finetune`` ``sam.evaluate`` ``precompute``
+                   ``federation`` ``evaluation`` ``report`` ``demo``
+parts              ``sam`` ``models`` ``agreement`` ``losses`` ``metrics`` ``training``
+                   ``aggregation`` ``engines``
+on disk            ``images`` (files of the user), ``stores`` (zarr), ``runs`` (a run's folder)
+ground             ``config`` ``errors`` ``torchvision_ops``
+=================  ==========================================================================
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,313 @@
+"""Adaptive agreement: SAM's label against the client's own prediction, pixel by pixel.
+
+Pure functions on tensors. Input is SAM's label ``y_s`` with its probability ``s``, and the
+client's class probabilities on the weak view (label ``y_c``, probability ``c``). Output is a
+target, a weight in [0, 1] and statistics. The rules and their reasons are in docs/method.md:
+
+* both probabilities are calibrated on D_p's calibration part: ``s' = a_s logit(s)``,
+  ``c' = a_c logit(c)``;
+* consensus: the label, with ``w = sigmoid(s' + c')``, two independent witnesses;
+* conflict: ``p = sigmoid(s' - d c' + b)`` is the chance that SAM is right, ``b`` being what the
+  calibration part says of conflicts and ``d = Dice(y_s, y_c)`` of the image how far the client's
+  side counts. The likelier source wins if its chance reaches the class's threshold; else w = 0.
+  At d = 0 (a client collapsed to background) SAM's word alone decides: nothing can silence it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.config import AgreementConfig
+
+_CLIP = 1 / 512  # probabilities are never taken as certain
+_SCALES = torch.logspace(-1.5, 0.7, 89, base=10.0)  # candidates for a_s and a_c
+_SCALE_PRIOR = 1.0  # standard deviation of ln(a) around 0
+_TRUST_PRIOR = 1.0  # standard deviation of b around 0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the calibration part says of the two sources; identity and no trust by default."""
+
+    sam_scale: float = 1.0  # a_s
+    client_scale: float = 1.0  # a_c
+    sam_trust: float = 0.0  # b, log-odds that SAM is right in a conflict, all else equal
+
+
+@dataclass(frozen=True)
+class AgreementState:
+    """A client's class-wise running confidence, (K+1,) float32 in 0..1; checkpointed."""
+
+    class_confidence: Tensor
+
+    @classmethod
+    def initial(cls, num_classes: int) -> AgreementState:
+        """Nothing learnt yet: every class starts at the floor of its threshold."""
+        return cls(torch.zeros(num_classes + 1))
+
+
+@dataclass
+class AgreementStatistics:
+    """Additive counts of a client's round."""
+
+    images: int = 0
+    pixels: int = 0
+    dice: float = 0.0  # sum over images of the foreground Dice(y_s, y_c)
+    from_sam: int = 0  # kept pixels of conflicts that SAM won
+    from_client: int = 0
+    consensus: int = 0  # kept pixels on which both agree
+    weight: float = 0.0  # sum
+
+    def add(self, other: AgreementStatistics) -> None:
+        """Count ``other`` too."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def summary(self) -> dict[str, float]:
+        """Means: agreement (Dice), kept, from_sam, from_client (shares of pixels), weight."""
+        kept = self.consensus + self.from_sam + self.from_client
+        return {
+            "agreement": self.dice / self.images,
+            "kept": kept / self.pixels,
+            "from_sam": self.from_sam / self.pixels,
+            "from_client": self.from_client / self.pixels,
+            "weight": self.weight / self.pixels,
+        }
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """target (B, H, W) int64, weight (B, H, W) float32 in [0, 1], and what was counted."""
+
+    target: Tensor
+    weight: Tensor
+    statistics: AgreementStatistics = field(repr=False)
+
+
+def foreground_dice(first: Tensor, second: Tensor) -> Tensor:
+    """Dice (B,) of the foregrounds of two label maps (B, H, W); 1 where both are empty.
+
+    A foreground pixel counts as shared only where the classes are equal.
+    """
+    a, b = first > 0, second > 0
+    shared = (a & b & (first == second)).sum(dim=(1, 2)).float()
+    total = (a.sum(dim=(1, 2)) + b.sum(dim=(1, 2))).float()
+    return torch.where(total > 0, 2 * shared / total.clamp(min=1), torch.ones_like(total))
+
+
+def thresholds(state: AgreementState, config: AgreementConfig) -> Tensor:
+    """Class-wise thresholds (K+1,): from the floor for a class unlearnt to the ceiling."""
+    return config.floor + (config.ceiling - config.floor) * state.class_confidence
+
+
+def update_state(
+    state: AgreementState, client_probability: Tensor, config: AgreementConfig
+) -> AgreementState:
+    """Move the running confidence of each class that the client predicts in this batch.
+
+    The confidence of a class is the mean of ``(K+1) c - 1) / K`` over its pixels: 0 at chance.
+    """
+    c, label = client_probability.max(dim=1)
+    classes = client_probability.shape[1]
+    certainty = ((classes * c - 1) / (classes - 1)).flatten()
+    counts = torch.bincount(label.flatten(), minlength=classes).float()
+    sums = torch.zeros(classes).scatter_add_(0, label.flatten().cpu(), certainty.float().cpu())
+    old = state.class_confidence
+    new = config.momentum * old + (1 - config.momentum) * sums / counts.cpu().clamp(min=1)
+    return AgreementState(torch.where(counts.cpu() > 0, new, old))
+
+
+def agree(
+    sam_label: Tensor,
+    sam_probability: Tensor,
+    client_probability: Tensor,
+    *,
+    config: AgreementConfig,
+    state: AgreementState,
+    calibration: Calibration,
+) -> Agreement:
+    """Target and weight of every pixel under ``config.rule``.
+
+    Args:
+        sam_label: (B, H, W) int64 in 0..K.
+        sam_probability: (B, H, W) float32, SAM's probability of that label.
+        client_probability: (B, K+1, H, W) float32, sums to one.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    pixels = (client_probability.shape[0], *client_probability.shape[2:])
+    if not sam_label.shape == sam_probability.shape == pixels:
+        raise ValueError(
+            f"SAM's labels {tuple(sam_label.shape)}, its probabilities "
+            f"{tuple(sam_probability.shape)} and the client's {tuple(client_probability.shape)} "
+            "do not belong together"
+        )
+    c, client_label = client_probability.max(dim=1)
+    same = sam_label == client_label
+    dice = foreground_dice(sam_label, client_label)
+    one = torch.ones_like(c)
+    if config.rule == "adaptive":
+        sam_wins, weight = _adaptive(
+            sam_label, sam_probability, client_label, c, dice, same, config, state, calibration
+        )
+        target = torch.where(sam_wins, sam_label, client_label)
+    elif config.rule == "consensus":
+        target, weight = sam_label, same.float()
+    elif config.rule == "confident":
+        target = torch.where(sam_probability >= c, sam_label, client_label)
+        weight = (torch.maximum(sam_probability, c) >= config.threshold).float()
+    elif config.rule == "soft":
+        weight, target = _mixture(sam_label, sam_probability, client_probability).max(dim=1)
+    elif config.rule == "sam_only":
+        target, weight = sam_label, one
+    else:
+        target, weight = client_label, (c >= config.threshold).float()
+    return Agreement(target, weight, _count(target, weight, sam_label, same, dice))
+
+
+def _adaptive(
+    sam_label: Tensor,
+    sam_probability: Tensor,
+    client_label: Tensor,
+    c: Tensor,
+    dice: Tensor,
+    same: Tensor,
+    config: AgreementConfig,
+    state: AgreementState,
+    calibration: Calibration,
+) -> tuple[Tensor, Tensor]:
+    """Whether SAM's label is the target, and the weight, for every pixel."""
+    s_logit = calibration.sam_scale * _logit(sam_probability)
+    c_logit = calibration.client_scale * _logit(c)
+    trust = dice[:, None, None]
+    chance = torch.sigmoid(s_logit - trust * c_logit + calibration.sam_trust)
+    sam_wins = same | (chance >= 0.5)
+    winner = torch.where(sam_wins, sam_label, client_label)
+    posterior = torch.maximum(chance, 1 - chance)
+    accepted = posterior >= thresholds(state, config).to(c)[winner]
+    # the client's wins count as far as its image agrees with SAM at all
+    conflict = posterior * accepted * torch.where(sam_wins, torch.ones_like(trust), trust)
+    return sam_wins, torch.where(same, torch.sigmoid(s_logit + c_logit), conflict)
+
+
+def _mixture(sam_label: Tensor, sam_probability: Tensor, client_probability: Tensor) -> Tensor:
+    """The mean of both distributions; SAM's other classes share what its label leaves."""
+    classes = client_probability.shape[1]
+    rest = ((1 - sam_probability) / (classes - 1))[:, None].expand_as(client_probability)
+    sam = rest.scatter(1, sam_label[:, None], sam_probability[:, None])
+    return (sam + client_probability) / 2
+
+
+def _count(
+    target: Tensor, weight: Tensor, sam_label: Tensor, same: Tensor, dice: Tensor
+) -> AgreementStatistics:
+    kept = weight > 0
+    conflict = kept & ~same
+    from_sam = conflict & (target == sam_label)
+    return AgreementStatistics(
+        images=len(dice),
+        pixels=target.numel(),
+        dice=float(dice.sum()),
+        from_sam=int(from_sam.sum()),
+        from_client=int((conflict & ~from_sam).sum()),
+        consensus=int((kept & same).sum()),
+        weight=float(weight.sum()),
+    )
+
+
+def _logit(probability: Tensor) -> Tensor:
+    return torch.logit(probability.clamp(_CLIP, 1 - _CLIP))
+
+
+# --------------------------------------------------------------------------- calibration
+
+
+def calibrate(
+    sam_label: Tensor, sam_probability: Tensor, client_probability: Tensor, truth: Tensor
+) -> Calibration:
+    """Fit the three scalars on labelled images that neither source was trained on.
+
+    Two-fold cross-fitted: the scales of one half are used for the trust of the other, and the two
+    results are averaged, so that the scales' own fit does not flatter the trust. With fewer than
+    four images nothing is fitted.
+
+    Args:
+        sam_label: (N, H, W) int64. sam_probability: (N, H, W) float32.
+        client_probability: (N, K+1, H, W) float32. truth: (N, H, W) int64.
+    """
+    count = len(truth)
+    if count < 4:
+        return Calibration()
+    c, client_label = client_probability.max(dim=1)
+    halves = [torch.arange(0, count, 2), torch.arange(1, count, 2)]
+    fits = []
+    for fit, rest in (halves, halves[::-1]):
+        sam_scale = fit_scale(sam_probability[fit], sam_label[fit], truth[fit])
+        client_scale = fit_scale(c[fit], client_label[fit], truth[fit])
+        evidence = (
+            sam_scale * _logit(sam_probability[rest])
+            - client_scale
+            * _logit(c[rest])
+            * foreground_dice(sam_label[rest], client_label[rest])[:, None, None]
+        )
+        trust = fit_trust(evidence, sam_label[rest], client_label[rest], truth[rest])
+        fits.append((sam_scale, client_scale, trust))
+    means = [sum(values) / len(fits) for values in zip(*fits, strict=True)]
+    return Calibration(*means)
+
+
+def fit_scale(probability: Tensor, label: Tensor, truth: Tensor) -> float:
+    """The ``a`` for which ``sigmoid(a logit(p))`` best predicts that the label is right.
+
+    Minimises the mean negative log-likelihood, predicted classes weighing equally (background
+    would drown the rest), with a Gaussian prior on ln(a) worth one unit.
+    """
+    logits = _logit(probability).flatten()
+    right = (label == truth).flatten()
+    levels = torch.linspace(float(logits.min()), float(logits.max()) + 1e-6, 129)
+    centres = (levels[1:] + levels[:-1]) / 2
+    bins = torch.bucketize(logits, levels[1:-1])
+    loss = torch.zeros(len(_SCALES))
+    present = label.flatten().unique()
+    for value in present:
+        mask = label.flatten() == value
+        hits = torch.bincount(bins[mask & right], minlength=128).float()
+        misses = torch.bincount(bins[mask & ~right], minlength=128).float()
+        scaled = _SCALES[:, None] * centres
+        nll = -(hits * torch.nn.functional.logsigmoid(scaled)).sum(1) - (
+            misses * torch.nn.functional.logsigmoid(-scaled)
+        ).sum(1)
+        loss += nll / mask.sum() / len(present)
+    images = probability.shape[0]
+    prior = (torch.log(_SCALES) / _SCALE_PRIOR).square() / 2 / images
+    return float(_SCALES[(loss + prior).argmin()])
+
+
+def fit_trust(evidence: Tensor, sam_label: Tensor, client_label: Tensor, truth: Tensor) -> float:
+    """The ``b`` for which ``sigmoid(evidence + b)`` best predicts that SAM wins a conflict.
+
+    Each image with conflicts weighs one, whatever its number of pixels, and b has a Gaussian prior
+    around 0; pixels on which both are wrong say nothing.
+    """
+    decided = (sam_label != client_label) & ((sam_label == truth) | (client_label == truth))
+    per_image = decided.flatten(1).sum(dim=1)
+    if not decided.any():
+        return 0.0
+    weight = (decided / per_image.clamp(min=1)[:, None, None])[decided]
+    value = evidence[decided].double()
+    won = (sam_label == truth)[decided].double()
+    weight = weight.double()
+    trust = torch.zeros((), dtype=torch.float64)
+    for _ in range(50):  # Newton on a strictly convex function of one variable
+        chance = torch.sigmoid(value + trust)
+        gradient = (weight * (chance - won)).sum() + trust / _TRUST_PRIOR**2
+        curvature = (weight * chance * (1 - chance)).sum() + 1 / _TRUST_PRIOR**2
+        step = (gradient / curvature).clamp(-1, 1)
+        trust = trust - step
+        if abs(float(step)) < 1e-9:
+            break
+    return float(trust)

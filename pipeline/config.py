@@ -1,0 +1,227 @@
+"""``params.yaml`` as frozen, validated models: every number a user may change, with its unit.
+
+The defaults here are the project's defaults; the ``params.yaml`` in the repository spells them out
+(a test holds the two equal). Unknown keys and values out of range are errors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import model_validator as _model_validator
+
+from pipeline.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+Method = Literal["supervised", "fedavg_ssl", "sam_only", "sam_fed", "shuffled", "oracle"]
+Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """What comes in."""
+
+    root: Path = Path("data/synthetic")  # folder with images/, masks/ and optionally sites.csv
+    num_classes: Annotated[int, Field(ge=1, le=254)] = 1  # K foreground classes
+    image_size: Annotated[int, Field(ge=16, le=2048, multiple_of=16)] = 64  # client frame, px
+
+
+class CacheConfig(_Section):
+    """Where everything that can be rebuilt goes."""
+
+    root: Path = Path("cache")
+
+
+class SynthConfig(_Section):
+    """The embedded default data set."""
+
+    images_per_site: PositiveInt = 130
+    size_px: Annotated[int, Field(ge=32, le=2048)] = 128  # image height
+    seed: int = 0  # of the images alone, so that runs with several seeds share one data set
+
+
+class PartitionConfig(_Section):
+    """Who owns which image."""
+
+    scheme: Literal["iid", "dirichlet", "site", "sizes"] = "site"
+    file: Path | None = None  # a partition.json to read back instead of drawing one
+    clients: PositiveInt = 4  # iid and dirichlet: number of clients
+    clients_per_site: PositiveInt = 1  # site: clients that share one site's images
+    sizes: tuple[PositiveInt, ...] = ()  # sizes: images of each client
+    by: Literal["size", "site"] = "size"  # dirichlet: what is skewed (foreground area or site)
+    alpha: PositiveFloat = 0.5  # dirichlet: concentration; smaller is more skewed
+    server_images: PositiveInt = 30  # the labelled public set D_p, calibration part included
+    server_site: str | None = "site_a"  # where D_p comes from; null = anywhere
+    calibration_fraction: Fraction = 0.2  # part of D_p that nothing is trained on
+    calibration_min: PositiveInt = 10  # and at least so many images
+    val_fraction: Fraction = 0.1  # of each client
+    test_fraction: Fraction = 0.3  # of each client
+
+    @_model_validator(mode="after")
+    def _check(self) -> PartitionConfig:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction + test_fraction must leave something to train on")
+        if self.scheme == "sizes" and not self.sizes:
+            raise ValueError("scheme 'sizes' needs partition.sizes, e.g. [120, 80, 40]")
+        return self
+
+
+class SamConfig(_Section):
+    """The teacher and how it is adapted to the server's labelled set."""
+
+    variant: str = "vit_t"  # vit_t | vit_b | vit_l | vit_h | timm:<backbone>
+    checkpoint: Path | None = None  # vit_b|l|h: official .pth; timm: backbone .safetensors
+    input_size: Annotated[int, Field(ge=64, multiple_of=32)] | None = None  # timm only, pixels
+    lora_rank: PositiveInt = 8  # vit_*: rank of the updates to q and v
+    epochs: PositiveInt = 60
+    batch_size: PositiveInt = 4
+    learning_rate: PositiveFloat = 2e-3  # decoder, prompt embedding, LoRA; timm: neck and decoder
+    encoder_learning_rate: PositiveFloat = 5e-4  # timm only: the backbone
+    weight_decay: NonNegative = 0.01
+    warmup_fraction: Fraction = 0.1  # of all steps, linear
+    decay_power: PositiveFloat = 0.9  # polynomial decay after the warm-up
+    dice_weight: Fraction = 0.8  # rest is cross-entropy (SAMed: 0.8 and 0.2)
+    device: str = "auto"
+
+
+class PrecomputeConfig(_Section):
+    """Stage one: how the teacher is run."""
+
+    batch_size: PositiveInt = 8  # images per forward pass; a shard holds 64 rows
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: str = "auto"
+    readers: PositiveInt = 2  # threads that decode images ahead of the teacher
+
+
+class ModelConfig(_Section):
+    """The client network (segmentation-models-pytorch)."""
+
+    architecture: Literal["unet", "fpn", "linknet", "deeplabv3plus"] = "unet"
+    encoder: str = "tu-mobilenetv3_small_050"  # smp encoder name; tu-<name> is timm's
+    encoder_depth: Annotated[int, Field(ge=3, le=5)] = 4
+    decoder_channels: tuple[PositiveInt, ...] = (48, 32, 24, 16)  # U-Net: one per depth
+    encoder_weights: Path | None = None  # local .safetensors with the encoder's timm weights
+
+
+class AgreementConfig(_Section):
+    """How SAM's label and the client's own prediction become one target (docs/method.md)."""
+
+    rule: Rule = "adaptive"
+    threshold: Fraction = 0.9  # `confident`: probability above which a source is believed
+    floor: Annotated[float, Field(ge=0.5, lt=1.0)] = (
+        0.6  # `adaptive`: threshold of a class unlearnt
+    )
+    ceiling: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.9  # `adaptive`: of a class well learnt
+    momentum: Fraction = 0.9  # `adaptive`: of the class-wise running confidence
+    warn_agreement: Fraction = 0.3  # foreground Dice(SAM, client) below this is a warning
+    warn_kept: Fraction = 0.3  # share of pixels kept below this is a warning
+
+
+class FederateConfig(_Section):
+    """Stage two."""
+
+    name: str = "sam_fed"  # folder under cache/runs
+    method: Method = "sam_fed"
+    rounds: PositiveInt = 10
+    start_steps: Annotated[int, Field(ge=0)] = 200  # of the global model on D_p, before round 1
+    local_steps: PositiveInt = 10  # optimiser steps of each client in a round
+    labelled_batch: PositiveInt = 8
+    unlabelled_batch: PositiveInt = 8
+    learning_rate: PositiveFloat = 2e-3
+    weight_decay: NonNegative = 1e-4
+    unlabelled_weight: NonNegative = 1.0  # lambda_u after its ramp
+    ramp_rounds: Annotated[int, Field(ge=0)] = 2  # rounds over which lambda_u grows from 0
+    kd_weight: NonNegative = 0.1  # lambda_kd
+    kd_temperature: PositiveFloat = 2.0
+    confidence_threshold: Fraction = 0.95  # fedavg_ssl: FixMatch's threshold
+    threads: PositiveInt = 2  # torch threads of one client update; pinned, for equal results
+    device: str = "auto"
+
+
+class Config(_Section):
+    """All of ``params.yaml``."""
+
+    seed: Annotated[int, Field(ge=0)] = 0  # partition, teacher and rounds derive from it
+    data: DataConfig = DataConfig()
+    cache: CacheConfig = CacheConfig()
+    synth: SynthConfig = SynthConfig()
+    partition: PartitionConfig = PartitionConfig()
+    sam: SamConfig = SamConfig()
+    precompute: PrecomputeConfig = PrecomputeConfig()
+    model: ModelConfig = ModelConfig()
+    agreement: AgreementConfig = AgreementConfig()
+    federate: FederateConfig = FederateConfig()
+
+
+def load_config(path: Path | None, overrides: tuple[str, ...] = ()) -> Config:
+    """Read ``path`` (the defaults if None) and apply ``a.b=value`` overrides, values as YAML.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, or a key or value is wrong.
+    """
+    raw: Any = {}
+    if path is not None:
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; run in the project's folder or pass --params")
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            place = getattr(error, "problem_mark", None)
+            line = f" at line {place.line + 1}" if place is not None else ""
+            raise ConfigError(f"{path}: not valid YAML{line}; expected sections of keys") from error
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: found {type(raw).__name__}, expected sections of keys")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, source=str(path) if path is not None else "settings")
+
+
+def parse_config(raw: dict[str, Any], *, source: str) -> Config:
+    """Validate a nested mapping; ``source`` names it in the error."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(
+                f"{source}: unknown key '{key}'; {_known_keys(first['loc'])}"
+            ) from error
+        found = (
+            "" if isinstance(first["input"], dict | BaseModel) else f"found {first['input']!r}, "
+        )
+        raise ConfigError(
+            f"{source}: {key}: {found}{first['msg'][0].lower()}{first['msg'][1:]}"
+        ) from error
+
+
+def _known_keys(location: tuple[int | str, ...]) -> str:
+    model: Any = Config
+    for part in location[:-1]:
+        model = model.model_fields[str(part)].annotation
+    return "expected one of " + ", ".join(model.model_fields)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override}: expected section.key=value, e.g. federate.rounds=5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    section = raw
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override}: '{part}' is a value, not a section")
+    section[parts[-1]] = value

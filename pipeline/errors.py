@@ -1,0 +1,63 @@
+"""Every error that samfed raises on purpose, with the exit code its command ends with.
+
+::
+
+    SamfedError               1   anything below; a message of one line
+    ├── ConfigError           2   params.yaml, --set or a command-line value is wrong
+    ├── DataError             3   a user's image, mask, table or folder is not usable
+    ├── StageError            4   a stage runs before the one whose output it needs
+    └── StoreError            5   a store cannot be used
+        ├── IdentityError     5   it was made by another teacher, or from other images
+        ├── CorruptStoreError 5   its bytes are not what was written
+        └── LockedStoreError  5   another process writes to it
+
+Exit code 0 is success, 6 means "done, except for the images named on stderr", 130 is Ctrl-C.
+A message names the file or key, what was found, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+EXIT_PARTIAL = 6
+EXIT_INTERRUPTED = 130
+
+
+class SamfedError(Exception):
+    """Base of samfed's errors; ``str(error)`` is one line for a person."""
+
+    exit_code = 1
+
+
+class ConfigError(SamfedError):
+    """A setting is unknown, ill-typed or out of range."""
+
+    exit_code = 2
+
+
+class DataError(SamfedError):
+    """A user's input file or folder is missing, damaged or inconsistent."""
+
+    exit_code = 3
+
+
+class StageError(SamfedError):
+    """A stage was asked for before the stage that makes its input."""
+
+    exit_code = 4
+
+
+class StoreError(SamfedError):
+    """A store on disk cannot be used."""
+
+    exit_code = 5
+
+
+class IdentityError(StoreError):
+    """A store was made by another teacher, at another size, or from other images."""
+
+
+class CorruptStoreError(StoreError):
+    """A store's bytes fail their checksum, or a row marked done is missing."""
+
+
+class LockedStoreError(StoreError):
+    """Another process holds the store's lock."""

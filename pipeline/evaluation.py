@@ -1,0 +1,109 @@
+"""``samfed evaluate``: the final model on every client's test part."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.config import Config
+from pipeline.errors import StageError
+from pipeline.files import write_bytes, write_json
+from pipeline.metrics import ImageMetrics, image_metrics, summarise
+from pipeline.models import build_model, predict_masks
+from pipeline.partition import load_partition
+from pipeline.runs import RunFolder
+from pipeline.stores import read_image_store
+
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Score the run's final model; write ``metrics.json``, ``per_image.csv`` and ``rounds.csv``.
+
+    The model is the one of the run's own ``params.yaml``; the images are those of ``config``'s
+    cache. Distances are in pixels at ``data.image_size``.
+
+    Raises:
+        StageError: the run is not complete, or no client has a test part.
+    """
+    weights = run.load_model()
+    made = run.config()
+    num_classes = made.data.num_classes
+    model = build_model(made.model, num_classes=num_classes, seed=made.seed)
+    model.load_state_dict(weights)
+    cache = config.cache.root
+    partition = load_partition(cache / "partition.json")
+    tested = {name: part.test for name, part in partition.clients.items() if part.test}
+    if not tested:
+        raise StageError(
+            "no client has a test part; raise partition.test_fraction and prepare again"
+        )
+    rows: list[tuple[str, str, str, ImageMetrics]] = []  # client, image, group, metrics
+    for number, (name, ids) in enumerate(tested.items(), start=1):
+        part = read_image_store(cache / "images" / name / "test.zarr")
+        assert part.labels is not None
+        images = torch.from_numpy(part.images).permute(0, 3, 1, 2).contiguous()
+        predicted = predict_masks(model, images).numpy()
+        for image_id, mask, truth in zip(ids, predicted, part.labels, strict=True):
+            score = image_metrics(mask, truth, num_classes=num_classes)
+            rows.append((name, image_id, partition.images[image_id].group, score))
+        if progress is not None:
+            progress("evaluating", number, len(tested))
+    metrics = {
+        "method": made.federate.method,
+        "seed": made.seed,
+        "rounds": made.federate.rounds,
+        "test": _tables(rows, seed=made.seed),
+    }
+    _write_rows(run.path / "per_image.csv", rows)
+    _write_rounds(run.path / "rounds.csv", run.history())
+    write_json(run.path / "metrics.json", metrics)
+    return metrics
+
+
+def _tables(rows: list[tuple[str, str, str, ImageMetrics]], *, seed: int) -> dict[str, Any]:
+    """Pooled over images, per client, and the plain mean over clients."""
+    names = list(dict.fromkeys(row[0] for row in rows))
+    clients = {}
+    for name in names:
+        own = [row for row in rows if row[0] == name]
+        clients[name] = summarise([row[3] for row in own], [row[2] for row in own], seed=seed)
+    return {
+        "pooled": summarise([row[3] for row in rows], [row[2] for row in rows], seed=seed),
+        "clients": clients,
+        "client_mean": {
+            key: float(np.mean([client[key] for client in clients.values()]))
+            for key in ("dice", "iou", "hd95", "assd")
+        },
+    }
+
+
+def _write_rounds(path: Path, history: list[dict[str, Any]]) -> None:
+    """Curves for `dvc plots`: validation Dice, and the clients' mean loss and agreement."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["round", "val_dice", "loss", "agreement", "kept"])
+    for entry in history:
+        means: list[float | str] = []
+        for key in ("loss", "agreement", "kept"):
+            values = [c[key] for c in entry["clients"].values() if c.get(key) is not None]
+            means.append(f"{np.mean(values):.6g}" if values else "")
+        dice = entry["val"]["dice"]
+        writer.writerow([entry["round"], "" if dice is None else f"{dice:.6g}", *means])
+    write_bytes(path, out.getvalue().encode())
+
+
+def _write_rows(path: Path, rows: list[tuple[str, str, str, ImageMetrics]]) -> None:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["client", "image_id", "group", *(f.name for f in fields(ImageMetrics))])
+    for client, image_id, group, score in rows:
+        writer.writerow([client, image_id, group, *(f"{value:.6g}" for value in astuple(score))])
+    write_bytes(path, out.getvalue().encode())

@@ -1,0 +1,40 @@
+"""The server's labelled images, at their own resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import Config
+from pipeline.errors import DataError
+from pipeline.images import load_image, read_mask
+from pipeline.partition import Partition
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image (H, W, 3) uint8 at its own size, with its mask (H, W) uint8."""
+
+    image_id: str
+    image: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+
+
+def load_labelled(config: Config, partition: Partition, ids: Sequence[str]) -> list[LabelledImage]:
+    """Read labelled images at their own resolution."""
+    loaded = []
+    for image_id in ids:
+        entry = partition.images[image_id]
+        if entry.mask is None:
+            raise DataError(f"image '{image_id}' of the server's set has no mask")
+        image = load_image(config.data.root, entry.image, sha256=entry.image_sha256)
+        mask = read_mask(
+            config.data.root / entry.mask,
+            size_hw=image.shape[:2],
+            num_classes=config.data.num_classes,
+        )
+        loaded.append(LabelledImage(image_id, image, mask))
+    return loaded

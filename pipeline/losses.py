@@ -1,0 +1,63 @@
+"""Segmentation losses: cross-entropy and soft Dice, plain and pixel-weighted."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = 255  # target value of a pixel that no loss counts
+_SMOOTH = 1.0  # pixels; keeps Dice defined where a class is in neither
+
+
+def dice_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """1 - soft Dice, over the batch's pixels together, mean of the foreground classes.
+
+    ``1 - (2 sum(w p t) + 1) / (sum(w p) + sum(w t) + 1)``
+
+    Args:
+        logits: (B, K+1, H, W). target: (B, H, W) int64 in 0..K or ``IGNORE``.
+        weight: (B, H, W) float in [0, 1]; ones if None.
+    """
+    valid = (target != IGNORE).to(logits.dtype)
+    weight = valid if weight is None else weight * valid
+    probability = logits.softmax(dim=1)[:, 1:]
+    classes = torch.arange(1, logits.shape[1], device=logits.device)
+    truth = (target[:, None] == classes[None, :, None, None]).to(logits.dtype)
+    weight = weight[:, None]
+    axes = (0, 2, 3)
+    overlap = (weight * probability * truth).sum(dim=axes)
+    total = (weight * (probability + truth)).sum(dim=axes)
+    return (1 - (2 * overlap + _SMOOTH) / (total + _SMOOTH)).mean()
+
+
+def supervised_loss(logits: Tensor, target: Tensor, *, dice_weight: float = 0.5) -> Tensor:
+    """``2 ((1 - a) CE + a Dice)`` with a = ``dice_weight``: CE + Dice at one half.
+
+    Args:
+        logits: (B, K+1, H, W). target: (B, H, W) int64 in 0..K or ``IGNORE``.
+    """
+    cross_entropy = F.cross_entropy(logits, target, ignore_index=IGNORE)
+    return 2 * ((1 - dice_weight) * cross_entropy + dice_weight * dice_loss(logits, target))
+
+
+def agreement_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """``sum(w CE) / number of pixels`` + w-weighted Dice: rejected pixels lower it (FixMatch).
+
+    Args:
+        logits: (B, K+1, H, W). target: (B, H, W) int64. weight: (B, H, W) float in [0, 1].
+    """
+    cross_entropy = F.cross_entropy(logits, target, reduction="none")
+    return (weight * cross_entropy).mean() + dice_loss(logits, target, weight)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """``T^2 KL(softmax(teacher / T) || softmax(student / T))``, mean over pixels (Hinton et al.).
+
+    Args:
+        student, teacher: logits (B, K+1, H, W).
+    """
+    student_log = F.log_softmax(student / temperature, dim=1)
+    teacher_log = F.log_softmax(teacher / temperature, dim=1)
+    divergence = (teacher_log.exp() * (teacher_log - student_log)).sum(dim=1)
+    return divergence.mean() * temperature**2

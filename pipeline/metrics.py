@@ -1,0 +1,201 @@
+"""How good a predicted mask is: Dice, IoU and surface distances per image, and their summary.
+
+Distances are in pixels of the masks that are passed in, so values at different image sizes must
+never be set beside each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
+
+BoolMask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ImageMetrics:
+    """One image's metrics, each the mean over the foreground classes 1..K.
+
+    Where a class is empty in both masks it counts as right (Dice 1, IoU 1, distances 0); where it
+    is empty in exactly one, Dice and IoU are 0 and the distances the image's diagonal.
+    """
+
+    dice: float  # 0..1
+    iou: float  # 0..1
+    hd95: float  # px, 95th percentile of both directed surface distances pooled (MedPy's)
+    assd: float  # px, mean over the same pooled distances (MedPy's since 0.5)
+    hd95_defined: float  # px, over classes present in both masks only; nan if there is none
+    assd_defined: float  # px, likewise
+
+
+def image_metrics(
+    prediction: NDArray[np.uint8], truth: NDArray[np.uint8], *, num_classes: int
+) -> ImageMetrics:
+    """Compare two class-index masks.
+
+    Args:
+        prediction, truth: (H, W) uint8, 0 = background, 1..K = foreground classes.
+        num_classes: K, the number of foreground classes.
+
+    Raises:
+        ValueError: shapes or dtypes do not match, or a value is above K.
+    """
+    _check_masks(prediction, truth, num_classes)
+    per_class = [_class_metrics(prediction == k, truth == k) for k in range(1, num_classes + 1)]
+    table = np.array(per_class, dtype=np.float64)  # (K, 6)
+    defined = table[~np.isnan(table[:, 4])]
+    means = table[:, :4].mean(axis=0)
+    hd95_defined, assd_defined = defined[:, 4:].mean(axis=0) if len(defined) else (math.nan,) * 2
+    return ImageMetrics(*(float(value) for value in (*means, hd95_defined, assd_defined)))
+
+
+def dice_score(
+    prediction: NDArray[np.uint8], truth: NDArray[np.uint8], *, num_classes: int
+) -> float:
+    """The Dice of ``image_metrics`` alone: mean over foreground classes, 1 where both are empty.
+
+    Args:
+        prediction, truth: (H, W) uint8, 0 = background, 1..K = foreground classes.
+    """
+    _check_masks(prediction, truth, num_classes)
+    scores = []
+    for k in range(1, num_classes + 1):
+        predicted, true = prediction == k, truth == k
+        total = int(np.count_nonzero(predicted)) + int(np.count_nonzero(true))
+        scores.append(2 * int(np.count_nonzero(predicted & true)) / total if total else 1.0)
+    return float(np.mean(scores))
+
+
+def summarise(
+    rows: Sequence[ImageMetrics], groups: Sequence[str], *, seed: int, resamples: int = 1000
+) -> dict[str, Any]:
+    """Means over images, with 95 % percentile bootstrap intervals that resample whole groups.
+
+    Images of one patient or video resemble each other: resampling single images would make the
+    interval too narrow. With a single group the interval has no width and says nothing.
+
+    Args:
+        rows: N images' metrics.
+        groups: N group names, the patient or video that each image comes from.
+        seed: of the bootstrap; the same seed gives the same interval.
+        resamples: bootstrap draws.
+
+    Returns:
+        JSON-ready: ``n``; ``dice``, ``iou`` (0..1), ``hd95``, ``assd`` (px); ``dice_ci95``,
+        ``hd95_ci95`` as [low, high]; ``hd95_defined``, ``assd_defined`` (px), the means over the
+        images where they are defined, None if there is none.
+
+    Raises:
+        ValueError: no rows, as many groups as rows are not given, or ``resamples`` below 1.
+    """
+    if not rows:
+        raise ValueError("no images to summarise; expected at least one row")
+    if len(groups) != len(rows):
+        raise ValueError(f"found {len(groups)} groups for {len(rows)} rows; expected one per row")
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; expected at least 1")
+    names = ("dice", "iou", "hd95", "assd", "hd95_defined", "assd_defined")
+    table = np.array([[getattr(row, name) for name in names] for row in rows], dtype=np.float64)
+    means = [float(value) for value in table[:, :4].mean(axis=0)]
+    low, high = _group_bootstrap(table[:, [0, 2]], groups, seed=seed, resamples=resamples)
+    return {
+        "n": len(rows),
+        **dict(zip(names[:4], means, strict=True)),
+        "dice_ci95": [float(low[0]), float(high[0])],
+        "hd95_ci95": [float(low[1]), float(high[1])],
+        "hd95_defined": _mean_of_defined(table[:, 4]),
+        "assd_defined": _mean_of_defined(table[:, 5]),
+    }
+
+
+def _check_masks(prediction: NDArray[Any], truth: NDArray[Any], num_classes: int) -> None:
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; expected at least 1 foreground class")
+    for name, mask in (("prediction", prediction), ("truth", truth)):
+        if mask.dtype != np.uint8:
+            raise ValueError(f"{name} has dtype {mask.dtype}; expected uint8 class indices")
+        if mask.ndim != 2 or mask.size == 0:
+            raise ValueError(f"{name} has shape {mask.shape}; expected (H, W) with H, W > 0")
+    if prediction.shape != truth.shape:
+        raise ValueError(f"prediction has shape {prediction.shape} but truth {truth.shape}")
+    for name, mask in (("prediction", prediction), ("truth", truth)):
+        if mask.max() > num_classes:
+            raise ValueError(f"{name} holds class {mask.max()}; expected 0..{num_classes}")
+
+
+def _class_metrics(
+    prediction: BoolMask, truth: BoolMask
+) -> tuple[float, float, float, float, float, float]:
+    """Dice, IoU, HD95, ASSD, then HD95 and ASSD again, nan where a mask is empty."""
+    predicted, true = int(np.count_nonzero(prediction)), int(np.count_nonzero(truth))
+    if predicted == 0 and true == 0:
+        return 1.0, 1.0, 0.0, 0.0, math.nan, math.nan
+    if predicted == 0 or true == 0:
+        diagonal = math.hypot(*truth.shape)
+        return 0.0, 0.0, diagonal, diagonal, math.nan, math.nan
+    common = int(np.count_nonzero(prediction & truth))
+    hd95, assd = _surface_distances(prediction, truth)
+    dice = 2 * common / (predicted + true)
+    iou = common / (predicted + true - common)
+    return dice, iou, hd95, assd, hd95, assd
+
+
+def _surface_distances(prediction: BoolMask, truth: BoolMask) -> tuple[float, float]:
+    """HD95 and ASSD, px, of two non-empty (H, W) masks."""
+    either = prediction | truth
+    rows, columns = np.flatnonzero(either.any(axis=1)), np.flatnonzero(either.any(axis=0))
+    # Outside the box there is no surface, so the crop changes no distance and saves most of the
+    # work. Its rim of 1 px is background, also beyond the image's border: a mask that touches
+    # the border has a surface there, as in MedPy.
+    box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+    surface_p, surface_t = _surface(prediction[box]), _surface(truth[box])
+    pooled = np.concatenate((_directed(surface_p, surface_t), _directed(surface_t, surface_p)))
+    return float(np.percentile(pooled, 95)), float(pooled.mean())
+
+
+def _directed(origin: BoolMask, target: BoolMask) -> NDArray[np.float64]:
+    """Distance, px, from each pixel of the surface ``origin`` to the nearest one of ``target``."""
+    # The transform's indices are enough: distances at every pixel would cost as much again.
+    nearest = distance_transform_edt(~target, return_distances=False, return_indices=True)
+    pixels = np.nonzero(origin)
+    offsets = (nearest[axis][pixels] - pixels[axis] for axis in (0, 1))
+    distances: NDArray[np.float64] = np.hypot(*offsets)
+    return distances
+
+
+def _surface(mask: BoolMask) -> BoolMask:
+    """The mask minus its erosion with 4-connectivity: (h, w) -> (h + 2, w + 2), 1 px of rim."""
+    padded = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), dtype=np.bool_)
+    padded[1:-1, 1:-1] = mask
+    surface = padded.copy()
+    surface[1:-1, 1:-1] &= ~(
+        padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    )
+    return surface
+
+
+def _group_bootstrap(
+    values: NDArray[np.float64], groups: Sequence[str], *, seed: int, resamples: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """2.5th and 97.5th percentiles (M,) of the means of ``values`` (N, M) over drawn groups."""
+    names, group_of_row = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    sums = np.stack([np.bincount(group_of_row, weights=column) for column in values.T], axis=1)
+    counts = np.bincount(group_of_row).astype(np.float64)  # images of each group
+    # How often each of G groups is drawn in G draws with replacement is multinomial.
+    draws = np.random.default_rng(seed).multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=resamples
+    )
+    means = (draws @ sums) / (draws @ counts)[:, None]  # (resamples, M)
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return low, high
+
+
+def _mean_of_defined(values: NDArray[np.float64]) -> float | None:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else None

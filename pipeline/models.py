@@ -1,0 +1,107 @@
+"""Client networks by name, from segmentation-models-pytorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline import torchvision_ops  # noqa: F401  (before smp imports torchvision)
+
+# isort: split
+import safetensors.torch
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import ModelConfig
+from pipeline.errors import ConfigError, DataError
+
+State = dict[str, Tensor]
+
+_ARCHITECTURES: dict[str, Any] = {
+    "unet": smp.Unet,
+    "fpn": smp.FPN,
+    "linknet": smp.Linknet,
+    "deeplabv3plus": smp.DeepLabV3Plus,
+}
+
+
+def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Module:
+    """A client network with weights drawn from ``seed``.
+
+    It maps (B, 3, S, S) float images, normalised by ``normalise``, to logits (B, K+1, S, S).
+
+    Raises:
+        ConfigError: the architecture and encoder do not fit. DataError: bad encoder weights.
+    """
+    arguments: dict[str, Any] = {"encoder_depth": config.encoder_depth}
+    if config.architecture == "unet":
+        if len(config.decoder_channels) != config.encoder_depth:
+            raise ConfigError(
+                f"model.decoder_channels: found {len(config.decoder_channels)} values, expected "
+                f"one for each of model.encoder_depth={config.encoder_depth}"
+            )
+        arguments["decoder_channels"] = config.decoder_channels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model: nn.Module = _ARCHITECTURES[config.architecture](
+                config.encoder, encoder_weights=None, classes=num_classes + 1, **arguments
+            )
+        except Exception as error:  # smp and timm raise KeyError, ValueError, RuntimeError here
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"model: {config.architecture} with encoder '{config.encoder}' cannot be built "
+                f"({message}); see segmentation-models-pytorch's list of encoders"
+            ) from error
+    if config.encoder_weights is not None:
+        _load_encoder(model, config.encoder_weights)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _load_encoder(model: nn.Module, path: Path) -> None:
+    """Load timm weights into the encoder; a classifier in the file is not used."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file (model.encoder_weights)")
+    encoder: Any = model.encoder
+    target: nn.Module = getattr(encoder, "model", encoder)
+    state = safetensors.torch.load_file(path)
+    wanted = target.state_dict()
+    for name, value in wanted.items():
+        if name not in state or state[name].shape != value.shape:
+            raise DataError(
+                f"{path}: '{name}' is missing or of another shape; expected the weights of the "
+                "encoder that model.encoder names"
+            )
+    target.load_state_dict({name: state[name].to(wanted[name].dtype) for name in wanted})
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images (B, 3, S, S) in 0..1 to the networks' range -1..1, channels last in memory."""
+    return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def get_state(model: nn.Module) -> State:
+    """A copy of the model's parameters and buffers, on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+@torch.inference_mode()
+def predict_probabilities(model: nn.Module, images: Tensor, *, batch_size: int = 32) -> Tensor:
+    """Class probabilities (N, K+1, S, S) float32 of uint8 images (N, 3, S, S), evaluation mode."""
+    device = next(model.parameters()).device
+    model.eval()
+    parts = [
+        model(normalise(batch.to(device).float() / 255)).float().softmax(dim=1).cpu()
+        for batch in images.split(batch_size)
+    ]
+    return torch.cat(parts)
+
+
+def predict_masks(model: nn.Module, images: Tensor) -> Tensor:
+    """Class indices (N, S, S) uint8 of uint8 images (N, 3, S, S)."""
+    parts = [
+        predict_probabilities(model, batch).argmax(dim=1).to(torch.uint8)
+        for batch in images.split(32)
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,202 @@
+"""A run's folder, ``cache/runs/<name>/``: parameters, history, checkpoints, models.
+
+``params.yaml`` as used, ``history.jsonl`` (one line a round), the last two of
+``checkpoints/round_NNNN.safetensors``, ``models/global.safetensors`` when the run is complete,
+``metrics.json`` from ``samfed evaluate`` and ``report.html`` from ``samfed report``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import yaml
+from torch import Tensor
+
+from pipeline.config import Config, parse_config
+from pipeline.errors import ConfigError, CorruptStoreError, StageError
+from pipeline.files import write_bytes
+
+_KEPT_CHECKPOINTS = 2
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that the next round depends on."""
+
+    round: int
+    weights: State
+    client_states: State  # class confidence of each client, by name
+
+
+class RunFolder:
+    """Reads and writes one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def model_path(self) -> Path:
+        """Weights of the final global model."""
+        return self.path / "models" / "global.safetensors"
+
+    def begin(self, config: Config, fingerprint: str, *, mode: str, aside: Path) -> str | None:
+        """Prepare the folder for a run with ``fingerprint``; returns a sentence for the user.
+
+        A run with the same fingerprint continues. Another run of this name is moved to ``aside``,
+        or is an error if ``mode`` is ``resume``; ``restart`` moves it in any case.
+
+        Raises:
+            ConfigError: ``resume`` was asked for, but there is nothing that it may continue.
+        """
+        found = self._fingerprint()
+        notice = None
+        if mode == "resume" and found != fingerprint:
+            state = "no checkpoint" if found is None else "a run with other parameters or data"
+            raise ConfigError(f"--resume: found {state} in {self.path}; leave --resume out")
+        if found is not None and (found != fingerprint or mode == "restart"):
+            target = _free(aside, f"{self.path.name}-{found[:12]}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.path.rename(target)
+            notice = f"{self.path}: moved the earlier run to {target}"
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+        write_bytes(self.path / "params.yaml", text.encode())
+        return notice
+
+    def config(self) -> Config:
+        """The parameters that the run was made with."""
+        path = self.path / "params.yaml"
+        if not path.is_file():
+            raise StageError(f"{self.path}: no such run; run `samfed federate` first")
+        return parse_config(yaml.safe_load(path.read_text()), source=str(path))
+
+    def save_checkpoint(self, checkpoint: Checkpoint, fingerprint: str) -> None:
+        """Write a round's checkpoint atomically and drop all but the last two."""
+        tensors = {f"weights/{name}": value for name, value in checkpoint.weights.items()}
+        tensors |= {f"clients/{name}": value for name, value in checkpoint.client_states.items()}
+        digest = _digest(tensors)
+        meta = {"round": str(checkpoint.round), "fingerprint": fingerprint, "sha256": digest}
+        # one entry: safetensors writes several in random order
+        content = safetensors.torch.save(
+            {k: v.contiguous() for k, v in tensors.items()},
+            metadata={"samfed": json.dumps(meta, sort_keys=True)},
+        )
+        write_bytes(self._checkpoints() / f"round_{checkpoint.round:04d}.safetensors", content)
+        for old in sorted(self._checkpoints().glob("round_*.safetensors"))[:-_KEPT_CHECKPOINTS]:
+            old.unlink()
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The last round's checkpoint, or None.
+
+        Raises:
+            CorruptStoreError: its bytes are not what was written.
+        """
+        path = self._last()
+        if path is None:
+            return None
+        meta, tensors = _load(path)
+        if _digest(tensors) != meta["sha256"]:
+            raise CorruptStoreError(f"{path}: damaged (sha256 differs); delete it and run again")
+        return Checkpoint(
+            round=int(meta["round"]),
+            weights=_under(tensors, "weights/"),
+            client_states=_under(tensors, "clients/"),
+        )
+
+    def append_history(self, entry: dict[str, Any]) -> None:
+        """Add one round to ``history.jsonl``, in place of an entry of a later or the same round."""
+        kept = [line for line in self.history() if line["round"] < entry["round"]]
+        text = "".join(json.dumps(line) + "\n" for line in [*kept, entry])
+        write_bytes(self.path / "history.jsonl", text.encode())
+
+    def history(self) -> list[dict[str, Any]]:
+        """All rounds so far."""
+        path = self.path / "history.jsonl"
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def finish(self, weights: State) -> None:
+        """Write the final model."""
+        save_state(self.model_path, weights)
+
+    def load_model(self) -> State:
+        """Weights of the final model.
+
+        Raises:
+            StageError: the run is missing or not complete.
+        """
+        if not self.model_path.is_file():
+            raise StageError(f"{self.model_path}: not found; run `samfed federate` first")
+        return load_state(self.model_path)
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.path)
+
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def _last(self) -> Path | None:
+        found = sorted(self._checkpoints().glob("round_*.safetensors"))
+        return found[-1] if found else None
+
+    def _fingerprint(self) -> str | None:
+        path = self._last()
+        return None if path is None else _load(path)[0]["fingerprint"]
+
+
+def save_state(path: Path, state: State) -> None:
+    """Write a network's weights atomically; the same weights give the same bytes."""
+    write_bytes(path, safetensors.torch.save({k: v.contiguous() for k, v in state.items()}))
+
+
+def load_state(path: Path) -> State:
+    """Read a network's weights.
+
+    Raises:
+        CorruptStoreError: the file is damaged.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise CorruptStoreError(f"{path}: damaged ({error}); delete it and run again") from error
+
+
+def _load(path: Path) -> tuple[dict[str, str], State]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            meta = json.loads(file.metadata()["samfed"])
+            return meta, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise CorruptStoreError(f"{path}: damaged ({error}); delete it and run again") from error
+
+
+def _digest(tensors: State) -> str:
+    """sha256 over names and bytes: safetensors itself carries no checksum."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0" + tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _under(tensors: State, prefix: str) -> State:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _free(folder: Path, name: str) -> Path:
+    """A path that does not exist yet."""
+    candidate, number = folder / name, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder / f"{name}-{number}"
+    return candidate

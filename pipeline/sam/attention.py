@@ -1,0 +1,73 @@
+"""Exact fused attention for segment-anything's image encoder.
+
+segment-anything adds a decomposed relative position to the attention logits (Li et al., MViTv2,
+2022; ViTDet, 2022), ``logits[i, j] = scale * q_i . k_j + q_i . Rh[row_i, row_j] + q_i . Rw[col_i,
+col_j]``, and so materialises the whole attention matrix. The two extra terms are themselves a dot
+product::
+
+    q' = [scale * q,  q . Rh[row_i, :],  q . Rw[col_i, :]]      (d + H + W)
+    k' = [k,          onehot(row_j),     onehot(col_j)]         (d + H + W)
+    q' . k' = scale * q.k + rel_h + rel_w                       exactly
+
+so a fused ``scaled_dot_product_attention`` computes the same function with no bias tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling.image_encoder import Attention, ImageEncoderViT, get_rel_pos
+from torch import Tensor, nn
+
+
+class FoldedAttention(nn.Module):
+    """Drop-in for segment-anything's ``Attention``; owns the same submodules, hence state keys."""
+
+    def __init__(self, stock: Attention) -> None:
+        super().__init__()
+        self.num_heads: int = stock.num_heads
+        self.scale: float = stock.scale
+        self.use_rel_pos: bool = stock.use_rel_pos
+        self.qkv = stock.qkv
+        self.proj = stock.proj
+        if self.use_rel_pos:
+            self.rel_pos_h = stock.rel_pos_h
+            self.rel_pos_w = stock.rel_pos_w
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within ``x`` (B, H, W, C); returns the same shape and dtype."""
+        batch, height, width, channels = x.shape
+        head_dim = channels // self.num_heads
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, H*W, d)
+        if self.use_rel_pos:
+            q, k = self._fold(q, k, height, width)
+            # fused kernels want one head size for query, key and value
+            v = F.pad(v, (0, height + width))
+            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :head_dim]
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        out = out.transpose(1, 2).reshape(batch, height, width, channels)
+        projected: Tensor = self.proj(out)
+        return projected
+
+    def _fold(self, q: Tensor, k: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Append the relative position's coordinates to ``q`` and ``k`` (B, heads, H*W, d)."""
+        batch, heads, _, head_dim = q.shape
+        rel_h = get_rel_pos(height, height, self.rel_pos_h).to(q.dtype)  # (H, H, d)
+        rel_w = get_rel_pos(width, width, self.rel_pos_w).to(q.dtype)  # (W, W, d)
+        grid = q.reshape(batch, heads, height, width, head_dim)
+        q_rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h).flatten(2, 3)
+        q_cols = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).flatten(2, 3)
+        rows = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, dim=0)
+        cols = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
+        onehot = torch.cat([rows, cols], dim=1).expand(batch, heads, -1, -1)
+        return torch.cat([q * self.scale, q_rows, q_cols], dim=-1), torch.cat([k, onehot], dim=-1)
+
+
+def fold_attention(encoder: ImageEncoderViT) -> ImageEncoderViT:
+    """Replace every block's attention of ``encoder`` by its exact fused form, in place."""
+    for block in encoder.blocks:
+        if isinstance(block.attn, Attention):
+            block.attn = FoldedAttention(block.attn)
+    return encoder

@@ -1,0 +1,328 @@
+"""The adapted teacher: images in, label maps in the client's frame out, without prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+
+from pipeline.config import SamConfig
+from pipeline.devices import resolve_device
+from pipeline.errors import ConfigError, DataError, IdentityError, StageError
+from pipeline.files import file_sha256, read_json
+from pipeline.sam.build import (
+    EMBEDDED_WEIGHTS,
+    OFFICIAL_SHA256,
+    build_sam,
+    decode_masks,
+    load_state,
+)
+from pipeline.sam.lora import add_lora, merge_lora
+from pipeline.stores import Identity, Labels
+
+ADAPTER_FILE = "adapter.safetensors"
+CARD_FILE = "card.json"
+LOGIT_STRIDE = 4  # input pixels per cell of the low-resolution logits
+PROMPT = "none"
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TeacherCard(BaseModel):
+    """``card.json``: what the adapted teacher is, and how good it is where truth is known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    variant: str
+    input_size: int  # px
+    num_classes: int
+    prompt: str
+    lora_rank: int | None  # None: fine-tuned whole
+    base_sha256: str  # of the checkpoint's file; "random" if it started from none
+    adapter_sha256: str  # of adapter.safetensors
+    parameters: int  # of the whole teacher
+    trained_parameters: int
+    train_images: int
+    calibration_images: int
+    calibration_dice: float  # mean foreground Dice per image, 0..1, at the images' own size
+    seed: int
+
+    def identity(self, *, label_size: int) -> Identity:
+        """The identity of labels that this teacher makes at ``label_size`` pixels."""
+        return Identity(
+            variant=self.variant,
+            base_sha256=self.base_sha256,
+            adapter_sha256=self.adapter_sha256,
+            prompt=self.prompt,
+            input_size=self.input_size,
+            label_size=label_size,
+            num_classes=self.num_classes,
+        )
+
+
+def base_checkpoint(config: SamConfig) -> tuple[Path | None, str]:
+    """The pretrained weights that the variant starts from, and their identity (see the card).
+
+    Raises:
+        ConfigError: a checkpoint is needed, or is not the official one. DataError: it is missing.
+    """
+    if config.variant == "vit_t" and config.checkpoint is None:
+        return EMBEDDED_WEIGHTS, file_sha256(EMBEDDED_WEIGHTS)
+    if config.checkpoint is None:
+        if config.variant.startswith("timm:"):
+            return None, "random"
+        raise ConfigError(
+            f"sam.checkpoint: {config.variant} needs the official checkpoint; download it from "
+            "segment-anything's page and give its path"
+        )
+    if not config.checkpoint.is_file():
+        raise DataError(
+            f"{config.checkpoint}: no such checkpoint; check sam.checkpoint in params.yaml"
+        )
+    digest = file_sha256(config.checkpoint)
+    official = OFFICIAL_SHA256.get(config.variant)
+    if official is not None and digest != official:
+        raise DataError(
+            f"{config.checkpoint}: sha256 is {digest[:12]}..., the official {config.variant} "
+            f"checkpoint's is {official[:12]}...; download it again"
+        )
+    return config.checkpoint, digest
+
+
+def build_base(config: SamConfig, *, num_classes: int) -> Sam:
+    """A SAM of the configured variant with its pretrained weights and K+1 mask tokens."""
+    sam = build_sam(config.variant, input_size=config.input_size, num_multimask=num_classes)
+    checkpoint, _ = base_checkpoint(config)
+    if checkpoint is None:
+        return sam
+    state = {name: value.float() for name, value in load_state(checkpoint).items()}
+    if config.variant.startswith("timm:"):
+        _load_backbone(sam.image_encoder.backbone, state, checkpoint)
+    else:
+        _load_sam(sam, state, checkpoint)
+    return sam
+
+
+def _load_backbone(backbone: nn.Module, state: dict[str, Tensor], checkpoint: Path) -> None:
+    """Load timm weights; a classifier in the file is not used."""
+    wanted = backbone.state_dict()
+    missing = [name for name in wanted if name not in state]
+    wrong = [name for name in wanted if name in state and wanted[name].shape != state[name].shape]
+    if missing or wrong:
+        name = (missing or wrong)[0]
+        raise DataError(
+            f"{checkpoint}: '{name}' is {'missing' if missing else 'of another shape'}; expected "
+            "the weights of the backbone that sam.variant names"
+        )
+    backbone.load_state_dict({name: state[name].to(wanted[name].dtype) for name in wanted})
+
+
+def _load_sam(sam: Sam, state: dict[str, Tensor], checkpoint: Path) -> None:
+    """Load SAM's weights; its four mask tokens are dealt to the K+1 classes in turn."""
+    own = sam.state_dict()
+    tokens = sam.mask_decoder.num_mask_tokens
+    source = state.get("mask_decoder.mask_tokens.weight")
+    if source is None:
+        raise DataError(f"{checkpoint}: no mask decoder in it; expected a SAM checkpoint")
+    pick = [i % len(source) for i in range(tokens)]
+    for name in ("mask_decoder.mask_tokens.weight", *_iou_output_layers(state)):
+        state[name] = state[name][pick]
+    hyper = "mask_decoder.output_hypernetworks_mlps."
+    mlps = {name: value for name, value in state.items() if name.startswith(hyper)}
+    state = {name: value for name, value in state.items() if name not in mlps}
+    for target, origin in enumerate(pick):
+        prefix = f"{hyper}{origin}."
+        for name, value in mlps.items():
+            if name.startswith(prefix):
+                state[f"{hyper}{target}.{name.removeprefix(prefix)}"] = value
+    for name, value in own.items():
+        if name not in state or state[name].shape != value.shape:
+            raise DataError(f"{checkpoint}: '{name}' is missing or of another shape")
+    sam.load_state_dict({name: state[name] for name in own})
+
+
+def _iou_output_layers(state: dict[str, Tensor]) -> list[str]:
+    head = "mask_decoder.iou_prediction_head.layers."
+    last = max(
+        int(name.removeprefix(head).split(".")[0]) for name in state if name.startswith(head)
+    )
+    return [f"{head}{last}.weight", f"{head}{last}.bias"]
+
+
+def to_input_frame(images: Sequence[NDArray[np.uint8]], size: int) -> tuple[Tensor, Tensor]:
+    """Resize the longest side of each (H, W, 3) uint8 image to ``size`` and pad bottom and right.
+
+    Returns:
+        pixels (B, 3, size, size) uint8 and the valid extents (B, 2) int64 as (height, width).
+    """
+    batch = np.zeros((len(images), size, size, 3), np.uint8)
+    extents = np.zeros((len(images), 2), np.int64)
+    for i, image in enumerate(images):
+        scale = size / max(image.shape[:2])
+        height = max(1, min(size, int(image.shape[0] * scale + 0.5)))
+        width = max(1, min(size, int(image.shape[1] * scale + 0.5)))
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        batch[i, :height, :width] = np.asarray(resized)
+        extents[i] = height, width
+    return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.from_numpy(extents)
+
+
+def inside_image(extents: Tensor, size: int) -> Tensor:
+    """Which pixels of the padded frame belong to the image: (B, size, size) bool."""
+    steps = torch.arange(size, device=extents.device)
+    rows = steps[None, :, None] < extents[:, 0, None, None]
+    return rows & (steps[None, None, :] < extents[:, 1, None, None])
+
+
+def forward(sam: Sam, pixels: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompt-free forward pass of a whole batch.
+
+    As in SAM, padding is zero after normalisation.
+
+    Args:
+        pixels: (B, 3, S, S) in 0..255, padded. inside: (B, S, S) bool, False in the padding.
+
+    Returns:
+        logits (B, K+1, S/4, S/4) and IoU estimates (B, K+1).
+    """
+    values = (pixels.to(sam.pixel_mean.dtype) - sam.pixel_mean) / sam.pixel_std
+    embeddings = sam.image_encoder(values * inside[:, None])
+    batch, dim, height, width = embeddings.shape
+    sparse = embeddings.new_zeros((batch, 0, dim))
+    dense = sam.prompt_encoder.no_mask_embed.weight.reshape(1, dim, 1, 1)
+    dense = dense.expand(batch, dim, height, width)
+    return decode_masks(sam, embeddings, sparse, dense)
+
+
+def to_client_frame(logits: Tensor, extents: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Class probabilities, cropped to each image and resized to ``size_hw``.
+
+    Args:
+        logits: (B, K+1, h, w) low-resolution logits of the padded frame.
+
+    Returns:
+        (B, K+1, *size_hw) float32, summing to one over the classes.
+    """
+    probabilities = logits.float().softmax(dim=1)
+    height, width = probabilities.shape[-2:]
+    grids = []
+    for axis, (cells, out) in enumerate(((height, size_hw[0]), (width, size_hw[1]))):
+        valid = extents[:, axis, None].float() / LOGIT_STRIDE  # cells that lie in the image
+        centre = (torch.arange(out, device=logits.device) + 0.5) / out
+        # never beyond the image's last cell: what lies in the padding is no prediction
+        cell = torch.minimum(centre * valid, (valid - 0.5).clamp(min=0.5))
+        grids.append(cell * 2 / cells - 1)
+    rows = grids[0][:, :, None].expand(-1, -1, size_hw[1])
+    cols = grids[1][:, None, :].expand(-1, size_hw[0], -1)
+    grid = torch.stack([cols, rows], dim=-1)
+    sampled: Tensor = F.grid_sample(
+        probabilities, grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return sampled
+
+
+def image_score(masks: Tensor, iou: Tensor) -> Tensor:
+    """One IoU estimate an image: the mean over the foreground classes that its mask shows.
+
+    An image whose mask is all background gets the background's estimate.
+
+    Args:
+        masks: (B, S, S) int64 class indices. iou: (B, K+1) float.
+    """
+    classes = iou.shape[1]
+    present = F.one_hot(masks.flatten(1), classes).any(dim=1)
+    present[:, 0] = ~present[:, 1:].any(dim=1)
+    return (iou * present).sum(dim=1) / present.sum(dim=1)
+
+
+class Teacher:
+    """A teacher ready for inference: LoRA merged, evaluation mode, one device and precision."""
+
+    def __init__(self, sam: Sam, card: TeacherCard, *, device: str, precision: str) -> None:
+        self.card = card
+        self.device = resolve_device(device)
+        self.precision: Precision = self._resolve(precision)
+        self.dtype = _DTYPES[self.precision]
+        self.sam = sam.eval().requires_grad_(False).to(self.device)
+
+    def _resolve(self, precision: str) -> Precision:
+        if precision in ("fp32", "bf16", "fp16"):
+            return precision  # type: ignore[return-value]
+        return "bf16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+    @torch.inference_mode()
+    def probabilities(
+        self, images: Sequence[NDArray[np.uint8]], size_hw: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Class probabilities (B, K+1, *size_hw) float32 and IoU estimates (B, K+1) float32."""
+        pixels, extents = to_input_frame(images, self.card.input_size)
+        pixels, extents = pixels.to(self.device), extents.to(self.device)
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+            logits, iou = forward(self.sam, pixels, inside_image(extents, pixels.shape[-1]))
+        return to_client_frame(logits, extents, size_hw), iou.float()
+
+    def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> Labels:
+        """Labels of (H, W, 3) uint8 images of any sizes, in the client's frame ``size``."""
+        probabilities, iou = self.probabilities(images, (size, size))
+        confidences, masks = probabilities.max(dim=1)
+        return Labels(
+            masks=masks.to(torch.uint8).cpu().numpy(),
+            confidences=(confidences * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy(),
+            scores=image_score(masks, iou).cpu().numpy(),
+        )
+
+
+def load_card(folder: Path) -> TeacherCard:
+    """Read ``card.json``.
+
+    Raises:
+        StageError: there is no teacher yet. DataError: the card is damaged.
+    """
+    raw = read_json(folder / CARD_FILE, stage="finetune-sam")
+    try:
+        return TeacherCard.model_validate(raw)
+    except ValueError as error:
+        raise DataError(
+            f"{folder / CARD_FILE}: not a teacher card; rerun `samfed finetune-sam`"
+        ) from error
+
+
+def load_teacher(folder: Path, config: SamConfig, *, device: str, precision: str) -> Teacher:
+    """Build the teacher of ``folder`` for inference.
+
+    Raises:
+        StageError: not fine-tuned yet. IdentityError: the card is not what params.yaml asks for,
+        or the adapter's file is not the one that the card was written for.
+    """
+    card = load_card(folder)
+    _, base_sha256 = base_checkpoint(config)
+    for field, wanted in (("variant", config.variant), ("base_sha256", base_sha256)):
+        if getattr(card, field) != wanted:
+            raise IdentityError(
+                f"{folder}: {field} is {getattr(card, field)}, params.yaml asks for {wanted}; "
+                "run `samfed finetune-sam`"
+            )
+    adapter = folder / ADAPTER_FILE
+    if not adapter.is_file():
+        raise StageError(f"{adapter}: not found; run `samfed finetune-sam` first")
+    if file_sha256(adapter) != card.adapter_sha256:
+        raise IdentityError(f"{adapter}: sha256 differs from its card; run `samfed finetune-sam`")
+    sam = build_base(config, num_classes=card.num_classes)
+    if card.lora_rank is not None:
+        add_lora(sam.image_encoder, card.lora_rank)
+    sam.load_state_dict(safetensors.torch.load_file(adapter), strict=False)
+    if card.lora_rank is not None:
+        merge_lora(sam.image_encoder)
+    return Teacher(sam, card, device=device, precision=precision)

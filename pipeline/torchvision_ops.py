@@ -1,0 +1,44 @@
+"""Make ``import torchvision`` work beside a CPU-only torch; import this before torchvision.
+
+segment-anything, timm and segmentation-models-pytorch import torchvision. The wheel of torchvision
+on the package index is built against the CUDA build of torch; beside a CPU-only torch its compiled
+operators cannot be loaded, and its import then fails with ``operator torchvision::nms does not
+exist``, because it registers a meta kernel for an operator that nobody declared. Declaring the two
+schemas it names is enough for the import. samfed never calls these operators.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+
+def _compiled_operators_load() -> bool:
+    """Load torchvision's compiled operators the way torchvision itself does; False if it cannot."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return True  # the coming import says plainly that torchvision is missing
+    libraries = sorted(Path(spec.origin).parent.glob("_C*.so"))
+    try:
+        for library in libraries:
+            torch.ops.load_library(str(library))
+    except OSError:
+        return False
+    return bool(libraries)
+
+
+# Only Linux has separate CPU and CUDA builds under one version number. The library object is kept
+# for the life of the process: torch forgets the schemas when it is collected.
+_declared: torch.library.Library | None = None
+if sys.platform == "linux" and "torchvision" not in sys.modules and not _compiled_operators_load():
+    _declared = torch.library.Library("torchvision", "DEF")
+    for _schema in _SCHEMAS:
+        _declared.define(_schema)

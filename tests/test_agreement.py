@@ -1,0 +1,234 @@
+"""Agreement against hand-worked numbers, and the cases that the method must not lose."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.agreement import (
+    Agreement,
+    AgreementState,
+    Calibration,
+    agree,
+    calibrate,
+    fit_scale,
+    fit_trust,
+    foreground_dice,
+    thresholds,
+    update_state,
+)
+from pipeline.config import AgreementConfig
+
+# one image of four pixels: both foreground; SAM only; client only; both background
+SAM_LABEL = torch.tensor([[[1, 1, 0, 0]]])
+SAM_PROBABILITY = torch.tensor([[[0.9, 0.8, 0.6, 0.95]]])
+CLIENT_FOREGROUND = torch.tensor([[[0.7, 0.4, 0.9, 0.2]]])
+CLIENT = torch.stack([1 - CLIENT_FOREGROUND, CLIENT_FOREGROUND], dim=1)
+
+
+def run(rule: str, **changes: object) -> Agreement:
+    arguments = {
+        "config": AgreementConfig(rule=rule),  # type: ignore[arg-type]
+        "state": AgreementState.initial(1),
+        "calibration": Calibration(),
+    } | changes
+    return agree(SAM_LABEL, SAM_PROBABILITY, CLIENT, **arguments)  # type: ignore[arg-type]
+
+
+def sigmoid_of_odds(odds: float) -> float:
+    return odds / (1 + odds)
+
+
+def test_adaptive_by_hand() -> None:
+    """d = 2*1/(2+2) = 0.5; threshold 0.6 for both classes at the start."""
+    result = run("adaptive")
+    expected = [
+        sigmoid_of_odds(9 * (7 / 3)),  # consensus: odds multiply, 21/22
+        sigmoid_of_odds(4 / math.sqrt(1.5)),  # SAM's odds 4 against the client's 1.5 at half weight
+        0.5 * sigmoid_of_odds(math.sqrt(9) / 1.5),  # client wins 3 : 1.5, counts half
+        sigmoid_of_odds(19 * 4),
+    ]
+    assert result.target.flatten().tolist() == [1, 1, 1, 0]
+    assert result.weight.flatten().tolist() == pytest.approx(expected, abs=1e-6)
+    assert result.statistics.summary() == pytest.approx(
+        {
+            "agreement": 0.5,
+            "kept": 1.0,
+            "from_sam": 0.25,
+            "from_client": 0.25,
+            "weight": sum(expected) / 4,
+        }
+    )
+
+
+def test_adaptive_rejects_below_the_class_threshold() -> None:
+    """At full confidence the threshold is 0.9: SAM's 0.766 and the client's 0.667 both fall."""
+    result = run("adaptive", state=AgreementState(torch.ones(2)))
+    assert result.weight.flatten()[1:3].tolist() == [0.0, 0.0]
+    assert result.statistics.summary()["kept"] == 0.5
+
+
+def test_trust_moves_conflicts_only() -> None:
+    before, after = run("adaptive"), run("adaptive", calibration=Calibration(sam_trust=2.0))
+    assert after.target.flatten().tolist() == [1, 1, 0, 0]  # the third pixel now goes to SAM
+    chance = sigmoid_of_odds(1.5 / 3 * math.exp(2.0))
+    assert float(after.weight.flatten()[2]) == pytest.approx(chance, abs=1e-6)
+    assert torch.equal(after.weight.flatten()[[0, 3]], before.weight.flatten()[[0, 3]])
+
+
+def test_the_other_rules_by_hand() -> None:
+    def flat(rule: str) -> tuple[list[int], list[float]]:
+        result = run(rule)
+        return result.target.flatten().tolist(), result.weight.flatten().tolist()
+
+    assert flat("consensus") == ([1, 1, 0, 0], [1, 0, 0, 1])
+    assert flat("sam_only") == ([1, 1, 0, 0], [1, 1, 1, 1])
+    assert flat("client_only") == ([1, 0, 1, 0], [0, 0, 1, 0])  # c = .7 .6 .9 .8, threshold .9
+    assert flat("confident") == ([1, 1, 1, 0], [1, 0, 1, 1])
+    target, weight = flat("soft")
+    assert target == [1, 1, 1, 0]
+    assert weight == pytest.approx([0.8, 0.6, 0.65, 0.875])
+
+
+@pytest.mark.parametrize("trust", [-1.0, 0.0, 1.0])
+def test_a_collapsed_client_is_rescued(trust: float) -> None:
+    """A client that is quite sure of background everywhere must not silence a confident SAM."""
+    sam_label = torch.zeros(1, 8, 8, dtype=torch.int64)
+    sam_label[:, 2:6, 2:6] = 1
+    sam_probability = torch.full((1, 8, 8), 0.97)
+    client = torch.zeros(1, 2, 8, 8)
+    client[:, 0], client[:, 1] = 0.999, 0.001
+    result = agree(
+        sam_label,
+        sam_probability,
+        client,
+        config=AgreementConfig(),
+        state=AgreementState(torch.tensor([1.0, 0.0])),  # sure of background, knows no foreground
+        calibration=Calibration(sam_trust=trust),
+    )
+    assert torch.equal(result.target, sam_label)
+    assert bool((result.weight[sam_label == 1] > 0.9).all())
+
+
+def test_a_client_wins_where_sam_is_unsure_and_the_image_agrees() -> None:
+    sam_label = torch.zeros(1, 8, 8, dtype=torch.int64)
+    sam_label[:, 2:6, 2:6] = 1
+    client_label = sam_label.clone()
+    client_label[:, 2, 2] = 0
+    sam_probability = torch.full((1, 8, 8), 0.99)
+    sam_probability[:, 2, 2] = 0.55
+    c = torch.where(client_label == 1, 0.98, 0.02)
+    client = torch.stack([1 - c, c], dim=1)
+    result = agree(
+        sam_label,
+        sam_probability,
+        client,
+        config=AgreementConfig(),
+        state=AgreementState.initial(1),
+        calibration=Calibration(),
+    )
+    assert int(result.target[0, 2, 2]) == 0
+    assert float(result.weight[0, 2, 2]) > 0.8
+
+
+def test_dice_counts_classes_and_empty_images() -> None:
+    first = torch.tensor([[[0, 0]], [[1, 2]], [[1, 0]], [[1, 1]]])
+    second = torch.tensor([[[0, 0]], [[2, 2]], [[0, 1]], [[1, 1]]])
+    assert foreground_dice(first, second).tolist() == [1.0, 0.5, 0.0, 1.0]
+
+
+def test_more_classes() -> None:
+    sam_label = torch.tensor([[[2, 2, 1]]])
+    client = torch.tensor([[[0.1, 0.2, 0.1]], [[0.1, 0.7, 0.8]], [[0.8, 0.1, 0.1]]])[None]
+    client = client.reshape(1, 3, 1, 3)
+    result = agree(
+        sam_label,
+        torch.tensor([[[0.9, 0.9, 0.9]]]),
+        client,
+        config=AgreementConfig(),
+        state=AgreementState.initial(2),
+        calibration=Calibration(),
+    )
+    assert result.target.flatten().tolist() == [2, 2, 1]
+    assert bool((result.weight > 0).all())
+
+
+def test_state_follows_the_client() -> None:
+    """Class 1 at c = 0.9: confidence (2*0.9-1)/1 = 0.8, a tenth of it after one step."""
+    probability = torch.tensor([0.1, 0.9]).reshape(1, 2, 1, 1).expand(1, 2, 2, 2)
+    state = update_state(AgreementState.initial(1), probability, AgreementConfig(momentum=0.9))
+    assert state.class_confidence.tolist() == pytest.approx([0.0, 0.08])
+    limits = thresholds(state, AgreementConfig(floor=0.6, ceiling=0.9))
+    assert limits.tolist() == pytest.approx([0.6, 0.624])
+
+
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not belong together"):
+        agree(
+            SAM_LABEL,
+            SAM_PROBABILITY[:, :, :2],
+            CLIENT,
+            config=AgreementConfig(),
+            state=AgreementState.initial(1),
+            calibration=Calibration(),
+        )
+
+
+def draw_probabilities(
+    count: int, scale: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels with probabilities whose true odds are their own to the power ``scale``."""
+    truth = torch.randint(0, 2, (count, 16, 16), generator=generator)
+    probability = 0.5 + torch.rand((count, 16, 16), generator=generator) * 0.49
+    right = torch.rand(truth.shape, generator=generator) < torch.sigmoid(
+        scale * torch.logit(probability)
+    )
+    return torch.where(right, truth, 1 - truth), probability, truth
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.0])
+def test_scale_is_recovered(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    label, probability, truth = draw_probabilities(200, scale, generator)
+    assert fit_scale(probability, label, truth) == pytest.approx(scale, rel=0.1)
+
+
+def test_trust_is_recovered() -> None:
+    generator = torch.Generator().manual_seed(1)
+    evidence = torch.randn((400, 8, 8), generator=generator)
+    sam_label = torch.ones(400, 8, 8, dtype=torch.int64)
+    client_label = torch.zeros_like(sam_label)
+    won = torch.rand(evidence.shape, generator=generator) < torch.sigmoid(evidence + 1.5)
+    assert fit_trust(evidence, sam_label, client_label, won.long()) == pytest.approx(1.5, abs=0.05)
+
+
+def test_trust_without_conflicts_is_none() -> None:
+    same = torch.ones(3, 4, 4, dtype=torch.int64)
+    assert fit_trust(torch.zeros(3, 4, 4), same, same, same) == 0.0
+
+
+def test_calibration_distrusts_the_worse_source() -> None:
+    """SAM right on 9 pixels of 10, the client on 7, both claiming 0.9."""
+    generator = torch.Generator().manual_seed(2)
+    truth = torch.zeros(20, 16, 16, dtype=torch.int64)
+    truth[:, 4:12, 4:12] = 1
+    sam = torch.where(torch.rand(truth.shape, generator=generator) < 0.9, truth, 1 - truth)
+    client = torch.where(torch.rand(truth.shape, generator=generator) < 0.7, truth, 1 - truth)
+    c = torch.where(client == 1, 0.9, 0.1)
+    fitted = calibrate(sam, torch.full(sam.shape, 0.9), torch.stack([1 - c, c], 1), truth)
+    assert fitted.sam_scale == pytest.approx(1.0, rel=0.15)
+    assert fitted.client_scale < 0.6
+    swapped = calibrate(
+        client,
+        torch.full(sam.shape, 0.9),
+        torch.stack([torch.where(sam == 1, 0.1, 0.9), torch.where(sam == 1, 0.9, 0.1)], 1),
+        truth,
+    )
+    assert fitted.sam_trust > swapped.sam_trust
+
+
+def test_few_images_leave_calibration_alone() -> None:
+    assert calibrate(SAM_LABEL, SAM_PROBABILITY, CLIENT, SAM_LABEL) == Calibration()

@@ -1,0 +1,191 @@
+"""``params.yaml``: what is read, and what a wrong key or value is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import Config, load_config, parse_config
+from pipeline.errors import ConfigError
+
+PARAMS = Path(__file__).parent.parent / "params.yaml"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def message(path: Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def leaves(value: Any, prefix: str = "") -> set[str]:
+    if not isinstance(value, dict):
+        return {prefix}
+    return {leaf for key, inner in value.items() for leaf in leaves(inner, f"{prefix}.{key}")}
+
+
+def test_the_repositorys_params_are_the_defaults() -> None:
+    assert load_config(PARAMS) == Config()
+
+
+def test_the_repositorys_params_spell_out_every_key() -> None:
+    assert leaves(yaml.safe_load(PARAMS.read_text())) == leaves(Config().model_dump())
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "")) == Config()
+    assert load_config(None) == Config()
+
+
+def test_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
+    path = write(tmp_path, "precompute: {batch: 4}\n")
+    assert message(path) == (
+        f"{path}: unknown key 'precompute.batch'; expected one of "
+        "batch_size, precision, device, readers"
+    )
+
+
+def test_unknown_section_lists_the_sections(tmp_path: Path) -> None:
+    path = write(tmp_path, "federat: {rounds: 4}\n")
+    assert message(path) == (
+        f"{path}: unknown key 'federat'; expected one of seed, data, cache, synth, partition, sam, "
+        "precompute, model, agreement, federate"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "federate: {rounds: many}",
+            "federate.rounds: found 'many', input should be a valid integer, unable to parse "
+            "string as an integer",
+        ),
+        ("federate: {rounds: 0}", "federate.rounds: found 0, input should be greater than 0"),
+        ("seed: -1", "seed: found -1, input should be greater than or equal to 0"),
+        (
+            "data: {image_size: 40}",
+            "data.image_size: found 40, input should be a multiple of 16",
+        ),
+        (
+            "partition: {test_fraction: 1.5}",
+            "partition.test_fraction: found 1.5, input should be less than or equal to 1",
+        ),
+        (
+            "partition: {test_fraction: 0.6, val_fraction: 0.4}",
+            "partition: value error, val_fraction + test_fraction must leave something to train on",
+        ),
+        (
+            "partition: {scheme: sizes}",
+            "partition: value error, scheme 'sizes' needs partition.sizes, e.g. [120, 80, 40]",
+        ),
+        (
+            "partition: {sizes: [3, 0]}",
+            "partition.sizes.1: found 0, input should be greater than 0",
+        ),
+        (
+            "agreement: {rule: vote}",
+            "agreement.rule: found 'vote', input should be 'adaptive', 'consensus', 'confident', "
+            "'soft', 'sam_only' or 'client_only'",
+        ),
+        (
+            "data:",
+            "data: found None, input should be a valid dictionary or instance of DataConfig",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(
+    tmp_path: Path, text: str, expected: str
+) -> None:
+    path = write(tmp_path, text)
+    assert message(path) == f"{path}: {expected}"
+
+
+@pytest.mark.parametrize(("text", "found"), [("[1, 2]", "list"), ("seed", "str"), ("7", "int")])
+def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, found: str) -> None:
+    path = write(tmp_path, text)
+    assert message(path) == f"{path}: found {found}, expected sections of keys"
+
+
+def test_invalid_yaml_names_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: 0\ndata:\n  root: [a, b\n  image_size: 64\n")
+    assert message(path) == f"{path}: not valid YAML at line 4; expected sections of keys"
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(b"seed: \xff\xfe\n")
+    assert message(path) == f"{path}: not valid YAML; expected sections of keys"
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "none.yaml"
+    assert message(path) == (f"{path}: no such file; run in the project's folder or pass --params")
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: 3\nfederate: {rounds: 5}\n")
+    config = load_config(
+        path,
+        (
+            "federate.rounds=7",
+            "federate.learning_rate=1e-3",  # a string to YAML 1.1, a number to us
+            "partition.scheme=sizes",
+            "partition.sizes=[3, 2]",
+            "partition.server_site=null",
+            "sam={variant: vit_b, epochs: 2}",
+            "data.root=a=b",
+        ),
+    )
+    assert config.seed == 3
+    assert config.federate.rounds == 7
+    assert config.federate.learning_rate == 1e-3
+    assert config.partition.sizes == (3, 2)
+    assert config.partition.server_site is None
+    assert (config.sam.variant, config.sam.epochs) == ("vit_b", 2)
+    assert config.data.root == Path("a=b")
+
+
+@pytest.mark.parametrize("override", ["federate.rounds", "=5", "federate..rounds=5", ".=1", ""])
+def test_an_override_without_key_or_value(override: str) -> None:
+    assert message(None, override) == (
+        f"--set {override}: expected section.key=value, e.g. federate.rounds=5"
+    )
+
+
+def test_an_override_that_is_no_yaml() -> None:
+    assert message(None, "partition.sizes=[1, 2") == (
+        "--set partition.sizes=[1, 2: the value is not valid YAML"
+    )
+
+
+def test_an_override_below_a_value(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: 3\n")
+    assert message(path, "seed.x=1") == "--set seed.x=1: 'seed' is a value, not a section"
+
+
+def test_an_override_with_an_unknown_key() -> None:
+    assert message(None, "cache.folder=x") == (
+        "settings: unknown key 'cache.folder'; expected one of root"
+    )
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().seed = 1  # type: ignore[misc]
+
+
+def test_what_is_written_is_read_back() -> None:
+    config = Config()
+    raw = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+    assert parse_config(raw, source="copy") == config

@@ -1,0 +1,172 @@
+"""The whole pipeline on tiny data: it runs, and a second time gives the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from conftest import tiny_config
+
+from pipeline.config import Config
+from pipeline.evaluation import evaluate
+from pipeline.federation import federate
+from pipeline.gallery import build_gallery
+from pipeline.precompute import precompute
+from pipeline.prepare import prepare
+from pipeline.report import load_run, render_report
+from pipeline.runs import RunFolder
+from pipeline.sam.evaluate import evaluate_teacher
+from pipeline.sam.finetune import finetune
+
+
+def run_all(config: Config) -> RunFolder:
+    prepare(config, with_oracle=True)
+    finetune(config)
+    evaluate_teacher(config)
+    precompute(config)
+    run = federate(config)
+    evaluate(config, run)
+    return run
+
+
+def digest(folder: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in leave_out
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, RunFolder]:
+    config = tiny_config(tiny_images, tmp_path_factory.mktemp("first"))
+    return config, run_all(config)
+
+
+def with_method(config: Config, method: str) -> Config:
+    settings = config.federate.model_copy(update={"method": method, "name": method})
+    return config.model_copy(update={"federate": settings})
+
+
+def test_a_second_run_gives_the_same_bytes(
+    finished: tuple[Config, RunFolder], tiny_images: Path, tmp_path: Path
+) -> None:
+    config, _ = finished
+    again = tiny_config(tiny_images, tmp_path / "second")
+    run_all(again)
+    # history holds seconds and params.yaml the cache's path; everything else is the same
+    skipped = ("history.jsonl", "params.yaml")
+    first = digest(config.cache.root, leave_out=skipped)
+    second = digest(again.cache.root, leave_out=skipped)
+    assert any(name.startswith("sam/") for name in first)
+    assert "runs/sam_fed/models/global.safetensors" in first
+    assert "runs/sam_fed/metrics.json" in first
+    assert {k: v for k, v in first.items() if k in second} == second
+
+
+def test_the_input_folder_is_only_read(
+    finished: tuple[Config, RunFolder], tiny_images: Path, tmp_path: Path
+) -> None:
+    before = digest(tiny_images)
+    prepare(tiny_config(tiny_images, tmp_path))
+    assert digest(tiny_images) == before
+
+
+def test_another_seed_gives_another_model(
+    finished: tuple[Config, RunFolder], tiny_images: Path, tmp_path: Path
+) -> None:
+    _, run = finished
+    other = tiny_config(tiny_images, tmp_path, seed=1)
+    assert run_all(other).model_path.read_bytes() != run.model_path.read_bytes()
+
+
+@pytest.mark.parametrize("method", ["supervised", "fedavg_ssl", "sam_only", "shuffled", "oracle"])
+def test_every_method_runs(finished: tuple[Config, RunFolder], method: str) -> None:
+    config = with_method(finished[0], method)
+    run = federate(config)
+    metrics = evaluate(config, run)
+    assert metrics["method"] == method
+    assert 0 <= metrics["test"]["pooled"]["dice"] <= 1
+    assert len(run.history()) == config.federate.rounds
+    assert run.model_path.read_bytes() != finished[1].model_path.read_bytes()
+
+
+def test_history_tells_what_agreement_did(finished: tuple[Config, RunFolder]) -> None:
+    history = finished[1].history()
+    assert [entry["round"] for entry in history] == [1, 2]
+    for entry in history:
+        for client in entry["clients"].values():
+            assert 0 <= client["agreement"] <= 1
+            assert 0 <= client["from_sam"] + client["from_client"] <= client["kept"] <= 1
+            assert client["loss"] == pytest.approx(
+                client["loss_sup"]
+                + entry["unlabelled_weight"] * client["loss_agree"]
+                + finished[0].federate.kd_weight * client["loss_kd"],
+                rel=1e-4,
+            )
+
+
+def test_stopping_after_any_round_changes_nothing(
+    finished: tuple[Config, RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = finished
+    settings = config.federate.model_copy(update={"name": "stopped"})
+    again = config.model_copy(update={"federate": settings})
+    from pipeline import federation
+
+    real, calls = federation._round, []
+
+    def stop_in_round_two(*arguments: object) -> object:
+        calls.append(arguments[-1])
+        if arguments[-1] == 2 and calls.count(2) == 1:
+            raise KeyboardInterrupt
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(federation, "_round", stop_in_round_two)
+    with pytest.raises(KeyboardInterrupt):
+        federate(again)
+    resumed = federate(again, mode="resume")
+    assert calls == [1, 2, 2]  # round 1 was not computed again
+    assert resumed.model_path.read_bytes() == run.model_path.read_bytes()
+
+
+def test_labels_are_computed_once(finished: tuple[Config, RunFolder]) -> None:
+    config, _ = finished
+    before = digest(config.cache.root / "sam")
+    result = precompute(config)
+    assert result.labelled == 0
+    assert result.kept > 0
+    assert digest(config.cache.root / "sam") == before
+
+
+def test_a_clients_training_store_holds_no_labels(finished: tuple[Config, RunFolder]) -> None:
+    images = finished[0].cache.root / "images"
+    clients = [folder for folder in images.iterdir() if folder.name != "server"]
+    assert len(clients) == 4
+    for folder in clients:
+        assert not (folder / "train.zarr" / "labels").exists()
+        assert (folder / "test.zarr" / "labels").is_dir()
+
+
+def test_report_shows_truth_sam_and_client(finished: tuple[Config, RunFolder]) -> None:
+    config, run = finished
+    rows = build_gallery(config, run)
+    assert rows[0].truth is not None
+    assert all(row.sam is not None and row.weight is not None for row in rows)
+    page = render_report([load_run(run.path)], rows, title="tiny")
+    assert "sam_fed" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_metrics_file_has_the_promised_shape(finished: tuple[Config, RunFolder]) -> None:
+    metrics = json.loads((finished[1].path / "metrics.json").read_text())
+    assert set(metrics) == {"method", "seed", "rounds", "test"}
+    assert set(metrics["test"]) == {"pooled", "clients", "client_mean"}
+    assert {"dice", "iou", "hd95", "assd", "n"} <= set(metrics["test"]["pooled"])
+    assert metrics["test"]["pooled"]["n"] == sum(
+        client["n"] for client in metrics["test"]["clients"].values()
+    )

@@ -1,0 +1,419 @@
+"""The stores: round trips, what is kept when things change, and every flipped bit found."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.errors import CorruptStoreError, IdentityError, StageError
+from pipeline.stores import (
+    SHARD_ROWS,
+    Identity,
+    Labels,
+    LabelStore,
+    RowKey,
+    check_identity,
+    confidence_to_probability,
+    open_label_store,
+    read_image_store,
+    read_labels,
+    write_image_store,
+)
+
+SIZE = 8
+IDENTITY = Identity(
+    variant="vit_t",
+    base_sha256="b" * 64,
+    adapter_sha256="a" * 64,
+    prompt="none",
+    input_size=64,
+    label_size=SIZE,
+    num_classes=1,
+)
+OTHER = IDENTITY.model_copy(update={"adapter_sha256": "c" * 64})
+COUNT = SHARD_ROWS + 6  # a whole shard and a part of one
+PROVENANCE = {"backend": "torch", "precision": "fp32"}
+
+
+def keys(count: int = COUNT, start: int = 0) -> list[RowKey]:
+    return [RowKey(f"caf\u00e9_{i:03d}", f"{i:064x}") for i in range(start, start + count)]
+
+
+def labels_of(rows: Sequence[RowKey]) -> Labels:
+    """Labels that depend on the image alone; every third mask is empty."""
+    seeds = [int(row.sha256, 16) for row in rows]
+    masks = [np.random.default_rng(s).integers(0, 2, (SIZE, SIZE)) * (s % 3 > 0) for s in seeds]
+    sure = [np.random.default_rng(s + 1).integers(0, 256, (SIZE, SIZE)) for s in seeds]
+    return Labels(
+        masks=np.array(masks, np.uint8),
+        confidences=np.array(sure, np.uint8),
+        scores=np.array([s / 7 for s in seeds], np.float32),
+    )
+
+
+def fill(store: LabelStore, shards: Sequence[int] | None = None) -> LabelStore:
+    for shard in range(store.shards) if shards is None else shards:
+        rows = list(store.shard_rows(shard))
+        store.write_shard(shard, rows, labels_of([store.rows[row] for row in rows]))
+        store.mark_done(shard, rows, PROVENANCE | {"shard": str(shard)})
+    return store
+
+
+def same(found: Labels, expected: Labels) -> None:
+    for name in ("masks", "confidences", "scores"):
+        value = getattr(found, name)
+        assert value.dtype == getattr(expected, name).dtype
+        np.testing.assert_array_equal(value, getattr(expected, name))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "sam" / "client.zarr"
+
+
+@pytest.fixture
+def aside(tmp_path: Path) -> Path:
+    return tmp_path / "aside"
+
+
+# --------------------------------------------------------------------------- images
+
+
+def pictures(count: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("count", [1, SHARD_ROWS, COUNT])
+def test_image_store_round_trip(tmp_path: Path, count: int, labelled: bool) -> None:
+    ids = [f"\u75c5\u5909 {i}" for i in range(count)]
+    images = pictures(count)
+    truth = images[..., 0] % 2
+    rows = ((image, label if labelled else None) for image, label in zip(images, truth, strict=True))
+    write_image_store(tmp_path / "x.zarr", ids, rows, size=SIZE)
+    found = read_image_store(tmp_path / "x.zarr")
+    assert found.image_ids == tuple(ids)
+    assert len(found) == count
+    np.testing.assert_array_equal(found.images, images)
+    if labelled:
+        np.testing.assert_array_equal(found.labels, truth)
+    else:
+        assert found.labels is None
+        assert not (tmp_path / "x.zarr" / "labels").exists()
+
+
+def test_image_store_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def rows() -> Iterator[tuple[NDArray[np.uint8], None]]:
+        yield pictures(1)[0], None
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_image_store(tmp_path / "x.zarr", ["a", "b"], rows(), size=SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_do_not_match_the_ids_are_refused(tmp_path: Path) -> None:
+    image = pictures(1)[0]
+    with pytest.raises(ValueError, match="found 1 rows for 2 image ids"):
+        write_image_store(tmp_path / "x.zarr", ["a", "b"], [(image, None)], size=SIZE)
+    mixed = [(image, image[..., 0]), (image, None)]
+    with pytest.raises(ValueError, match="found 1 labels for 2 images"):
+        write_image_store(tmp_path / "x.zarr", ["a", "b"], mixed, size=SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_image_store(tmp_path: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        read_image_store(tmp_path / "x.zarr")
+    assert str(caught.value) == f"{tmp_path / 'x.zarr'}: not found; run `samfed prepare` first"
+
+
+def test_a_flipped_bit_in_an_image_store_is_found(tmp_path: Path) -> None:
+    store = tmp_path / "x.zarr"
+    write_image_store(store, ["a", "b"], [(p, p[..., 0]) for p in pictures(2)], size=SIZE)
+    flip_all(store, lambda: read_image_store(store), 40)
+
+
+# --------------------------------------------------------------------------- labels
+
+
+def test_label_store_round_trip(path: Path) -> None:
+    store = fill(LabelStore.create(path, IDENTITY, keys()))
+    expected = labels_of(keys())
+    assert not expected.masks[0].any()
+    again = LabelStore(path)
+    assert again.identity == IDENTITY
+    assert again.rows == tuple(keys())
+    assert len(again) == COUNT
+    assert again.shards == 2
+    same(again.read(), expected)
+    same(store.read(), expected)
+    part = again.read(slice(60, 67))
+    np.testing.assert_array_equal(part.masks, expected.masks[60:67])
+    found = read_labels(path, image_ids=[row.image_id for row in keys()], label_size=SIZE)
+    same(found, expected)
+
+
+def test_pending_and_provenance(path: Path) -> None:
+    store = LabelStore.create(path, IDENTITY, keys())
+    assert store.pending() == [0, 1]
+    assert not store.done().any()
+    assert store.provenance() == [{}, {}]
+    fill(store, [1])
+    assert store.pending() == LabelStore(path).pending() == [0]
+    assert store.done().tolist() == [False] * SHARD_ROWS + [True] * 6
+    assert store.provenance() == [{}, PROVENANCE | {"shard": "1"}]
+    fill(store, [0])
+    assert store.pending() == []
+    assert store.done().all()
+
+
+def test_an_unfinished_store_is_not_read(path: Path) -> None:
+    store = fill(LabelStore.create(path, IDENTITY, keys()), [1])
+    with pytest.raises(StageError) as caught:
+        store.read()
+    assert str(caught.value) == (
+        f"{path}: 6 of 70 rows are labelled; run `samfed precompute-sam` to finish it"
+    )
+    assert len(store.read(slice(SHARD_ROWS, COUNT)).scores) == 6
+
+
+def test_a_part_of_a_shard_keeps_the_rest(path: Path) -> None:
+    """An unreadable image leaves a gap, which a later run fills."""
+    store = LabelStore.create(path, IDENTITY, keys())
+    first, later = [0, 2, 5], [row for row in range(SHARD_ROWS) if row not in (0, 2, 5)]
+    for rows in (first, later):
+        store.write_shard(0, rows, labels_of([store.rows[row] for row in rows]))
+        store.mark_done(0, rows, PROVENANCE)
+        if rows is first:
+            assert np.flatnonzero(store.done()).tolist() == first
+            assert store.pending() == [0, 1]
+    assert store.pending() == [1]
+    np.testing.assert_array_equal(
+        store.read(slice(0, SHARD_ROWS)).masks, labels_of(keys(SHARD_ROWS)).masks
+    )
+
+
+def test_a_damaged_shard_is_not_completed(path: Path) -> None:
+    store = LabelStore.create(path, IDENTITY, keys())
+    store.write_shard(0, [0], labels_of(keys(1)))
+    store.mark_done(0, [0], PROVENANCE)
+    shard = path / "masks" / "c" / "0" / "0" / "0"
+    damage = bytearray(shard.read_bytes())
+    damage[5] ^= 1
+    shard.write_bytes(bytes(damage))
+    with pytest.raises(CorruptStoreError):
+        store.write_shard(0, [1], labels_of(keys(1, 1)))
+
+
+def test_shard_order_does_not_change_the_bytes(tmp_path: Path) -> None:
+    one = fill(LabelStore.create(tmp_path / "1.zarr", IDENTITY, keys()), [0, 1])
+    two = fill(LabelStore.create(tmp_path / "2.zarr", IDENTITY, keys()), [1, 0])
+    assert content(one.path) == content(two.path)
+
+
+def test_provenance_that_is_too_long(path: Path) -> None:
+    store = LabelStore.create(path, IDENTITY, keys(1))
+    with pytest.raises(ValueError, match="at most 512"):
+        store.mark_done(0, [0], {"backend": "x" * 600})
+    assert store.pending() == [0]
+
+
+def test_confidences_are_never_quite_certain() -> None:
+    found = confidence_to_probability(np.array([0, 51, 255], np.uint8))
+    np.testing.assert_allclose(found, [1 / 512, 0.2, 511 / 512], rtol=1e-6)
+    assert found.dtype == np.float32
+
+
+# --------------------------------------------------------------------------- identity
+
+
+@pytest.mark.parametrize("field", list(Identity.model_fields))
+def test_another_identity_names_field_and_both_values(path: Path, field: str) -> None:
+    store = LabelStore.create(path, IDENTITY, keys(1))
+    old = getattr(IDENTITY, field)
+    new = old + 1 if isinstance(old, int) else "new"
+    with pytest.raises(IdentityError) as caught:
+        check_identity(store, IDENTITY.model_copy(update={field: new}))
+    assert str(caught.value) == (
+        f"{path}: {field} is {old}, the teacher's is {new}; run `samfed precompute-sam`"
+    )
+    check_identity(store, IDENTITY)
+
+
+def test_labels_of_another_size_or_other_images(path: Path) -> None:
+    fill(LabelStore.create(path, IDENTITY, keys(2)))
+    ids = [row.image_id for row in keys(2)]
+    with pytest.raises(IdentityError) as size:
+        read_labels(path, image_ids=ids, label_size=16)
+    assert str(size.value) == (
+        f"{path}: label_size is 8, the run asks for 16 (data.image_size); "
+        "run `samfed precompute-sam`"
+    )
+    with pytest.raises(IdentityError) as images:
+        read_labels(path, image_ids=ids[::-1], label_size=SIZE)
+    assert str(images.value) == (
+        f"{path}: made for other images than the client now has; run `samfed precompute-sam`"
+    )
+
+
+def test_another_identity_moves_the_store_aside_and_back(path: Path, aside: Path) -> None:
+    store, notice = open_label_store(path, IDENTITY, keys(), aside=aside)
+    assert notice is None
+    before = content(fill(store).path)
+    store, notice = open_label_store(path, OTHER, keys(), aside=aside)
+    retired = aside / f"{IDENTITY.digest}.zarr"
+    assert notice == (
+        f"{path}: adapter_sha256 was {'a' * 64}, now {'c' * 64}; moved the old labels to {retired}"
+    )
+    assert store.pending() == [0, 1]
+    assert content(retired) == before
+    store, notice = open_label_store(path, IDENTITY, keys(), aside=aside)
+    assert notice is not None
+    assert notice.endswith(f"; took back labels made earlier from {retired}")
+    assert content(path) == before
+    assert not retired.exists()
+    assert (aside / f"{OTHER.digest}.zarr").is_dir()
+
+
+def test_a_store_taken_back_for_other_images_says_both(path: Path, aside: Path) -> None:
+    fill(open_label_store(path, IDENTITY, keys(3), aside=aside)[0])
+    open_label_store(path, OTHER, keys(3), aside=aside)
+    store, notice = open_label_store(path, IDENTITY, keys(4), aside=aside)
+    assert notice is not None
+    assert "took back labels" in notice
+    assert "kept the labels of 3 of 4" in notice
+    assert store.done().tolist() == [True] * 3 + [False]
+
+
+def test_rows_are_kept_when_images_come_go_or_change(path: Path, aside: Path) -> None:
+    old = keys()
+    fill(open_label_store(path, IDENTITY, old, aside=aside)[0])
+    new = [RowKey("new", "f" * 64), *old[3:60], RowKey(old[60].image_id, "e" * 64), *old[61:]]
+    store, notice = open_label_store(path, IDENTITY, new, aside=aside)
+    assert notice == f"{path}: the images changed; kept the labels of 66 of 68"
+    assert store.rows == tuple(new)
+    done = store.done()
+    assert np.flatnonzero(~done).tolist() == [0, 58]
+    found = store.read(slice(1, 58))
+    np.testing.assert_array_equal(found.masks, labels_of(old[3:60]).masks)
+    np.testing.assert_array_equal(found.scores, labels_of(old[3:60]).scores)
+    assert list(path.parent.iterdir()) == [path]  # nothing half-built stays
+    again, notice = open_label_store(path, IDENTITY, new, aside=aside)
+    assert notice is None
+    np.testing.assert_array_equal(again.done(), done)
+
+
+# --------------------------------------------------------------------------- damage
+
+
+def read_everything(path: Path) -> None:
+    store = LabelStore(path)
+    store.done()
+    store.provenance()
+    store.read()
+
+
+def flip_all(path: Path, read: Callable[[], object], flips: int) -> None:
+    """Flip ``flips`` random bits, in every file at least once; each one must be found."""
+    rng = np.random.default_rng(0)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    read()
+    for number in range(max(flips, len(files))):
+        file = files[number % len(files)]
+        whole = file.read_bytes()
+        place, bit = int(rng.integers(len(whole))), int(rng.integers(8))
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        file.write_bytes(bytes(damaged))
+        try:
+            read()
+        except CorruptStoreError as error:
+            found = str(error)
+        else:
+            found = ""
+        finally:
+            file.write_bytes(whole)
+        assert found.startswith(str(path)), f"{file} byte {place} of {len(whole)} bit {bit}"
+        assert "\n" not in found
+    read()
+
+
+def test_a_flipped_bit_in_a_label_store_is_found(path: Path) -> None:
+    fill(LabelStore.create(path, IDENTITY, keys()))
+    flip_all(path, lambda: read_everything(path), 60)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "masks/c/0/0/0",
+        "confidences/c/1/0/0",
+        "scores/c/1",
+        "done/c/0",
+        "provenance/c/0/0",
+        "image_ids/c/0/0",
+        "image_sha256/c/0/0",
+        "masks/zarr.json",
+        "zarr.json",
+    ],
+)
+@pytest.mark.parametrize("what", ["missing", "truncated", "empty"])
+def test_a_missing_or_truncated_file_is_found(path: Path, name: str, what: str) -> None:
+    fill(LabelStore.create(path, IDENTITY, keys()))
+    file = path / name
+    whole = file.read_bytes()
+    file.unlink()
+    if what != "missing":
+        file.write_bytes(whole[: len(whole) * 2 // 3] if what == "truncated" else b"")
+    with pytest.raises(CorruptStoreError) as caught:
+        read_everything(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_missing_shard_names_its_rows(path: Path) -> None:
+    store = fill(LabelStore.create(path, IDENTITY, keys()))
+    (path / "masks" / "c" / "1" / "0" / "0").unlink()
+    with pytest.raises(CorruptStoreError) as caught:
+        store.read()
+    assert str(caught.value) == (
+        f"{path}: masks rows 64..69 are missing; remove the store and run the stage that writes "
+        "it again"
+    )
+
+
+def test_a_chunk_of_another_store_is_no_zeros(path: Path, tmp_path: Path) -> None:
+    """A shard whose every chunk is marked missing would be read as zeros."""
+    fill(LabelStore.create(path, IDENTITY, keys()))
+    shard = path / "masks" / "c" / "0" / "0" / "0"
+    shard.write_bytes(b"")
+    with pytest.raises(CorruptStoreError):
+        read_everything(path)
+
+
+def test_no_store(path: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        LabelStore(path)
+    assert str(caught.value) == f"{path}: not found; run `samfed precompute-sam` first"
+
+
+def test_an_image_store_is_no_label_store(tmp_path: Path) -> None:
+    write_image_store(tmp_path / "x.zarr", ["a"], [(pictures(1)[0], None)], size=SIZE)
+    with pytest.raises(CorruptStoreError, match="not a label store"):
+        LabelStore(tmp_path / "x.zarr")
+
+
+def test_a_copied_store_is_the_same_store(path: Path, tmp_path: Path) -> None:
+    fill(LabelStore.create(path, IDENTITY, keys()))
+    shutil.copytree(path, tmp_path / "copy.zarr")
+    same(LabelStore(tmp_path / "copy.zarr").read(), labels_of(keys()))
