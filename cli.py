@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.runs import RunFolder
 
 _debug = False
+_OS_ADVICE = "check the path, its permissions and the space left on the disk"
 
 
 class _Commands(TyperGroup):
@@ -34,6 +35,12 @@ class _Commands(TyperGroup):
                 raise
             typer.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if _debug or isinstance(error, BrokenPipeError):
+                raise
+            where = f"{error.filename}: " if error.filename is not None else ""
+            typer.echo(f"error: {where}{error.strerror or error}; {_OS_ADVICE}", err=True)
+            sys.exit(SamfedError.exit_code)
         except KeyboardInterrupt:
             if _debug:
                 raise
@@ -113,7 +120,9 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
     )
     bars: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True)) as display:
+    console = Console(stderr=True)
+    # where nobody watches, stderr holds warnings and errors alone
+    with Progress(*columns, console=console, disable=not console.is_terminal) as display:
 
         def advance(what: str, done: int, total: int) -> None:
             if what not in bars:

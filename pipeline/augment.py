@@ -44,6 +44,8 @@ class Photometry:
 
 STRONG = Photometry()
 LIGHT = Photometry(0.1, 0.15, 0.2, 0.04, 0.0, 0.0)
+#: For a teacher that must hold at sites whose light and colour its few labelled images lack.
+HEAVY = Photometry(0.3, 0.5, 0.8, 0.2, 0.3, 0.05)
 
 
 def random_affine(count: int, limits: Geometry, generator: torch.Generator) -> Tensor:

@@ -130,7 +130,7 @@ class FederateConfig(_Section):
 
     name: str = "sam_fed"  # folder under cache/runs
     method: Method = "sam_fed"
-    rounds: PositiveInt = 10
+    rounds: PositiveInt = 15
     start_steps: Annotated[int, Field(ge=0)] = 200  # of the global model on D_p, before round 1
     local_steps: PositiveInt = 10  # optimiser steps of each client in a round
     labelled_batch: PositiveInt = 8

@@ -47,7 +47,8 @@ def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None
         )
     rows: list[tuple[str, str, str, ImageMetrics]] = []  # client, image, group, metrics
     for number, (name, ids) in enumerate(tested.items(), start=1):
-        part = read_image_store(cache / "images" / name / "test.zarr")
+        path = cache / "images" / name / "test.zarr"
+        part = read_image_store(path, image_ids=ids, size=made.data.image_size)
         assert part.labels is not None
         images = torch.from_numpy(part.images).permute(0, 3, 1, 2).contiguous()
         predicted = predict_masks(model, images).numpy()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.aggregation import FedAvg, first_not_finite
 from pipeline.agreement import AgreementState
+from pipeline.card import CARD_FILE, load_card
 from pipeline.config import Config
 from pipeline.devices import resolve_device
 from pipeline.engines import run_in_process, torch_threads
@@ -28,7 +29,9 @@ from pipeline.models import State, build_model, predict_masks
 from pipeline.partition import Partition, load_partition
 from pipeline.runs import Checkpoint, RunFolder, load_state, save_state
 from pipeline.stores import (
+    Identity,
     ImageSet,
+    Labels,
     LabelStore,
     read_image_store,
     read_labels,
@@ -93,18 +96,14 @@ def federate(config: Config, *, mode: str = "auto", progress: Progress | None = 
 
 def load_federation(config: Config) -> Federation:
     """Read the image stores and, for the methods that use SAM, the finished label stores."""
-    cache, size = config.cache.root, config.data.image_size
-    partition = load_partition(cache / "partition.json")
-    train = read_image_store(cache / "images" / "server" / "train.zarr")
-    calibration = read_image_store(cache / "images" / "server" / "calibration.zarr")
-    uses_sam = config.federate.method in SAM_METHODS
+    partition = load_partition(config.cache.root / "partition.json")
+    identity = _expected_identity(config) if config.federate.method in SAM_METHODS else None
+    calibration = _read_images(config, "server", "calibration", partition.server.calibration)
+    train = _read_images(config, "server", "train", partition.server.train)
     masks = confidences = None
-    identities = []
-    if uses_sam:
-        path = cache / "sam" / "server.zarr"
-        labels = read_labels(path, image_ids=partition.server.calibration, label_size=size)
+    if identity is not None:
+        labels = _read_sam(config, partition, "server", partition.server.calibration, identity)
         masks, confidences = torch.from_numpy(labels.masks), torch.from_numpy(labels.confidences)
-        identities.append(LabelStore(path).identity.digest)
     server = ServerData(
         images=_images(train),
         labels=_labels(train),
@@ -113,39 +112,61 @@ def load_federation(config: Config) -> Federation:
         calibration_masks=masks,
         calibration_confidences=confidences,
     )
-    clients = []
-    for number, name in enumerate(partition.clients):
-        clients.append(_load_client(config, partition, name, number))
-        if uses_sam:
-            identities.append(LabelStore(cache / "sam" / f"{name}.zarr").identity.digest)
+    clients = tuple(
+        _load_client(config, partition, name, number, identity)
+        for number, name in enumerate(partition.clients)
+    )
     validation = {
-        name: read_image_store(cache / "images" / name / "val.zarr")
+        name: _read_images(config, name, "val", part.val)
         for name, part in partition.clients.items()
         if part.val
     }
-    fingerprint = _fingerprint(config, identities)
-    return Federation(server, tuple(clients), validation, fingerprint)
+    fingerprint = _fingerprint(config, identity)
+    return Federation(server, clients, validation, fingerprint)
 
 
-def _load_client(config: Config, partition: Partition, name: str, number: int) -> ClientData:
-    cache, method = config.cache.root, config.federate.method
-    images = read_image_store(cache / "images" / name / "train.zarr")
+def _expected_identity(config: Config) -> Identity:
+    """Whose labels the run asks for: the teacher's; the server's where no teacher is at hand."""
+    teacher = config.cache.root / "teacher"
+    if (teacher / CARD_FILE).is_file():
+        return load_card(teacher).identity(label_size=config.data.image_size)
+    return LabelStore(config.cache.root / "sam" / "server.zarr").identity
+
+
+def _read_images(config: Config, owner: str, split: str, ids: Sequence[str]) -> ImageSet:
+    path = config.cache.root / "images" / owner / f"{split}.zarr"
+    return read_image_store(path, image_ids=ids, size=config.data.image_size)
+
+
+def _read_sam(
+    config: Config, partition: Partition, owner: str, ids: Sequence[str], identity: Identity
+) -> Labels:
+    path = config.cache.root / "sam" / f"{owner}.zarr"
+    return read_labels(path, rows=partition.row_keys(ids), identity=identity)
+
+
+def _load_client(
+    config: Config, partition: Partition, name: str, number: int, identity: Identity | None
+) -> ClientData:
+    method, ids = config.federate.method, partition.clients[name].train
+    images = _images(_read_images(config, name, "train", ids))
     if method == "oracle":
-        truth = read_image_store(cache / "oracle" / f"{name}.zarr", stage="prepare --with-oracle")
-        return ClientData(name, _images(images), masks=_labels(truth))
-    if method not in SAM_METHODS:
-        return ClientData(name, _images(images))
-    labels = read_labels(
-        cache / "sam" / f"{name}.zarr",
-        image_ids=partition.clients[name].train,
-        label_size=config.data.image_size,
-    )
+        truth = read_image_store(
+            config.cache.root / "oracle" / f"{name}.zarr",
+            image_ids=ids,
+            size=config.data.image_size,
+            stage="prepare --with-oracle",
+        )
+        return ClientData(name, images, masks=_labels(truth))
+    if identity is None:
+        return ClientData(name, images)
+    labels = _read_sam(config, partition, name, ids, identity)
     rows: NDArray[np.int64] = np.arange(len(images))
     if method == "shuffled":  # the control: real labels, of the wrong images
         rows = np.random.default_rng([config.seed, 2, number]).permutation(len(images))
     return ClientData(
         name,
-        _images(images),
+        images,
         masks=torch.from_numpy(labels.masks[rows]),
         confidences=torch.from_numpy(labels.confidences[rows]),
     )
@@ -161,13 +182,13 @@ def _labels(stored: ImageSet) -> Tensor:
     return torch.from_numpy(stored.labels)
 
 
-def _fingerprint(config: Config, identities: list[str]) -> str:
+def _fingerprint(config: Config, identity: Identity | None) -> str:
     """sha256 over all that decides the result; where the run lies and runs is left out."""
     settings: dict[str, Any] = json.loads(config.model_dump_json())
     chosen = {name: settings[name] for name in ("seed", "data", "model", "agreement", "federate")}
     del chosen["data"]["root"], chosen["federate"]["name"]
     chosen["partition"] = file_sha256(config.cache.root / "partition.json")
-    chosen["labels"] = identities
+    chosen["labels"] = identity.digest if identity is not None else None
     chosen["code"] = _code_digest()
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 

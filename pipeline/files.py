@@ -66,16 +66,27 @@ def folder_beside(final: Path) -> Iterator[Path]:
     try:
         os.chmod(building, 0o777 & ~_umask())
         yield building
-        if final.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
-            os.replace(final, retired / final.name)
-            os.replace(building, final)
-            shutil.rmtree(retired)
-        else:
-            os.replace(building, final)
+        _take_place(building, final)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def _take_place(building: Path, final: Path) -> None:
+    """Put ``building`` where ``final`` is; the old folder comes back if that fails."""
+    if not final.exists():
+        os.replace(building, final)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
+    try:
+        os.replace(final, retired / final.name)
+        try:
+            os.replace(building, final)
+        except BaseException:
+            os.replace(retired / final.name, final)
+            raise
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def is_folder_name(name: str) -> bool:

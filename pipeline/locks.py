@@ -24,16 +24,19 @@ def writer_lock(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-    for _ in range(2):  # the second try follows a dead holder's removal
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            break
-        except FileExistsError:
-            _remove_if_dead(path)
-    else:
-        raise LockedStoreError(f"{path}: taken by another process at this moment; try again")
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(holder, file)
+    written = path.with_name(f".{path.name}.{os.getpid()}")
+    written.write_text(json.dumps(holder))
+    try:
+        for _ in range(2):  # the second try follows a dead holder's removal
+            try:
+                os.link(written, path)  # fails if it exists; never shows a half-written lock
+                break
+            except FileExistsError:
+                _remove_if_dead(path)
+        else:
+            raise LockedStoreError(f"{path}: taken by another process at this moment; try again")
+    finally:
+        written.unlink(missing_ok=True)
     try:
         yield
     finally:

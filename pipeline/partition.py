@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.config import PartitionConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import is_folder_name, read_json, write_json
+from pipeline.stores import RowKey
 
 if TYPE_CHECKING:  # stage two reads partitions, and no image files
     from pipeline.images import ImageRecord
@@ -65,6 +66,10 @@ class Partition(_Model):
     server: ServerPart
     clients: dict[str, ClientPart]
     images: dict[str, ImageEntry]
+
+    def row_keys(self, ids: Sequence[str]) -> tuple[RowKey, ...]:
+        """The rows that a label store of these images has."""
+        return tuple(RowKey(image_id, self.images[image_id].image_sha256) for image_id in ids)
 
     def paths(self, owner: str) -> dict[str, tuple[str, ...]]:
         """Image ids of ``server`` or of a client, by split."""

@@ -24,7 +24,7 @@ from pipeline.images import load_image
 from pipeline.locks import writer_lock
 from pipeline.partition import Partition, load_partition
 from pipeline.sam.teacher import Teacher, load_teacher
-from pipeline.stores import Labels, LabelStore, RowKey, open_label_store
+from pipeline.stores import Labels, LabelStore, open_label_store
 
 log = logging.getLogger("samfed.precompute")
 
@@ -88,7 +88,7 @@ def _label_owner(
     advance: Callable[[int], None],
 ) -> None:
     cache = config.cache.root
-    rows = [RowKey(i, partition.images[i].image_sha256) for i in ids]
+    rows = partition.row_keys(ids)
     identity = teacher.card.identity(label_size=config.data.image_size)
     store, notice = open_label_store(
         cache / "sam" / f"{owner}.zarr", identity, rows, aside=cache / "aside" / owner

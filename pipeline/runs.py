@@ -57,7 +57,12 @@ class RunFolder:
         Raises:
             ConfigError: ``resume`` was asked for, but there is nothing that it may continue.
         """
-        found = self._fingerprint()
+        try:
+            found = self._fingerprint()
+        except CorruptStoreError:
+            if mode != "restart":
+                raise
+            found = "damaged"
         notice = None
         if mode == "resume" and found != fingerprint:
             state = "no checkpoint" if found is None else "a run with other parameters or data"
@@ -83,15 +88,15 @@ class RunFolder:
         """Write a round's checkpoint atomically and drop all but the last two."""
         tensors = {f"weights/{name}": value for name, value in checkpoint.weights.items()}
         tensors |= {f"clients/{name}": value for name, value in checkpoint.client_states.items()}
-        digest = _digest(tensors)
-        meta = {"round": str(checkpoint.round), "fingerprint": fingerprint, "sha256": digest}
+        meta = {"round": str(checkpoint.round), "fingerprint": fingerprint}
+        meta["sha256"] = _digest(meta, tensors)
         # one entry: safetensors writes several in random order
         content = safetensors.torch.save(
             {k: v.contiguous() for k, v in tensors.items()},
             metadata={"samfed": json.dumps(meta, sort_keys=True)},
         )
         write_bytes(self._checkpoints() / f"round_{checkpoint.round:04d}.safetensors", content)
-        for old in sorted(self._checkpoints().glob("round_*.safetensors"))[:-_KEPT_CHECKPOINTS]:
+        for old in self._saved()[:-_KEPT_CHECKPOINTS]:
             old.unlink()
 
     def load_checkpoint(self) -> Checkpoint | None:
@@ -104,8 +109,6 @@ class RunFolder:
         if path is None:
             return None
         meta, tensors = _load(path)
-        if _digest(tensors) != meta["sha256"]:
-            raise CorruptStoreError(f"{path}: damaged (sha256 differs); delete it and run again")
         return Checkpoint(
             round=int(meta["round"]),
             weights=_under(tensors, "weights/"),
@@ -147,8 +150,13 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def _last(self) -> Path | None:
-        found = sorted(self._checkpoints().glob("round_*.safetensors"))
+        found = self._saved()
         return found[-1] if found else None
+
+    def _saved(self) -> list[Path]:
+        """Checkpoints in the order of their rounds, of any number of digits."""
+        found = self._checkpoints().glob("round_*.safetensors")
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def _fingerprint(self) -> str | None:
         path = self._last()
@@ -176,16 +184,22 @@ def _load(path: Path) -> tuple[dict[str, str], State]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             meta = json.loads(file.metadata()["samfed"])
-            return meta, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        whole = _digest(meta, tensors) == meta["sha256"]
+    except Exception as error:  # safetensors and json raise many kinds for damaged bytes
         raise CorruptStoreError(f"{path}: damaged ({error}); delete it and run again") from error
+    if not whole:
+        raise CorruptStoreError(f"{path}: damaged (sha256 differs); delete it and run again")
+    return meta, tensors
 
 
-def _digest(tensors: State) -> str:
-    """sha256 over names and bytes: safetensors itself carries no checksum."""
-    digest = hashlib.sha256()
+def _digest(meta: dict[str, str], tensors: State) -> str:
+    """sha256 over round, fingerprint and tensors: safetensors itself carries no checksum."""
+    digest = hashlib.sha256(json.dumps([meta["round"], meta["fingerprint"]]).encode())
     for name in sorted(tensors):
-        digest.update(name.encode() + b"\0" + tensors[name].contiguous().numpy().tobytes())
+        value = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -103,14 +103,19 @@ def write_image_store(
         group = zarr.create_group(store=building)
         images = _sharded(group, "images", (count, size, size, 3))
         labels: zarr.Array[Any] | None = None
-        ids = group.create_array("image_ids", data=_encode_ids(image_ids), compressors=_codecs())
-        assert ids.shape[0] == count
+        group.create_array("image_ids", data=_encode_ids(image_ids), compressors=_codecs())
+        written = labelled = 0
         for start, block in _blocks(rows):
             images[start : start + len(block)] = np.stack([image for image, _ in block])
             marks = [label for _, label in block if label is not None]
+            written, labelled = written + len(block), labelled + len(marks)
+            if labelled not in (0, written):
+                raise ValueError(f"found {labelled} labels for {written} images of {path}")
             if marks:
                 labels = labels or _sharded(group, "labels", (count, size, size))
                 labels[start : start + len(block)] = np.stack(marks)
+        if written != count:
+            raise ValueError(f"found {written} rows for {count} image ids of {path}")
         _seal(building, {"kind": "images", "format": FORMAT})
 
 
@@ -128,11 +133,14 @@ def _blocks(
         yield start, block
 
 
-def read_image_store(path: Path, *, stage: str = "prepare") -> ImageSet:
-    """Read an image store into memory.
+def read_image_store(
+    path: Path, *, image_ids: Sequence[str], size: int, stage: str = "prepare"
+) -> ImageSet:
+    """Read an image store into memory: these images in this order, at this size.
 
     Raises:
-        StageError: it does not exist. CorruptStoreError: its bytes are not what was written.
+        StageError: it does not exist. IdentityError: it holds other images, or another size.
+        CorruptStoreError: its bytes are not what was written.
     """
     if not path.is_dir():
         raise StageError(f"{path}: not found; run `samfed {stage}` first")
@@ -140,6 +148,14 @@ def read_image_store(path: Path, *, stage: str = "prepare") -> ImageSet:
     group = zarr.open_group(path, mode="r")
     labels = _read(path, group, "labels") if "labels" in group else None
     ids = _decode_ids(_read(path, group, "image_ids"))
+    every: Any = group["images"]
+    found: int = every.shape[1]
+    if found != size:
+        raise IdentityError(
+            f"{path}: image_size is {found}, the run asks for {size}; run `samfed {stage}`"
+        )
+    if ids != tuple(image_ids):
+        raise IdentityError(f"{path}: holds other images than the partition; run `samfed {stage}`")
     return ImageSet(ids, _read(path, group, "images"), labels)
 
 
@@ -155,7 +171,7 @@ class LabelStore:
     """
 
     def __init__(self, path: Path) -> None:
-        if not (path / "zarr.json").is_file():
+        if not path.is_dir():
             raise StageError(f"{path}: not found; run `samfed precompute-sam` first")
         self.path = path
         attributes = _check_seal(path)
@@ -214,12 +230,16 @@ class LabelStore:
             "scores": labels.scores,
         }
         inside = np.asarray(rows) - span.start
+        begun = bool(self.done()[span.start : span.stop].any())
         for name, new in values.items():
             array = self._arrays[name]
             if len(rows) == len(span):
                 array[span.start : span.stop] = new
                 continue
-            whole = np.asarray(array[span.start : span.stop])
+            if begun:
+                whole = _read(self.path, self._group, name, slice(span.start, span.stop)).copy()
+            else:  # what a killed run may have left is not kept: same bytes either way
+                whole = np.zeros((len(span), *array.shape[1:]), array.dtype)
             whole[inside] = new
             array[span.start : span.stop] = whole
 
@@ -266,19 +286,15 @@ def confidence_to_probability(confidences: Bytes) -> NDArray[np.float32]:
     return np.clip(confidences.astype(np.float32) / 255, *_CONFIDENCE_CLIP)
 
 
-def read_labels(path: Path, *, image_ids: Sequence[str], label_size: int) -> Labels:
-    """A finished store's labels, for exactly these images in this order and at this size.
+def read_labels(path: Path, *, rows: Sequence[RowKey], identity: Identity) -> Labels:
+    """A finished store's labels, by this very teacher and for exactly these images in this order.
 
     Raises:
-        StageError: missing or unfinished. IdentityError: made for other images or another size.
+        StageError: missing or unfinished. IdentityError: by another teacher, or for other images.
     """
     store = LabelStore(path)
-    if store.identity.label_size != label_size:
-        raise IdentityError(
-            f"{path}: label_size is {store.identity.label_size}, the run asks for {label_size} "
-            "(data.image_size); run `samfed precompute-sam`"
-        )
-    if tuple(row.image_id for row in store.rows) != tuple(image_ids):
+    check_identity(store, identity)
+    if store.rows != tuple(rows):
         raise IdentityError(
             f"{path}: made for other images than the client now has; run `samfed precompute-sam`"
         )
@@ -315,7 +331,8 @@ def open_label_store(
     if store.rows == tuple(rows):
         return store, notice
     carried, count = _carry_over(store, rows)
-    return carried, f"{path}: the images changed; kept the labels of {count} of {len(rows)}"
+    change = f"{path}: the images changed; kept the labels of {count} of {len(rows)}"
+    return carried, f"{notice}; {change}" if notice else change
 
 
 def check_identity(store: LabelStore, identity: Identity) -> None:
@@ -327,7 +344,7 @@ def check_identity(store: LabelStore, identity: Identity) -> None:
     if store.identity != identity:
         field, old, new = _first_difference(store.identity, identity)
         raise IdentityError(
-            f"{store.path}: {field} is {old}, the teacher's is {new}; run `samfed precompute-sam`"
+            f"{store.path}: {field} is {old}, the run asks for {new}; run `samfed precompute-sam`"
         )
 
 
@@ -384,7 +401,7 @@ def _create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> No
     group = zarr.create_group(store=path)
     _sharded(group, "masks", (count, size, size))
     _sharded(group, "confidences", (count, size, size))
-    scores = _array(group, "scores", (count,), (SHARD_ROWS,), "float32")
+    _array(group, "scores", (count,), (SHARD_ROWS,), "float32")
     # zarr writes a scalar fill only where told to: every mark exists on disk from the start
     done = _array(group, "done", (count,), (_MARK_SHARDS * SHARD_ROWS,), "uint8")
     done[:] = np.zeros(count, np.uint8)
@@ -392,7 +409,6 @@ def _create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> No
         group, "provenance", (shards, _PROVENANCE_BYTES), (_MARK_SHARDS, _PROVENANCE_BYTES), "uint8"
     )
     provenance[:] = np.zeros((shards, _PROVENANCE_BYTES), np.uint8)
-    assert scores.shape == done.shape
     group.create_array(
         "image_ids", data=_encode_ids([row.image_id for row in rows]), compressors=_codecs()
     )
@@ -440,7 +456,8 @@ def _read(path: Path, group: Any, name: str, rows: slice = slice(None)) -> Any:
     step = (array.shards or array.chunks)[0]
     for part in range(start // step, -(-stop // step)):
         key = "/".join([str(part)] + ["0"] * (array.ndim - 1))
-        if not (path / name / "c" / key).is_file():
+        file = path / name / "c" / key
+        if not file.is_file() or file.stat().st_size == 0:  # zarr reads an empty shard as zeros
             raise CorruptStoreError(
                 f"{path}: {name} rows {part * step}..{min((part + 1) * step, stop) - 1} are "
                 "missing; remove the store and run the stage that writes it again"

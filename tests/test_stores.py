@@ -99,9 +99,11 @@ def test_image_store_round_trip(tmp_path: Path, count: int, labelled: bool) -> N
     ids = [f"\u75c5\u5909 {i}" for i in range(count)]
     images = pictures(count)
     truth = images[..., 0] % 2
-    rows = ((image, label if labelled else None) for image, label in zip(images, truth, strict=True))
+    rows = (
+        (image, label if labelled else None) for image, label in zip(images, truth, strict=True)
+    )
     write_image_store(tmp_path / "x.zarr", ids, rows, size=SIZE)
-    found = read_image_store(tmp_path / "x.zarr")
+    found = read_image_store(tmp_path / "x.zarr", image_ids=ids, size=SIZE)
     assert found.image_ids == tuple(ids)
     assert len(found) == count
     np.testing.assert_array_equal(found.images, images)
@@ -110,6 +112,16 @@ def test_image_store_round_trip(tmp_path: Path, count: int, labelled: bool) -> N
     else:
         assert found.labels is None
         assert not (tmp_path / "x.zarr" / "labels").exists()
+
+
+def test_images_of_another_size_or_partition_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.zarr"
+    write_image_store(path, ["a", "b"], [(p, None) for p in pictures(2)], size=SIZE)
+    with pytest.raises(IdentityError) as size:
+        read_image_store(path, image_ids=["a", "b"], size=16)
+    assert str(size.value) == f"{path}: image_size is 8, the run asks for 16; run `samfed prepare`"
+    with pytest.raises(IdentityError, match="holds other images than the partition"):
+        read_image_store(path, image_ids=["b", "a"], size=SIZE)
 
 
 def test_image_store_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -134,14 +146,14 @@ def test_rows_that_do_not_match_the_ids_are_refused(tmp_path: Path) -> None:
 
 def test_missing_image_store(tmp_path: Path) -> None:
     with pytest.raises(StageError) as caught:
-        read_image_store(tmp_path / "x.zarr")
+        read_image_store(tmp_path / "x.zarr", image_ids=["a"], size=SIZE)
     assert str(caught.value) == f"{tmp_path / 'x.zarr'}: not found; run `samfed prepare` first"
 
 
 def test_a_flipped_bit_in_an_image_store_is_found(tmp_path: Path) -> None:
     store = tmp_path / "x.zarr"
     write_image_store(store, ["a", "b"], [(p, p[..., 0]) for p in pictures(2)], size=SIZE)
-    flip_all(store, lambda: read_image_store(store), 40)
+    flip_all(store, lambda: read_image_store(store, image_ids=["a", "b"], size=SIZE), 40)
 
 
 # --------------------------------------------------------------------------- labels
@@ -160,7 +172,7 @@ def test_label_store_round_trip(path: Path) -> None:
     same(store.read(), expected)
     part = again.read(slice(60, 67))
     np.testing.assert_array_equal(part.masks, expected.masks[60:67])
-    found = read_labels(path, image_ids=[row.image_id for row in keys()], label_size=SIZE)
+    found = read_labels(path, rows=keys(), identity=IDENTITY)
     same(found, expected)
 
 
@@ -246,22 +258,20 @@ def test_another_identity_names_field_and_both_values(path: Path, field: str) ->
     with pytest.raises(IdentityError) as caught:
         check_identity(store, IDENTITY.model_copy(update={field: new}))
     assert str(caught.value) == (
-        f"{path}: {field} is {old}, the teacher's is {new}; run `samfed precompute-sam`"
+        f"{path}: {field} is {old}, the run asks for {new}; run `samfed precompute-sam`"
     )
     check_identity(store, IDENTITY)
 
 
 def test_labels_of_another_size_or_other_images(path: Path) -> None:
     fill(LabelStore.create(path, IDENTITY, keys(2)))
-    ids = [row.image_id for row in keys(2)]
     with pytest.raises(IdentityError) as size:
-        read_labels(path, image_ids=ids, label_size=16)
+        read_labels(path, rows=keys(2), identity=IDENTITY.model_copy(update={"label_size": 16}))
     assert str(size.value) == (
-        f"{path}: label_size is 8, the run asks for 16 (data.image_size); "
-        "run `samfed precompute-sam`"
+        f"{path}: label_size is 8, the run asks for 16; run `samfed precompute-sam`"
     )
     with pytest.raises(IdentityError) as images:
-        read_labels(path, image_ids=ids[::-1], label_size=SIZE)
+        read_labels(path, rows=keys(2)[::-1], identity=IDENTITY)
     assert str(images.value) == (
         f"{path}: made for other images than the client now has; run `samfed precompute-sam`"
     )

@@ -106,11 +106,13 @@ class TimmImageEncoder(nn.Module):
             nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False),
             LayerNorm2d(out_channels),
         )
+        # depthwise convolutions run about twice as fast with channels last
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode ``x`` (B, 3, S, S) float, normalised, into (B, out_channels, S/16, S/16)."""
         size = (x.shape[-2] // _STRIDE, x.shape[-1] // _STRIDE)
-        features = self.backbone(x)
+        features = self.backbone(x.contiguous(memory_format=torch.channels_last))
         total: Tensor | None = None
         for level, projection in zip(self.levels, self.projections, strict=True):
             projected = projection(features[level])

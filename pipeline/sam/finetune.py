@@ -20,13 +20,14 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from pipeline.augment import (
-    LIGHT,
+    HEAVY,
     Geometry,
     change_appearance,
     random_affine,
     warp_images,
     warp_labels,
 )
+from pipeline.card import CARD_FILE, TeacherCard
 from pipeline.config import Config, SamConfig
 from pipeline.devices import resolve_device
 from pipeline.files import file_sha256, folder_beside, write_json
@@ -37,11 +38,9 @@ from pipeline.partition import load_partition
 from pipeline.sam.lora import add_lora, merge_lora
 from pipeline.sam.teacher import (
     ADAPTER_FILE,
-    CARD_FILE,
     LOGIT_STRIDE,
     PROMPT,
     Teacher,
-    TeacherCard,
     base_checkpoint,
     build_base,
     forward,
@@ -178,7 +177,7 @@ def _loss(
     maps = random_affine(len(pixels), Geometry(), generator)
     images = warp_images(pixels.float() / 255, maps, padding="zeros")
     target = warp_labels(masks, maps, padding="zeros", fill=IGNORE)
-    images = change_appearance(images, LIGHT, generator) * 255
+    images = change_appearance(images, HEAVY, generator) * 255
     device = sam.pixel_mean.device
     images, target = images.to(device), target.to(device).long()
     logits, iou = forward(sam, images, target != IGNORE)

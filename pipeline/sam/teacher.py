@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
+from pipeline.card import TeacherCard, load_card
 from pipeline.config import SamConfig
 from pipeline.devices import resolve_device
 from pipeline.errors import ConfigError, DataError, IdentityError, StageError
-from pipeline.files import file_sha256, read_json
+from pipeline.files import file_sha256
 from pipeline.sam.build import (
     EMBEDDED_WEIGHTS,
     OFFICIAL_SHA256,
@@ -28,47 +28,14 @@ from pipeline.sam.build import (
     load_state,
 )
 from pipeline.sam.lora import add_lora, merge_lora
-from pipeline.stores import Identity, Labels
+from pipeline.stores import Labels
 
 ADAPTER_FILE = "adapter.safetensors"
-CARD_FILE = "card.json"
 LOGIT_STRIDE = 4  # input pixels per cell of the low-resolution logits
 PROMPT = "none"
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class TeacherCard(BaseModel):
-    """``card.json``: what the adapted teacher is, and how good it is where truth is known."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    variant: str
-    input_size: int  # px
-    num_classes: int
-    prompt: str
-    lora_rank: int | None  # None: fine-tuned whole
-    base_sha256: str  # of the checkpoint's file; "random" if it started from none
-    adapter_sha256: str  # of adapter.safetensors
-    parameters: int  # of the whole teacher
-    trained_parameters: int
-    train_images: int
-    calibration_images: int
-    calibration_dice: float  # mean foreground Dice per image, 0..1, at the images' own size
-    seed: int
-
-    def identity(self, *, label_size: int) -> Identity:
-        """The identity of labels that this teacher makes at ``label_size`` pixels."""
-        return Identity(
-            variant=self.variant,
-            base_sha256=self.base_sha256,
-            adapter_sha256=self.adapter_sha256,
-            prompt=self.prompt,
-            input_size=self.input_size,
-            label_size=label_size,
-            num_classes=self.num_classes,
-        )
 
 
 def base_checkpoint(config: SamConfig) -> tuple[Path | None, str]:
@@ -282,21 +249,6 @@ class Teacher:
             confidences=(confidences * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy(),
             scores=image_score(masks, iou).cpu().numpy(),
         )
-
-
-def load_card(folder: Path) -> TeacherCard:
-    """Read ``card.json``.
-
-    Raises:
-        StageError: there is no teacher yet. DataError: the card is damaged.
-    """
-    raw = read_json(folder / CARD_FILE, stage="finetune-sam")
-    try:
-        return TeacherCard.model_validate(raw)
-    except ValueError as error:
-        raise DataError(
-            f"{folder / CARD_FILE}: not a teacher card; rerun `samfed finetune-sam`"
-        ) from error
 
 
 def load_teacher(folder: Path, config: SamConfig, *, device: str, precision: str) -> Teacher:

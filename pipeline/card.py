@@ -1,0 +1,60 @@
+"""The teacher's card: what it is, known to both stages without loading it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.errors import DataError
+from pipeline.files import read_json
+from pipeline.stores import Identity
+
+CARD_FILE = "card.json"
+
+
+class TeacherCard(BaseModel):
+    """``card.json``: what the adapted teacher is, and how good it is where truth is known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    variant: str
+    input_size: int  # px
+    num_classes: int
+    prompt: str
+    lora_rank: int | None  # None: fine-tuned whole
+    base_sha256: str  # of the checkpoint's file; "random" if it started from none
+    adapter_sha256: str  # of adapter.safetensors
+    parameters: int  # of the whole teacher
+    trained_parameters: int
+    train_images: int
+    calibration_images: int
+    calibration_dice: float  # mean foreground Dice per image, 0..1, at the images' own size
+    seed: int
+
+    def identity(self, *, label_size: int) -> Identity:
+        """The identity of labels that this teacher makes at ``label_size`` pixels."""
+        return Identity(
+            variant=self.variant,
+            base_sha256=self.base_sha256,
+            adapter_sha256=self.adapter_sha256,
+            prompt=self.prompt,
+            input_size=self.input_size,
+            label_size=label_size,
+            num_classes=self.num_classes,
+        )
+
+
+def load_card(folder: Path) -> TeacherCard:
+    """Read ``card.json``.
+
+    Raises:
+        StageError: there is no teacher yet. DataError: the card is damaged.
+    """
+    raw = read_json(folder / CARD_FILE, stage="finetune-sam")
+    try:
+        return TeacherCard.model_validate(raw)
+    except ValueError as error:
+        raise DataError(
+            f"{folder / CARD_FILE}: not a teacher card; rerun `samfed finetune-sam`"
+        ) from error

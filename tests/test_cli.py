@@ -1,0 +1,407 @@
+"""The command line: every command, its exit code, and exactly one line for what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_config, write_params
+
+from pipeline.errors import ConfigError
+from pipeline.locks import writer_lock
+
+with warnings.catch_warnings():  # typer < 0.21 imports names that click 8.5 calls deprecated
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from click.testing import Result
+    from typer.main import get_command
+    from typer.testing import CliRunner
+
+    import cli
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = sorted(get_command(cli.app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """A command logs to stderr as it is at that moment; give the test session its log back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def fails(code: int, *arguments: object) -> str:
+    """Run a command that must fail; its one line on stderr, without the prefix."""
+    result = call(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert result.stderr == lines[0] + "\n"
+    return lines[0].removeprefix("error: ")
+
+
+def answer(*arguments: object) -> dict[str, Any]:
+    """Run a command with --json; stdout holds one object and nothing else."""
+    result = call(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else b""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+class Project:
+    """A folder with settings, images and a cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cache = folder / "cache"
+        self.images = folder / "images"
+        config = tiny_config(self.images, self.cache)
+        self.params = write_params(folder / "params.yaml", config)
+
+    @property
+    def options(self) -> tuple[object, ...]:
+        return ("--params", self.params)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, dict[str, Any]]:
+    """A project on which every stage ran, and what each printed; tests only read it."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    said = {}
+    for stage in (
+        ("synth", project.images),
+        ("prepare", "--with-oracle"),
+        ("finetune-sam",),
+        ("evaluate-sam",),
+        ("precompute-sam",),
+        ("federate",),
+        ("evaluate",),
+        ("report",),
+    ):
+        said[str(stage[0])] = answer(*stage, *project.options)
+    return project, said
+
+
+@pytest.fixture
+def project(finished: tuple[Project, dict[str, Any]], tmp_path: Path) -> Project:
+    """A copy of the finished project that a test may change."""
+    copy = Project(tmp_path)
+    shutil.copytree(finished[0].cache, copy.cache)
+    shutil.copytree(finished[0].images, copy.images)
+    return copy
+
+
+# --------------------------------------------------------------------------- help
+
+
+def test_help_names_every_command() -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    for name in COMMANDS:
+        assert name in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert "--debug" in result.stdout
+    assert "--json" in result.stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; import cli\n"
+        "assert CliRunner().invoke(cli.app, ['--help']).exit_code == 0\n"
+        "heavy = {'torch', 'zarr', 'numpy', 'pydantic', 'PIL', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_version() -> None:
+    assert call("--version").stdout.startswith("samfed 0.")
+
+
+def test_one_line_from_a_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cli", "prepare", "--set", f"data.root={tmp_path}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 3
+    assert result.stdout == ""
+    assert result.stderr == (
+        f"error: {tmp_path / 'images'}: no such folder; expected images/<id>.png|jpg|tif|bmp in "
+        "data.root\n"
+    )
+
+
+# --------------------------------------------------------------------------- the chain
+
+
+def test_every_stage_answers_in_json(finished: tuple[Project, dict[str, Any]]) -> None:
+    project, said = finished
+    assert said["synth"] == {"folder": str(project.images), "images": 32}
+    assert sum(said["prepare"]["server"].values()) <= 6
+    assert len(said["prepare"]) == 5
+    assert said["finetune-sam"]["variant"] == "vit_t"
+    assert 0 <= said["evaluate-sam"]["dice"] <= 1
+    assert said["precompute-sam"]["failed"] == []
+    assert said["precompute-sam"]["kept"] == 0
+    assert said["precompute-sam"]["labelled"] == sum(
+        splits.get("calibration", splits["train"]) for splits in said["prepare"].values()
+    )
+    assert said["federate"]["rounds"] == 2
+    assert said["evaluate"]["method"] == "sam_fed"
+    assert Path(said["report"]["report"]).is_file()
+
+
+def test_every_stage_answers_in_words(project: Project) -> None:
+    assert call("prepare", *project.options).stdout.startswith("server: ")
+    again = call("precompute-sam", *project.options)
+    assert again.stdout.startswith("0 images labelled, ")
+    assert again.stderr == ""  # no bars where no terminal is
+    assert "Dice" in call("evaluate", *project.options).stdout
+
+
+def test_a_store_made_by_another_teacher_is_moved_aside(project: Project) -> None:
+    answer("finetune-sam", *project.options, "--set", "seed=1")
+    said = call("precompute-sam", *project.options, "--client", "site_a", "--json")
+    notices = json.loads(said.stdout)["notices"]
+    assert len(notices) == 2  # the server's calibration part, and site_a
+    for owner, notice in zip(("server", "site_a"), notices, strict=True):
+        store = project.cache / "sam" / f"{owner}.zarr"
+        assert notice.startswith(f"{store}: adapter_sha256 was ")
+        assert f"; moved the old labels to {project.cache / 'aside' / owner}/" in notice
+
+
+# --------------------------------------------------------------------------- too early
+
+
+@pytest.mark.parametrize(
+    ("stage", "gone", "file", "needed"),
+    [
+        ("finetune-sam", "partition.json", "partition.json", "prepare"),
+        ("evaluate-sam", "partition.json", "partition.json", "prepare"),
+        ("precompute-sam", "partition.json", "partition.json", "prepare"),
+        ("federate", "partition.json", "partition.json", "prepare"),
+        ("evaluate", "partition.json", "partition.json", "prepare"),
+        ("report", "partition.json", "partition.json", "prepare"),
+        ("federate", "images", "images/server/train.zarr", "prepare"),
+        ("evaluate-sam", "teacher", "teacher/card.json", "finetune-sam"),
+        ("precompute-sam", "teacher", "teacher/card.json", "finetune-sam"),
+        ("federate", "sam", "sam/server.zarr", "precompute-sam"),
+        ("evaluate", "runs", "runs/sam_fed/models/global.safetensors", "federate"),
+        ("report", "runs", "runs/sam_fed/history.jsonl", "federate"),
+        ("report", "runs/sam_fed/metrics.json", "runs/sam_fed/metrics.json", "evaluate"),
+    ],
+)
+def test_a_stage_before_the_one_it_needs(
+    project: Project, stage: str, gone: str, file: str, needed: str
+) -> None:
+    lost = project.cache / gone
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    before = listing(project.cache)
+    assert fails(4, stage, *project.options) == (
+        f"{project.cache / file}: not found; run `samfed {needed}` first"
+    )
+    assert listing(project.cache) == before
+
+
+def test_the_ceiling_without_its_labels(project: Project) -> None:
+    shutil.rmtree(project.cache / "oracle")
+    assert fails(4, "federate", *project.options, "--set", "federate.method=oracle") == (
+        f"{project.cache}/oracle/site_a.zarr: not found; run `samfed prepare --with-oracle` first"
+    )
+
+
+# --------------------------------------------------------------------------- one line
+
+
+def test_bad_key(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    assert fails(2, "prepare", *project.options, "--set", "cache.rot=x") == (
+        f"{project.params}: unknown key 'cache.rot'; expected one of root"
+    )
+    assert not project.cache.exists()
+
+
+def test_no_settings(tmp_path: Path) -> None:
+    missing = tmp_path / "none.yaml"
+    assert fails(2, "federate", "--params", missing) == (
+        f"{missing}: no such file; run in the project's folder or pass --params"
+    )
+
+
+def test_missing_data_root(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    assert fails(3, "prepare", *project.options) == (
+        f"{project.images}/images: no such folder; expected images/<id>.png|jpg|tif|bmp in "
+        "data.root"
+    )
+    assert not project.cache.exists()
+
+
+def test_unknown_client(project: Project) -> None:
+    before = listing(project.cache)
+    assert fails(2, "precompute-sam", *project.options, "--client", "site_x") == (
+        "--client site_x: no such client; expected one of site_a, site_b, site_c, site_d"
+    )
+    assert listing(project.cache) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "file"), [("evaluate", "models/global.safetensors"), ("report", "history.jsonl")]
+)
+def test_unknown_run(project: Project, command: str, file: str) -> None:
+    before = listing(project.cache)
+    assert fails(4, command, *project.options, "--name", "other") == (
+        f"{project.cache}/runs/other/{file}: not found; run `samfed federate` first"
+    )
+    assert listing(project.cache) == before
+
+
+def test_vit_b_without_its_checkpoint(project: Project) -> None:
+    before = listing(project.cache)
+    settings = (*project.options, "--set", "sam.variant=vit_b")
+    assert fails(2, "finetune-sam", *settings) == (
+        "sam.checkpoint: vit_b needs the official checkpoint; download it from "
+        "segment-anything's page and give its path"
+    )
+    missing = project.folder / "sam_vit_b.pth"
+    assert fails(3, "finetune-sam", *settings, "--set", f"sam.checkpoint={missing}") == (
+        f"{missing}: no such checkpoint; check sam.checkpoint in params.yaml"
+    )
+    assert listing(project.cache) == before
+
+
+def test_labels_of_another_size(project: Project) -> None:
+    before = listing(project.cache)
+    text = fails(5, "federate", *project.options, "--set", "data.image_size=48")
+    assert "32" in text
+    assert "48" in text
+    assert listing(project.cache) == before
+
+
+def test_a_teacher_of_another_kind(project: Project) -> None:
+    card = project.cache / "teacher" / "card.json"
+    card.write_text(card.read_text().replace('"vit_t"', '"vit_b"'))
+    assert fails(5, "precompute-sam", *project.options) == (
+        f"{project.cache}/teacher: variant is vit_b, params.yaml asks for vit_t; "
+        "run `samfed finetune-sam`"
+    )
+
+
+def test_a_damaged_label_store(project: Project) -> None:
+    shard = project.cache / "sam" / "site_b.zarr" / "masks" / "c" / "0" / "0" / "0"
+    damaged = bytearray(shard.read_bytes())
+    damaged[8] ^= 4
+    shard.write_bytes(bytes(damaged))
+    text = fails(5, "federate", *project.options, "--restart")
+    assert text.startswith(f"{project.cache}/sam/site_b.zarr: masks rows 0..")
+    assert " are damaged (" in text
+
+
+def test_a_store_that_another_process_writes(project: Project) -> None:
+    with writer_lock(project.cache / "locks" / "site_a.lock"):
+        text = fails(5, "precompute-sam", *project.options, "--client", "site_a")
+    assert text.startswith(f"{project.cache}/locks/site_a.lock: process ")
+    assert text.endswith(" writes to this store; wait for it or stop it")
+
+
+def test_resume_and_restart(project: Project) -> None:
+    assert fails(2, "federate", *project.options, "--resume", "--restart") == (
+        "--resume and --restart: give one of them"
+    )
+    run = project.cache / "runs" / "new"
+    assert fails(2, "federate", *project.options, "--resume", "--name", "new") == (
+        f"--resume: found no checkpoint in {run}; leave --resume out"
+    )
+    assert not run.exists()
+
+
+def test_an_unknown_method_of_the_demo(tmp_path: Path) -> None:
+    assert fails(2, "demo", "--out", tmp_path / "demo", "--method", "magic") == (
+        "--method magic: no such method; expected one of supervised, fedavg_ssl, sam_only, "
+        "sam_fed, shuffled, oracle"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written(project: Project) -> None:
+    cache = project.params / "below"  # a file is no folder, for root too
+    text = fails(1, "prepare", *project.options, "--set", f"cache.root={cache}")
+    assert text == (
+        f"{cache}: Not a directory; check the path, its permissions and the space left on the disk"
+    )
+
+
+@pytest.mark.parametrize("at", [0, -1])
+def test_a_damaged_image_leaves_nothing_half_written(project: Project, at: int) -> None:
+    path = sorted((project.images / "images").iterdir())[at]
+    path.write_bytes(path.read_bytes()[:60])
+    before = listing(project.cache)
+    text = fails(3, "prepare", *project.options)
+    assert text.startswith(f"{path}: ")
+    assert text.endswith("; replace or remove it")
+    assert listing(project.cache) == before
+
+
+def test_an_image_changed_after_prepare(project: Project) -> None:
+    """Stage one labels the others, names this one, and says so with its exit code."""
+    partition = json.loads((project.cache / "partition.json").read_text())
+    image = partition["images"][partition["clients"]["site_a"]["train"][0]]["image"]
+    shutil.rmtree(project.cache / "sam" / "site_a.zarr")
+    path = project.images / image
+    path.write_bytes(path.read_bytes() + b"\0")
+    result = call("precompute-sam", *project.options, "--client", "site_a", "--json")
+    assert result.exit_code == 6
+    assert result.stderr.splitlines() == [
+        f"error: {path}: changed since `samfed prepare`; run `samfed prepare` again",
+        "error: 1 images have no label; the others are done",
+    ]
+    said = json.loads(result.stdout)
+    assert said["labelled"] == len(partition["clients"]["site_a"]["train"]) - 1
+    text = fails(4, "federate", *project.options)
+    assert text.endswith(" rows are labelled; run `samfed precompute-sam` to finish it")
+
+
+def test_debug_shows_the_exception(tmp_path: Path) -> None:
+    result = call("prepare", "--params", tmp_path / "none.yaml", "--debug")
+    assert isinstance(result.exception, ConfigError)
+    command = [sys.executable, "-m", "cli", "prepare", "--params", "none.yaml", "--debug"]
+    real = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert real.returncode == 1
+    assert "Traceback (most recent call last)" in real.stderr
+    assert "ConfigError: none.yaml: no such file" in real.stderr
+
+
+def test_interrupted(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.prepare.prepare", interrupt)
+    result = call("prepare", *project.options)
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: run the same command again to continue\n"

@@ -1,0 +1,86 @@
+"""Files and folders appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import DataError, StageError
+from pipeline.files import file_sha256, folder_beside, read_json, write_bytes, write_json
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    for text in ("first", "second"):
+        with folder_beside(final) as building:
+            (building / "file").write_text(text)
+    assert (final / "file").read_text() == "second"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    with folder_beside(final) as building:
+        (building / "file").write_text("first")
+
+    def stop(building: Path) -> None:
+        (building / "file").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), folder_beside(final) as building:
+        stop(building)
+    assert (final / "file").read_text() == "first"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_the_old_folder_comes_back_if_the_new_one_cannot_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = tmp_path / "out"
+    with folder_beside(final) as building:
+        (building / "file").write_text("first")
+    real = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(target) == final and Path(source).parent == tmp_path:
+            raise OSError("disk gone")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk gone"), folder_beside(final) as building:
+        (building / "file").write_text("second")
+    assert (final / "file").read_text() == "first"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"first")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_json_round_trip_and_errors(tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    with pytest.raises(StageError) as missing:
+        read_json(path, stage="prepare")
+    assert str(missing.value) == f"{path}: not found; run `samfed prepare` first"
+    write_json(path, {"b": 1, "a": [1.5]})
+    assert read_json(path, stage="prepare") == {"a": [1.5], "b": 1}
+    digest = file_sha256(path)
+    write_json(path, {"a": [1.5], "b": 1})
+    assert file_sha256(path) == digest
+    path.write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
+        read_json(path, stage="prepare")
