@@ -19,6 +19,11 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 Method = Literal["supervised", "fedavg_ssl", "sam_only", "sam_fed", "shuffled", "oracle"]
+#: Methods that read the label cache, and of these the ones that weigh SAM against the client
+#: and distil from the broadcast model.
+SAM_METHODS: tuple[Method, ...] = ("sam_only", "sam_fed", "shuffled")
+AGREEMENT_METHODS: tuple[Method, ...] = ("sam_fed", "shuffled")
+
 Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.aggregation import FedAvg, first_not_finite
 from pipeline.agreement import AgreementState
 from pipeline.card import CARD_FILE, load_card
-from pipeline.config import Config
+from pipeline.config import AGREEMENT_METHODS, SAM_METHODS, Config
 from pipeline.devices import resolve_device
 from pipeline.engines import run_in_process, torch_threads
 from pipeline.errors import SamfedError
@@ -37,7 +37,6 @@ from pipeline.stores import (
     read_labels,
 )
 from pipeline.training import (
-    SAM_METHODS,
     ClientData,
     LocalResult,
     ServerData,
@@ -97,9 +96,9 @@ def federate(config: Config, *, mode: str = "auto", progress: Progress | None = 
 def load_federation(config: Config) -> Federation:
     """Read the image stores and, for the methods that use SAM, the finished label stores."""
     partition = load_partition(config.cache.root / "partition.json")
-    identity = _expected_identity(config) if config.federate.method in SAM_METHODS else None
-    calibration = _read_images(config, "server", "calibration", partition.server.calibration)
     train = _read_images(config, "server", "train", partition.server.train)
+    calibration = _read_images(config, "server", "calibration", partition.server.calibration)
+    identity = _expected_identity(config) if config.federate.method in SAM_METHODS else None
     masks = confidences = None
     if identity is not None:
         labels = _read_sam(config, partition, "server", partition.server.calibration, identity)
@@ -327,7 +326,7 @@ def client_seed(seed: int, number: int, index: int) -> int:
 
 def _floors(config: Config, name: str, result: LocalResult) -> list[str]:
     """Warnings for a client whose agreement with SAM, or share of kept pixels, is poor."""
-    if config.federate.method not in ("sam_fed", "shuffled"):
+    if config.federate.method not in AGREEMENT_METHODS:
         return []
     found = []
     for key, floor, meaning in (

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.agreement import AgreementState, Calibration, agree, calibrate
-from pipeline.config import Config
+from pipeline.config import SAM_METHODS, Config
 from pipeline.models import build_model, predict_probabilities
 from pipeline.partition import load_partition
 from pipeline.report import GalleryRow
@@ -23,7 +23,6 @@ from pipeline.stores import (
     read_image_store,
     read_labels,
 )
-from pipeline.training import SAM_METHODS
 
 _SERVER_ROWS = 4
 _ROWS_PER_CLIENT = 1

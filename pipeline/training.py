@@ -34,15 +34,11 @@ from pipeline.augment import (
     warp_images,
     warp_labels,
 )
-from pipeline.config import AgreementConfig, FederateConfig, Method
+from pipeline.config import AGREEMENT_METHODS, SAM_METHODS, AgreementConfig, FederateConfig
 from pipeline.losses import agreement_loss, distillation_loss, supervised_loss
 from pipeline.models import State, get_state, normalise, predict_probabilities
 
 _CLIP = (1 / 512, 511 / 512)  # of stored confidences, as pipeline.stores reads them
-
-#: Methods that read the label cache, and those that distil from the broadcast model.
-SAM_METHODS: tuple[Method, ...] = ("sam_only", "sam_fed", "shuffled")
-KD_METHODS: tuple[Method, ...] = ("sam_fed", "shuffled")
 
 
 @dataclass(frozen=True)
@@ -306,12 +302,12 @@ def _losses(
 
 
 def _distils(config: FederateConfig) -> bool:
-    return config.method in KD_METHODS and config.kd_weight > 0
+    return config.method in AGREEMENT_METHODS and config.kd_weight > 0
 
 
 def uses_calibration(config: FederateConfig, agreement: AgreementConfig) -> bool:
     """Whether the run compares SAM and client on the calibration part."""
-    return config.method in ("sam_fed", "shuffled") and agreement.rule == "adaptive"
+    return config.method in AGREEMENT_METHODS and agreement.rule == "adaptive"
 
 
 def _calibrate(model: nn.Module, server: ServerData) -> Calibration:
