@@ -8,7 +8,7 @@ stages             ``synthetic`` ``partition`` ``sam.finetune`` ``sam.evaluate``
                    ``federation`` ``evaluation`` ``report`` ``demo``
 parts              ``sam`` ``models`` ``agreement`` ``losses`` ``metrics`` ``training``
                    ``aggregation`` ``engines``
-on disk            ``images`` (files of the user), ``stores`` (zarr), ``runs`` (a run's folder)
+on disk            ``images`` (files of the user), ``stores`` (zarr), ``card``, ``runs``
 ground             ``config`` ``errors`` ``torchvision_ops``
 =================  ==========================================================================
 """

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import DataError
 from pipeline.files import read_json
-from pipeline.stores import Identity
+from pipeline.stores.labels import Identity
 
 CARD_FILE = "card.json"
 

@@ -19,7 +19,7 @@ from pipeline.metrics import ImageMetrics, image_metrics, summarise
 from pipeline.models import build_model, predict_masks
 from pipeline.partition import load_partition
 from pipeline.runs import RunFolder
-from pipeline.stores import read_image_store
+from pipeline.stores.images import read_image_store
 
 Progress = Callable[[str, int, int], None]
 

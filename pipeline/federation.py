@@ -28,14 +28,8 @@ from pipeline.metrics import dice_score
 from pipeline.models import State, build_model, predict_masks
 from pipeline.partition import Partition, load_partition
 from pipeline.runs import Checkpoint, RunFolder, load_state, save_state
-from pipeline.stores import (
-    Identity,
-    ImageSet,
-    Labels,
-    LabelStore,
-    read_image_store,
-    read_labels,
-)
+from pipeline.stores.images import ImageSet, read_image_store
+from pipeline.stores.labels import Identity, Labels, LabelStore, read_labels
 from pipeline.training import (
     ClientData,
     LocalResult,

@@ -16,13 +16,8 @@ from pipeline.models import build_model, predict_probabilities
 from pipeline.partition import load_partition
 from pipeline.report import GalleryRow
 from pipeline.runs import RunFolder
-from pipeline.stores import (
-    ImageSet,
-    LabelStore,
-    confidence_to_probability,
-    read_image_store,
-    read_labels,
-)
+from pipeline.stores.images import ImageSet, read_image_store
+from pipeline.stores.labels import LabelStore, confidence_to_probability, read_labels
 
 _SERVER_ROWS = 4
 _ROWS_PER_CLIENT = 1

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.config import PartitionConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import is_folder_name, read_json, write_json
-from pipeline.stores import RowKey
+from pipeline.stores.labels import RowKey
 
 if TYPE_CHECKING:  # stage two reads partitions, and no image files
     from pipeline.images import ImageRecord

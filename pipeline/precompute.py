@@ -24,7 +24,7 @@ from pipeline.images import load_image
 from pipeline.locks import writer_lock
 from pipeline.partition import Partition, load_partition
 from pipeline.sam.teacher import Teacher, load_teacher
-from pipeline.stores import Labels, LabelStore, open_label_store
+from pipeline.stores.labels import Labels, LabelStore, open_label_store
 
 log = logging.getLogger("samfed.precompute")
 

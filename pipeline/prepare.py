@@ -29,7 +29,7 @@ from pipeline.partition import (
     read_partition_file,
     save_partition,
 )
-from pipeline.stores import write_image_store
+from pipeline.stores.images import write_image_store
 
 Bytes = NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]  # what is being done, how much is done, of how much

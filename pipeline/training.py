@@ -38,8 +38,6 @@ from pipeline.config import AGREEMENT_METHODS, SAM_METHODS, AgreementConfig, Fed
 from pipeline.losses import agreement_loss, distillation_loss, supervised_loss
 from pipeline.models import State, get_state, normalise, predict_probabilities
 
-_CLIP = (1 / 512, 511 / 512)  # of stored confidences, as pipeline.stores reads them
-
 
 @dataclass(frozen=True)
 class ServerData:
@@ -211,8 +209,8 @@ def _draw_views(
     if client.masks is not None:
         masks = warp_labels(client.masks[chosen], maps).long().to(device)
     if client.confidences is not None:
-        stored = warp_labels(client.confidences[chosen], maps).float() / 255
-        confidences = stored.clamp(*_CLIP).to(device)
+        # agreement never takes a probability as certain, so 0 and 255 may stand
+        confidences = (warp_labels(client.confidences[chosen], maps).float() / 255).to(device)
     return _Views(weak.to(device), strong.to(device), masks, confidences)
 
 
@@ -316,7 +314,7 @@ def _calibrate(model: nn.Module, server: ServerData) -> Calibration:
     assert server.calibration_confidences is not None
     return calibrate(
         server.calibration_masks.long(),
-        (server.calibration_confidences.float() / 255).clamp(*_CLIP),
+        server.calibration_confidences.float() / 255,
         predict_probabilities(model, server.calibration_images),
         server.calibration_labels.long(),
     )

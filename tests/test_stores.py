@@ -11,8 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.errors import CorruptStoreError, IdentityError, StageError
-from pipeline.stores import (
-    SHARD_ROWS,
+from pipeline.stores.chunks import SHARD_ROWS
+from pipeline.stores.images import read_image_store, write_image_store
+from pipeline.stores.labels import (
     Identity,
     Labels,
     LabelStore,
@@ -20,9 +21,7 @@ from pipeline.stores import (
     check_identity,
     confidence_to_probability,
     open_label_store,
-    read_image_store,
     read_labels,
-    write_image_store,
 )
 
 SIZE = 8

@@ -15,7 +15,7 @@ from pipeline.labelled import load_labelled
 from pipeline.metrics import image_metrics, summarise
 from pipeline.partition import load_partition
 from pipeline.sam.teacher import load_teacher
-from pipeline.stores import confidence_to_probability
+from pipeline.stores.labels import confidence_to_probability
 
 ECE_BINS = 15
 

@@ -28,7 +28,7 @@ from pipeline.sam.build import (
     load_state,
 )
 from pipeline.sam.lora import add_lora, merge_lora
-from pipeline.stores import Labels
+from pipeline.stores.labels import Labels
 
 ADAPTER_FILE = "adapter.safetensors"
 LOGIT_STRIDE = 4  # input pixels per cell of the low-resolution logits

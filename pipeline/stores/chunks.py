@@ -1,0 +1,140 @@
+"""What every store has in common: sharded, checksummed arrays under sealed metadata.
+
+Every chunk carries a crc32c and is written even when it is all zeros, so that a missing chunk is
+always damage and never an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from pipeline.errors import CorruptStoreError
+from pipeline.files import write_bytes
+
+FORMAT = 1
+SHARD_ROWS = 64  # one task of stage one, one file on disk
+CHUNK_ROWS = 8  # one read of stage two
+
+Bytes = NDArray[np.uint8]
+
+
+def writing() -> Any:
+    """Context in which arrays are opened so that all-zero chunks are written too."""
+    return zarr.config.set({"array.write_empty_chunks": True})
+
+
+def codecs() -> list[Any]:
+    return [BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec()]
+
+
+def sharded_array(group: Any, name: str, shape: tuple[int, ...]) -> Any:
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype="uint8",
+        chunks=(CHUNK_ROWS, *shape[1:]),
+        shards=(SHARD_ROWS, *shape[1:]),
+        compressors=codecs(),
+        fill_value=0,
+    )
+
+
+def plain_array(
+    group: Any, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str
+) -> Any:
+    return group.create_array(
+        name, shape=shape, dtype=dtype, chunks=chunks, compressors=codecs(), fill_value=0
+    )
+
+
+def read_rows(path: Path, group: Any, name: str, rows: slice = slice(None)) -> Any:
+    """Values of one array, each chunk checked against its crc32c and for being there at all."""
+    array = group[name]
+    start, stop, _ = rows.indices(array.shape[0])
+    step = (array.shards or array.chunks)[0]
+    for part in range(start // step, -(-stop // step)):
+        key = "/".join([str(part)] + ["0"] * (array.ndim - 1))
+        file = path / name / "c" / key
+        if not file.is_file() or file.stat().st_size == 0:  # zarr reads an empty shard as zeros
+            raise CorruptStoreError(
+                f"{path}: {name} rows {part * step}..{min((part + 1) * step, stop) - 1} are "
+                "missing; remove the store and run the stage that writes it again"
+            )
+    try:
+        return np.asarray(array[start:stop])
+    except Exception as error:  # zarr and its codecs raise many kinds for damaged bytes
+        raise CorruptStoreError(
+            f"{path}: {name} rows {start}..{stop - 1} are damaged ({type(error).__name__}: {error})"
+        ) from error
+
+
+def encode_ids(image_ids: Sequence[str]) -> Bytes:
+    """Ids as UTF-8 rows padded with zeros: zarr's own string types are not yet stable."""
+    encoded = [image_id.encode() for image_id in image_ids]
+    table = np.zeros((len(encoded), max(map(len, encoded))), np.uint8)
+    for row, text in zip(table, encoded, strict=True):
+        row[: len(text)] = np.frombuffer(text, np.uint8)
+    return table
+
+
+def decode_ids(table: Bytes) -> tuple[str, ...]:
+    return tuple(bytes(row).rstrip(b"\0").decode() for row in table)
+
+
+def canonical_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _metadata_digest(path: Path, document: dict[str, Any]) -> str:
+    """sha256 over the root's metadata (digest aside) and every array's ``zarr.json``."""
+    attributes = {k: v for k, v in document["attributes"].items() if k != "metadata_sha256"}
+    digest = hashlib.sha256(canonical_json({**document, "attributes": attributes}))
+    for metadata in sorted(path.glob("*/zarr.json")):
+        digest.update(metadata.parent.name.encode() + b"\0" + metadata.read_bytes())
+    return digest.hexdigest()
+
+
+def seal(path: Path, attributes: dict[str, Any]) -> None:
+    """Write the root's attributes and a digest over all metadata: crc32c covers chunks only."""
+    document = json.loads((path / "zarr.json").read_text())
+    document["attributes"] = attributes
+    attributes["metadata_sha256"] = _metadata_digest(path, document)
+    write_bytes(path / "zarr.json", canonical_json(document))
+
+
+def check_seal(path: Path) -> dict[str, Any]:
+    """The root's attributes, once the digest over all metadata agrees.
+
+    Raises:
+        CorruptStoreError: a metadata file is damaged, or the format is another version's.
+    """
+    try:
+        content = (path / "zarr.json").read_bytes()
+        document = json.loads(content)
+        attributes: dict[str, Any] = document["attributes"]
+        whole = content == canonical_json(document)
+        intact = whole and attributes["metadata_sha256"] == _metadata_digest(path, document)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptStoreError(
+            f"{path}: metadata is unreadable ({type(error).__name__}); remove the store and run "
+            "the stage that writes it again"
+        ) from error
+    if not intact:
+        raise CorruptStoreError(
+            f"{path}: metadata is damaged (digest differs); remove the store and run the stage "
+            "that writes it again"
+        )
+    if attributes.get("format") != FORMAT:
+        raise CorruptStoreError(
+            f"{path}: format {attributes.get('format')}, this samfed reads format {FORMAT}"
+        )
+    return attributes
