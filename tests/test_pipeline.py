@@ -6,19 +6,25 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import tiny_config
+from PIL import Image
 
 from pipeline.config import Config
+from pipeline.errors import IdentityError, SamfedError
 from pipeline.evaluation import evaluate
 from pipeline.federation import federate
 from pipeline.gallery import build_gallery
+from pipeline.partition import load_partition
 from pipeline.precompute import precompute
 from pipeline.prepare import prepare
 from pipeline.report import load_run, render_report
 from pipeline.runs import RunFolder
 from pipeline.sam.evaluate import evaluate_teacher
 from pipeline.sam.finetune import finetune
+from pipeline.stores.labels import LabelStore
+from pipeline.training import ClientData
 
 
 def run_all(config: Config) -> RunFolder:
@@ -170,3 +176,84 @@ def test_metrics_file_has_the_promised_shape(finished: tuple[Config, RunFolder])
     assert metrics["test"]["pooled"]["n"] == sum(
         client["n"] for client in metrics["test"]["clients"].values()
     )
+
+
+def test_two_classes_grey_images_and_a_partition_read_back(
+    tiny_images: Path, tmp_path: Path
+) -> None:
+    """Another data set: 16-bit grey TIFFs, two foreground classes, Dirichlet clients."""
+    root = tmp_path / "other"
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for path in sorted((tiny_images / "images").iterdir())[:20]:
+        grey = np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16
+        Image.fromarray(grey).save(root / "images" / f"{path.stem}.tif")
+        mask = (np.asarray(Image.open(tiny_images / "masks" / path.name)) > 0).astype(np.uint8)
+        mask[:, mask.shape[1] // 2 :] *= 2
+        Image.fromarray(mask).save(root / "masks" / path.name)
+    drawn = {"scheme": "dirichlet", "clients": 2, "alpha": 50.0}
+    config = tiny_config(root, tmp_path / "cache", data={"num_classes": 2}, partition=drawn)
+    run = run_all(config)
+    store = LabelStore(config.cache.root / "sam" / "client_00.zarr")
+    assert store.identity.num_classes == 2
+    assert store.read().masks.max() <= 2
+    assert len(build_gallery(config, run)) > 0
+    read_back = tiny_config(
+        root,
+        tmp_path / "again",
+        data={"num_classes": 2},
+        partition={"file": str(config.cache.root / "partition.json")},
+    )
+    assert prepare(read_back) == load_partition(config.cache.root / "partition.json")
+
+
+def test_labels_of_an_older_teacher_are_refused(
+    finished: tuple[Config, RunFolder], tiny_images: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_images, tmp_path)
+    prepare(config)
+    finetune(config)
+    precompute(config)
+    other = tiny_config(tiny_images, tmp_path, sam={"lora_rank": 3})
+    finetune(other)
+    with pytest.raises(IdentityError, match=r"adapter_sha256 is .*run `samfed precompute-sam`"):
+        federate(other)
+    old = digest(config.cache.root / "sam")
+    precompute(other)
+    assert digest(config.cache.root / "sam") != old
+    federate(other)
+    finetune(config)
+    result = precompute(config)  # the first teacher's labels are taken back, not computed again
+    assert result.labelled == 0
+    assert digest(config.cache.root / "sam") == old
+
+
+def test_a_client_that_sends_nan_is_rejected_and_named(
+    finished: tuple[Config, RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = finished[0].model_copy(
+        update={"federate": finished[0].federate.model_copy(update={"name": "nan", "rounds": 1})}
+    )
+    from pipeline import federation
+
+    real = federation.local_update
+    broken = {"site_b"}
+
+    def update(model: object, weights: object, client: ClientData, *rest: object, **more: object):  # type: ignore[no-untyped-def]
+        result = real(model, weights, client, *rest, **more)  # type: ignore[arg-type]
+        if client.name in broken:
+            next(iter(result.weights.values())).fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(federation, "local_update", update)
+    run = federate(config)
+    warnings = run.history()[0]["warnings"]
+    assert any(w.startswith("site_b: update rejected, 'encoder.") for w in warnings)
+    assert all(bool(v.isfinite().all()) for v in run.load_model().values())
+
+    broken |= {"site_a", "site_c", "site_d"}
+    again = config.model_copy(
+        update={"federate": config.federate.model_copy(update={"name": "all_nan"})}
+    )
+    with pytest.raises(SamfedError, match="no client sent a usable update"):
+        federate(again)
