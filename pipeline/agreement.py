@@ -6,15 +6,18 @@ target, a weight in [0, 1] and statistics. The rules and their reasons are in do
 
 * both probabilities are calibrated on D_p's calibration part: ``s' = a_s logit(s)``,
   ``c' = a_c logit(c)``;
-* consensus: the label, with ``w = sigmoid(s' + c')``, two independent witnesses;
+* consensus: the label, with ``w = sigmoid(s' + c' + ln K)``, two independent witnesses;
 * conflict: ``p = sigmoid(s' - d c' + b)`` is the chance that SAM is right, ``b`` being what the
   calibration part says of conflicts and ``d = Dice(y_s, y_c)`` of the image how far the client's
-  side counts. The likelier source wins if its chance reaches the class's threshold; else w = 0.
-  At d = 0 (a client collapsed to background) SAM's word alone decides: nothing can silence it.
+  side counts, which holds for a negative ``b`` too. The likelier source wins if its chance reaches
+  the class's threshold; else w = 0. At d = 0 (a client collapsed to background) SAM's calibrated
+  word alone decides, against the floor of the threshold, once the class has gone unpredicted.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -108,7 +111,8 @@ def update_state(
 ) -> AgreementState:
     """Move the running confidence of each class that the client predicts in this batch.
 
-    The confidence of a class is the mean of ``(K+1) c - 1) / K`` over its pixels: 0 at chance.
+    The confidence of a class is the mean of ``((K+1) c - 1) / K`` over its pixels: 0 at chance, and
+    0 where it is not predicted at all, so a class that a client unlearns loses its threshold too.
     """
     c, label = client_probability.max(dim=1)
     classes = client_probability.shape[1]
@@ -116,8 +120,8 @@ def update_state(
     counts = torch.bincount(label.flatten(), minlength=classes).float()
     sums = torch.zeros(classes).scatter_add_(0, label.flatten().cpu(), certainty.float().cpu())
     old = state.class_confidence
-    new = config.momentum * old + (1 - config.momentum) * sums / counts.cpu().clamp(min=1)
-    return AgreementState(torch.where(counts.cpu() > 0, new, old))
+    mean = sums / counts.cpu().clamp(min=1)
+    return AgreementState(config.momentum * old + (1 - config.momentum) * mean)
 
 
 def agree(
@@ -184,14 +188,18 @@ def _adaptive(
     s_logit = calibration.sam_scale * _logit(sam_probability)
     c_logit = calibration.client_scale * _logit(c)
     trust = dice[:, None, None]
-    chance = torch.sigmoid(s_logit - trust * c_logit + calibration.sam_trust)
+    # what speaks for the client, its confidence and its record, counts as far as the image agrees
+    bias = max(calibration.sam_trust, 0.0) + trust * min(calibration.sam_trust, 0.0)
+    chance = torch.sigmoid(s_logit - trust * c_logit + bias)
     sam_wins = same | (chance >= 0.5)
     winner = torch.where(sam_wins, sam_label, client_label)
     posterior = torch.maximum(chance, 1 - chance)
     accepted = posterior >= thresholds(state, config).to(c)[winner]
     # the client's wins count as far as its image agrees with SAM at all
     conflict = posterior * accepted * torch.where(sam_wins, torch.ones_like(trust), trust)
-    return sam_wins, torch.where(same, torch.sigmoid(s_logit + c_logit), conflict)
+    # Bayes with a uniform prior: two wrong witnesses must also hit the same one of K classes
+    prior = math.log(len(state.class_confidence) - 1)
+    return sam_wins, torch.where(same, torch.sigmoid(s_logit + c_logit + prior), conflict)
 
 
 def _mixture(sam_label: Tensor, sam_probability: Tensor, client_probability: Tensor) -> Tensor:
@@ -227,23 +235,28 @@ def _logit(probability: Tensor) -> Tensor:
 
 
 def calibrate(
-    sam_label: Tensor, sam_probability: Tensor, client_probability: Tensor, truth: Tensor
+    sam_label: Tensor,
+    sam_probability: Tensor,
+    client_probability: Tensor,
+    truth: Tensor,
+    *,
+    groups: Sequence[str],
 ) -> Calibration:
     """Fit the three scalars on labelled images that neither source was trained on.
 
     Two-fold cross-fitted: the scales of one half are used for the trust of the other, and the two
-    results are averaged, so that the scales' own fit does not flatter the trust. With fewer than
-    four images nothing is fitted.
+    results are averaged, so that the scales' own fit does not flatter the trust. A group is in one
+    half. With fewer than four images, or one group, nothing is fitted.
 
     Args:
         sam_label: (N, H, W) int64. sam_probability: (N, H, W) float32.
         client_probability: (N, K+1, H, W) float32. truth: (N, H, W) int64.
+        groups: the group of each image, e.g. its patient or video.
     """
-    count = len(truth)
-    if count < 4:
+    halves = split_in_halves(groups)
+    if len(groups) < 4 or not all(len(half) for half in halves):
         return Calibration()
     c, client_label = client_probability.max(dim=1)
-    halves = [torch.arange(0, count, 2), torch.arange(1, count, 2)]
     fits = []
     for fit, rest in (halves, halves[::-1]):
         sam_scale = fit_scale(sam_probability[fit], sam_label[fit], truth[fit])
@@ -258,6 +271,16 @@ def calibrate(
         fits.append((sam_scale, client_scale, trust))
     means = [sum(values) / len(fits) for values in zip(*fits, strict=True)]
     return Calibration(*means)
+
+
+def split_in_halves(groups: Sequence[str]) -> list[Tensor]:
+    """Rows of two halves of about equal size; each group goes to the lighter one, largest first."""
+    sizes = {group: groups.count(group) for group in dict.fromkeys(groups)}
+    halves: list[list[int]] = [[], []]
+    for group in sorted(sizes, key=lambda g: (-sizes[g], g)):
+        lighter = min(halves, key=len)
+        lighter += [row for row, own in enumerate(groups) if own == group]
+    return [torch.tensor(sorted(half), dtype=torch.int64) for half in halves]
 
 
 def fit_scale(probability: Tensor, label: Tensor, truth: Tensor) -> float:

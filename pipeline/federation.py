@@ -102,6 +102,9 @@ def load_federation(config: Config) -> Federation:
         labels=_labels(train),
         calibration_images=_images(calibration),
         calibration_labels=_labels(calibration),
+        calibration_groups=tuple(
+            partition.images[image_id].group for image_id in partition.server.calibration
+        ),
         calibration_masks=masks,
         calibration_confidences=confidences,
     )

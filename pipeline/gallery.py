@@ -45,8 +45,9 @@ def build_gallery(config: Config, run: RunFolder) -> list[GalleryRow]:
     checkpoint = run.load_checkpoint()
     states = checkpoint.client_states if checkpoint is not None else {}
     partition = load_partition(config.cache.root / "partition.json")
+    groups = [partition.images[i].group for i in partition.server.calibration]
     server = _load(made, model, "server", "calibration", partition.server.calibration)
-    calibration = _calibrate(server)
+    calibration = _calibrate(server, groups)
     rows = _rows(
         made, "server", server, range(len(server.stored))[:_SERVER_ROWS], calibration, None
     )
@@ -76,11 +77,11 @@ def _load(
     return _Part(stored, opinion, torch.from_numpy(labels.masks).long(), beliefs)
 
 
-def _calibrate(server: _Part) -> Calibration:
+def _calibrate(server: _Part, groups: Sequence[str]) -> Calibration:
     if server.masks is None or server.beliefs is None or server.stored.labels is None:
         return Calibration()
     truth = torch.from_numpy(server.stored.labels).long()
-    return calibrate(server.masks, server.beliefs, server.opinion, truth)
+    return calibrate(server.masks, server.beliefs, server.opinion, truth, groups=groups)
 
 
 def _rows(

@@ -50,6 +50,7 @@ class ServerData:
     labels: Tensor
     calibration_images: Tensor
     calibration_labels: Tensor
+    calibration_groups: tuple[str, ...]
     calibration_masks: Tensor | None = None
     calibration_confidences: Tensor | None = None
 
@@ -317,6 +318,7 @@ def _calibrate(model: nn.Module, server: ServerData) -> Calibration:
         server.calibration_confidences.float() / 255,
         predict_probabilities(model, server.calibration_images),
         server.calibration_labels.long(),
+        groups=server.calibration_groups,
     )
 
 

@@ -17,6 +17,7 @@ from pipeline.agreement import (
     fit_scale,
     fit_trust,
     foreground_dice,
+    split_in_halves,
     thresholds,
     update_state,
 )
@@ -111,6 +112,48 @@ def test_a_collapsed_client_is_rescued(trust: float) -> None:
     )
     assert torch.equal(result.target, sam_label)
     assert bool((result.weight[sam_label == 1] > 0.9).all())
+
+
+def test_a_collapse_after_learning_is_rescued_whatever_the_record() -> None:
+    """SAM's record on the calibration part is bad (b = -4) and both classes had been learnt."""
+    config = AgreementConfig()
+    client = torch.zeros(1, 2, 8, 8)
+    client[:, 0], client[:, 1] = 0.999, 0.001
+    state = AgreementState(torch.ones(2))
+    for _ in range(30):
+        state = update_state(state, client, config)
+    sam_label = torch.zeros(1, 8, 8, dtype=torch.int64)
+    sam_label[:, 2:6, 2:6] = 1
+    result = agree(
+        sam_label,
+        torch.full((1, 8, 8), 0.97),
+        client,
+        config=config,
+        state=state,
+        calibration=Calibration(sam_scale=0.41, sam_trust=-4.0),
+    )
+    assert torch.equal(result.target, sam_label)
+    assert bool((result.weight[sam_label == 1] > 0.8).all())
+
+
+def test_consensus_of_more_classes_by_hand() -> None:
+    """K = 3, s = c = 0.4: odds 0.4 * 0.4 * 3 / 0.36 = 4/3, above either witness alone."""
+    client = torch.full((1, 4, 1, 1), 0.2)
+    client[:, 2] = 0.4
+    result = agree(
+        torch.full((1, 1, 1), 2),
+        torch.full((1, 1, 1), 0.4),
+        client,
+        config=AgreementConfig(),
+        state=AgreementState.initial(3),
+        calibration=Calibration(),
+    )
+    assert float(result.weight) == pytest.approx(4 / 7)
+
+
+def test_halves_keep_groups_together() -> None:
+    first, second = split_in_halves(["a", "a", "b", "c", "b", "a"])
+    assert (first.tolist(), second.tolist()) == ([0, 1, 5], [2, 3, 4])
 
 
 def test_a_client_wins_where_sam_is_unsure_and_the_image_agrees() -> None:
@@ -218,7 +261,10 @@ def test_calibration_distrusts_the_worse_source() -> None:
     sam = torch.where(torch.rand(truth.shape, generator=generator) < 0.9, truth, 1 - truth)
     client = torch.where(torch.rand(truth.shape, generator=generator) < 0.7, truth, 1 - truth)
     c = torch.where(client == 1, 0.9, 0.1)
-    fitted = calibrate(sam, torch.full(sam.shape, 0.9), torch.stack([1 - c, c], 1), truth)
+    groups = [str(i) for i in range(20)]
+    fitted = calibrate(
+        sam, torch.full(sam.shape, 0.9), torch.stack([1 - c, c], 1), truth, groups=groups
+    )
     assert fitted.sam_scale == pytest.approx(1.0, rel=0.15)
     assert fitted.client_scale < 0.6
     swapped = calibrate(
@@ -226,9 +272,10 @@ def test_calibration_distrusts_the_worse_source() -> None:
         torch.full(sam.shape, 0.9),
         torch.stack([torch.where(sam == 1, 0.1, 0.9), torch.where(sam == 1, 0.9, 0.1)], 1),
         truth,
+        groups=groups,
     )
     assert fitted.sam_trust > swapped.sam_trust
 
 
 def test_few_images_leave_calibration_alone() -> None:
-    assert calibrate(SAM_LABEL, SAM_PROBABILITY, CLIENT, SAM_LABEL) == Calibration()
+    assert calibrate(SAM_LABEL, SAM_PROBABILITY, CLIENT, SAM_LABEL, groups=["a"]) == Calibration()

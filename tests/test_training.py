@@ -41,7 +41,13 @@ def make_data() -> tuple[ServerData, ClientData]:
     images, labels = blobs(6, 0)
     calibration, truth = blobs(6, 1)
     server = ServerData(
-        images, labels, calibration, truth, truth, torch.full(truth.shape, 240, dtype=torch.uint8)
+        images,
+        labels,
+        calibration,
+        truth,
+        tuple("abcdef"),
+        truth,
+        torch.full(truth.shape, 240, dtype=torch.uint8),
     )
     own, masks = blobs(8, 2)
     return server, ClientData("one", own, masks, torch.full(masks.shape, 240, dtype=torch.uint8))
