@@ -137,8 +137,11 @@ def _say(result: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def _run(config: Config, name: str | None) -> RunFolder:
+    from pipeline.files import is_folder_name
     from pipeline.runs import RunFolder
 
+    if name is not None and not is_folder_name(name):
+        raise ConfigError(f"--name {name!r}: expected the name of a folder under cache/runs")
     return RunFolder(config.cache.root / "runs" / (name or config.federate.name))
 
 
@@ -220,7 +223,7 @@ def prepare(
     with _progress() as advance:
         partition = run_prepare(config, with_oracle=with_oracle, progress=advance)
     sizes = {
-        owner: {split: len(ids) for split, ids in partition.paths(owner).items()}
+        owner: {split: len(ids) for split, ids in partition.splits(owner).items()}
         for owner in ("server", *partition.clients)
     }
     lines = [

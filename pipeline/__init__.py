@@ -4,12 +4,12 @@ Imports flow one way: ``cli`` -> stages -> parts -> stores, config, errors. Stag
 (``precompute``) never imports stage two (``federation``), and stage two never imports ``sam``.
 
 =================  ==========================================================================
-stages             ``synthetic`` ``partition`` ``sam.finetune`` ``sam.evaluate`` ``precompute``
-                   ``federation`` ``evaluation`` ``report`` ``demo``
-parts              ``sam`` ``models`` ``agreement`` ``losses`` ``metrics`` ``training``
-                   ``aggregation`` ``engines``
+stages             ``synthetic`` ``prepare`` ``sam.finetune`` ``sam.evaluate`` ``precompute``
+                   ``federation`` ``evaluation`` ``report`` ``gallery`` ``demo``
+parts              ``partition`` ``sam`` ``labelled`` ``cohort`` ``models`` ``augment`` ``losses``
+                   ``agreement`` ``training`` ``aggregation`` ``engines`` ``metrics``
 on disk            ``images`` (files of the user), ``stores`` (zarr), ``card``, ``runs``
-ground             ``config`` ``errors`` ``torchvision_ops``
+ground             ``config`` ``errors`` ``files`` ``locks`` ``devices`` ``torchvision_ops``
 =================  ==========================================================================
 """
 

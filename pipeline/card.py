@@ -6,8 +6,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.errors import DataError
+from pipeline.config import Config
+from pipeline.errors import DataError, IdentityError
 from pipeline.files import read_json
+from pipeline.partition import Partition
 from pipeline.stores.labels import Identity
 
 CARD_FILE = "card.json"
@@ -27,6 +29,7 @@ class TeacherCard(BaseModel):
     adapter_sha256: str  # of adapter.safetensors
     parameters: int  # of the whole teacher
     trained_parameters: int
+    server_sha256: str  # of the images and masks it was trained on and measured with
     train_images: int
     calibration_images: int
     calibration_dice: float  # mean foreground Dice per image, 0..1, at the images' own size
@@ -43,6 +46,27 @@ class TeacherCard(BaseModel):
             label_size=label_size,
             num_classes=self.num_classes,
         )
+
+    def check(self, config: Config, partition: Partition, *, path: Path) -> None:
+        """Refuse a teacher that is not the one the settings and the partition ask for.
+
+        Raises:
+            IdentityError: names what differs and the way out.
+        """
+        wanted: dict[str, object] = {
+            "variant": config.sam.variant,
+            "num_classes": config.data.num_classes,
+            "input_size": config.sam.input_size or self.input_size,
+            "server_sha256": partition.server_sha256(),
+        }
+        for field, value in wanted.items():
+            found = getattr(self, field)
+            if found != value:
+                what = "was adapted on another server set" if field == "server_sha256" else None
+                raise IdentityError(
+                    f"{path}: {what or f'{field} is {found}, the settings ask for {value}'}; "
+                    "run `samfed finetune-sam`"
+                )
 
 
 def load_card(folder: Path) -> TeacherCard:

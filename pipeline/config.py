@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 from pydantic import model_validator as _model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.files import is_folder_name
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -25,6 +34,12 @@ SAM_METHODS: tuple[Method, ...] = ("sam_only", "sam_fed", "shuffled")
 AGREEMENT_METHODS: tuple[Method, ...] = ("sam_fed", "shuffled")
 
 Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
+
+
+def _folder_name(name: str) -> str:
+    if not is_folder_name(name):
+        raise ValueError("expected the name of a folder: no slash, not empty, no leading dot")
+    return name
 
 
 class _Section(BaseModel):
@@ -129,11 +144,17 @@ class AgreementConfig(_Section):
     warn_agreement: Fraction = 0.3  # foreground Dice(SAM, client) below this is a warning
     warn_kept: Fraction = 0.3  # share of pixels kept below this is a warning
 
+    @_model_validator(mode="after")
+    def _check(self) -> AgreementConfig:
+        if self.floor > self.ceiling:
+            raise ValueError("floor is above ceiling")
+        return self
+
 
 class FederateConfig(_Section):
     """Stage two."""
 
-    name: str = "sam_fed"  # folder under cache/runs
+    name: Annotated[str, AfterValidator(_folder_name)] = "sam_fed"  # folder under cache/runs
     method: Method = "sam_fed"
     rounds: PositiveInt = 15
     start_steps: Annotated[int, Field(ge=0)] = 200  # of the global model on D_p, before round 1

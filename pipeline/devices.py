@@ -21,4 +21,9 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"device: found '{name}', expected auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: '{name}' asked for, but torch finds no CUDA device; use auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: '{name}' asked for, but torch finds {torch.cuda.device_count()} CUDA "
+            f"device(s), numbered from 0; use cuda:0 or auto"
+        )
     return device

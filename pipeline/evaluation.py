@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from pipeline.cohort import as_tensor
 from pipeline.config import Config
 from pipeline.errors import StageError
 from pipeline.files import write_bytes, write_json
@@ -31,14 +31,16 @@ def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None
     cache. Distances are in pixels at ``data.image_size``.
 
     Raises:
-        StageError: the run is not complete, or no client has a test part.
+        StageError: the run is not complete, or no client has a test part. IdentityError: the
+        partition or the image stores are not the ones that the run was made on.
     """
     weights = run.load_model()
     made = run.config()
-    num_classes = made.data.num_classes
-    model = build_model(made.model, num_classes=num_classes, seed=made.seed)
-    model.load_state_dict(weights)
     cache = config.cache.root
+    run.check_partition(cache / "partition.json")
+    num_classes = made.data.num_classes
+    model = build_model(made, seed=made.seed)
+    model.load_state_dict(weights)
     partition = load_partition(cache / "partition.json")
     tested = {name: part.test for name, part in partition.clients.items() if part.test}
     if not tested:
@@ -48,10 +50,11 @@ def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None
     rows: list[tuple[str, str, str, ImageMetrics]] = []  # client, image, group, metrics
     for number, (name, ids) in enumerate(tested.items(), start=1):
         path = cache / "images" / name / "test.zarr"
-        part = read_image_store(path, image_ids=ids, size=made.data.image_size)
+        part = read_image_store(
+            path, image_ids=ids, size=made.data.image_size, num_classes=num_classes
+        )
         assert part.labels is not None
-        images = torch.from_numpy(part.images).permute(0, 3, 1, 2).contiguous()
-        predicted = predict_masks(model, images).numpy()
+        predicted = predict_masks(model, as_tensor(part)).numpy()
         for image_id, mask, truth in zip(ids, predicted, part.labels, strict=True):
             score = image_metrics(mask, truth, num_classes=num_classes)
             rows.append((name, image_id, partition.images[image_id].group, score))

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.aggregation import FedAvg, first_not_finite
 from pipeline.agreement import AgreementState
-from pipeline.card import CARD_FILE, load_card
-from pipeline.config import AGREEMENT_METHODS, SAM_METHODS, Config
+from pipeline.cohort import Cohort, as_tensor, load_cohort, start_key
+from pipeline.config import AGREEMENT_METHODS, Config
 from pipeline.devices import resolve_device
 from pipeline.engines import run_in_process, torch_threads
 from pipeline.errors import SamfedError
-from pipeline.files import file_sha256
+from pipeline.locks import writer_lock
 from pipeline.metrics import dice_score
 from pipeline.models import State, build_model, predict_masks
-from pipeline.partition import Partition, load_partition
 from pipeline.runs import Checkpoint, RunFolder, load_state, save_state
-from pipeline.stores.images import ImageSet, read_image_store
-from pipeline.stores.labels import Identity, Labels, LabelStore, read_labels
+from pipeline.stores.images import ImageSet
 from pipeline.training import (
     ClientData,
     LocalResult,
-    ServerData,
     cosine,
     local_update,
     train_on_server,
@@ -42,26 +34,6 @@ from pipeline.training import (
 log = logging.getLogger("samfed.federation")
 
 Progress = Callable[[str, int, int], None]
-
-_DECIDING_MODULES = (
-    "aggregation",
-    "agreement",
-    "augment",
-    "federation",
-    "losses",
-    "models",
-    "training",
-)
-
-
-@dataclass(frozen=True)
-class Federation:
-    """Everything a run reads, in memory."""
-
-    server: ServerData
-    clients: tuple[ClientData, ...]
-    validation: dict[str, ImageSet]  # of each client that has one; for reports only
-    fingerprint: str  # of the parameters and data that decide the result
 
 
 def federate(config: Config, *, mode: str = "auto", progress: Progress | None = None) -> RunFolder:
@@ -74,141 +46,43 @@ def federate(config: Config, *, mode: str = "auto", progress: Progress | None = 
         mode: ``auto`` (continue or begin), ``resume`` (only continue) or ``restart``.
 
     Raises:
-        StageError: an earlier stage is missing. SamfedError: no client sent a usable update.
+        StageError: an earlier stage is missing. LockedStoreError: the run is being made already.
+        SamfedError: no client sent a usable update.
     """
-    data = load_federation(config)
-    cache = config.cache.root
-    run = RunFolder(cache / "runs" / config.federate.name)
-    notice = run.begin(config, data.fingerprint, mode=mode, aside=cache / "aside" / "runs")
-    if notice:
-        log.warning(notice)
-    with torch_threads(config.federate.threads):
+    data = load_cohort(config)
+    cache, name = config.cache.root, config.federate.name
+    run = RunFolder(cache / "runs" / name)
+    with writer_lock(cache / "locks" / f"run-{name}.lock"), torch_threads(config.federate.threads):
+        notice = run.begin(config, data.fingerprint, mode=mode, aside=cache / "aside" / "runs")
+        if notice:
+            log.warning(notice)
         _run(config, data, run, progress)
     return run
-
-
-def load_federation(config: Config) -> Federation:
-    """Read the image stores and, for the methods that use SAM, the finished label stores."""
-    partition = load_partition(config.cache.root / "partition.json")
-    train = _read_images(config, "server", "train", partition.server.train)
-    calibration = _read_images(config, "server", "calibration", partition.server.calibration)
-    identity = _expected_identity(config) if config.federate.method in SAM_METHODS else None
-    masks = confidences = None
-    if identity is not None:
-        labels = _read_sam(config, partition, "server", partition.server.calibration, identity)
-        masks, confidences = torch.from_numpy(labels.masks), torch.from_numpy(labels.confidences)
-    server = ServerData(
-        images=_images(train),
-        labels=_labels(train),
-        calibration_images=_images(calibration),
-        calibration_labels=_labels(calibration),
-        calibration_groups=tuple(
-            partition.images[image_id].group for image_id in partition.server.calibration
-        ),
-        calibration_masks=masks,
-        calibration_confidences=confidences,
-    )
-    clients = tuple(
-        _load_client(config, partition, name, number, identity)
-        for number, name in enumerate(partition.clients)
-    )
-    validation = {
-        name: _read_images(config, name, "val", part.val)
-        for name, part in partition.clients.items()
-        if part.val
-    }
-    fingerprint = _fingerprint(config, identity)
-    return Federation(server, clients, validation, fingerprint)
-
-
-def _expected_identity(config: Config) -> Identity:
-    """Whose labels the run asks for: the teacher's; the server's where no teacher is at hand."""
-    teacher = config.cache.root / "teacher"
-    if (teacher / CARD_FILE).is_file():
-        return load_card(teacher).identity(label_size=config.data.image_size)
-    return LabelStore(config.cache.root / "sam" / "server.zarr").identity
-
-
-def _read_images(config: Config, owner: str, split: str, ids: Sequence[str]) -> ImageSet:
-    path = config.cache.root / "images" / owner / f"{split}.zarr"
-    return read_image_store(path, image_ids=ids, size=config.data.image_size)
-
-
-def _read_sam(
-    config: Config, partition: Partition, owner: str, ids: Sequence[str], identity: Identity
-) -> Labels:
-    path = config.cache.root / "sam" / f"{owner}.zarr"
-    return read_labels(path, rows=partition.row_keys(ids), identity=identity)
-
-
-def _load_client(
-    config: Config, partition: Partition, name: str, number: int, identity: Identity | None
-) -> ClientData:
-    method, ids = config.federate.method, partition.clients[name].train
-    images = _images(_read_images(config, name, "train", ids))
-    if method == "oracle":
-        truth = read_image_store(
-            config.cache.root / "oracle" / f"{name}.zarr",
-            image_ids=ids,
-            size=config.data.image_size,
-            stage="prepare --with-oracle",
-        )
-        return ClientData(name, images, masks=_labels(truth))
-    if identity is None:
-        return ClientData(name, images)
-    labels = _read_sam(config, partition, name, ids, identity)
-    rows: NDArray[np.int64] = np.arange(len(images))
-    if method == "shuffled":  # the control: real labels, of the wrong images
-        rows = np.random.default_rng([config.seed, 2, number]).permutation(len(images))
-    return ClientData(
-        name,
-        images,
-        masks=torch.from_numpy(labels.masks[rows]),
-        confidences=torch.from_numpy(labels.confidences[rows]),
-    )
-
-
-def _images(stored: ImageSet) -> Tensor:
-    return torch.from_numpy(stored.images).permute(0, 3, 1, 2).contiguous()
-
-
-def _labels(stored: ImageSet) -> Tensor:
-    if stored.labels is None:
-        raise SamfedError("a labelled part has no labels in its store; run `samfed prepare` again")
-    return torch.from_numpy(stored.labels)
-
-
-def _fingerprint(config: Config, identity: Identity | None) -> str:
-    """sha256 over all that decides the result; where the run lies and runs is left out."""
-    settings: dict[str, Any] = json.loads(config.model_dump_json())
-    chosen = {name: settings[name] for name in ("seed", "data", "model", "agreement", "federate")}
-    del chosen["data"]["root"], chosen["federate"]["name"]
-    chosen["partition"] = file_sha256(config.cache.root / "partition.json")
-    chosen["labels"] = identity.digest if identity is not None else None
-    chosen["code"] = _code_digest()
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------- rounds
 
 
-def _run(config: Config, data: Federation, run: RunFolder, progress: Progress | None) -> None:
+def _run(config: Config, data: Cohort, run: RunFolder, progress: Progress | None) -> None:
     settings = config.federate
     device = resolve_device(settings.device)
-    model = build_model(config.model, num_classes=config.data.num_classes, seed=config.seed)
-    model.to(device)
+    model = build_model(config, seed=config.seed).to(device)
     checkpoint = run.load_checkpoint()
+    rounds = [entry["round"] for entry in run.history()]
+    if checkpoint is not None and rounds[: checkpoint.round] != [*range(1, checkpoint.round + 1)]:
+        log.warning("%s: history.jsonl lacks rounds; starting again", run.path)
+        checkpoint = None
     if checkpoint is None:
         weights = _server_start(config, data, model, progress)
         states = {c.name: AgreementState.initial(config.data.num_classes) for c in data.clients}
-        checkpoint = Checkpoint(0, weights, _pack(states))
+        checkpoint = Checkpoint(0, weights, _pack(states), data.partition)
         run.save_checkpoint(checkpoint, data.fingerprint)
     for number in range(checkpoint.round + 1, settings.rounds + 1):
         began = time.perf_counter()
         weights, states, entry = _round(config, data, model, checkpoint, number)
         entry["val"] = _validate(model, weights, data.validation, config.data.num_classes)
         entry["seconds"] = round(time.perf_counter() - began, 3)
-        checkpoint = Checkpoint(number, weights, _pack(states))
+        checkpoint = Checkpoint(number, weights, _pack(states), data.partition)
         run.append_history(entry)
         run.save_checkpoint(checkpoint, data.fingerprint)
         for warning in entry["warnings"]:
@@ -219,11 +93,11 @@ def _run(config: Config, data: Federation, run: RunFolder, progress: Progress | 
 
 
 def _server_start(
-    config: Config, data: Federation, model: nn.Module, progress: Progress | None
+    config: Config, data: Cohort, model: nn.Module, progress: Progress | None
 ) -> State:
     """The first global model; made once for all runs whose settings that decide it are equal."""
     steps = config.federate.start_steps
-    kept = config.cache.root / "starts" / f"{_start_key(config)}.safetensors"
+    kept = config.cache.root / "starts" / f"{start_key(config)}.safetensors"
     if kept.is_file():
         return load_state(kept)
 
@@ -238,32 +112,8 @@ def _server_start(
     return state
 
 
-def _code_digest() -> str:
-    """sha256 over the modules that decide a round: other code may not continue a run."""
-    folder = Path(__file__).parent
-    digest = hashlib.sha256()
-    for name in _DECIDING_MODULES:
-        digest.update((folder / f"{name}.py").read_bytes())
-    return digest.hexdigest()
-
-
-def _start_key(config: Config) -> str:
-    """sha256 over what decides the server start, first 16 hexadecimal digits."""
-    settings: dict[str, Any] = json.loads(config.model_dump_json())
-    used = ("start_steps", "labelled_batch", "learning_rate", "weight_decay", "threads", "device")
-    chosen = {
-        "seed": config.seed,
-        "data": {key: settings["data"][key] for key in ("num_classes", "image_size")},
-        "model": settings["model"],
-        "federate": {key: settings["federate"][key] for key in used},
-        "partition": file_sha256(config.cache.root / "partition.json"),
-        "code": _code_digest(),
-    }
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _round(
-    config: Config, data: Federation, model: nn.Module, before: Checkpoint, number: int
+    config: Config, data: Cohort, model: nn.Module, before: Checkpoint, number: int
 ) -> tuple[State, dict[str, AgreementState], dict[str, Any]]:
     """One round: every client's local update, then the average in client order."""
     settings = config.federate
@@ -286,26 +136,8 @@ def _round(
             seed=client_seed(config.seed, number, index),
         )
 
-    mean = FedAvg()
-    states = {c.name: AgreementState(before.client_states[c.name]) for c in data.clients}
-    clients: dict[str, Any] = {}
-    warnings: list[str] = []
-    for client, result in zip(
-        data.clients, run_in_process(update, range(len(data.clients))), strict=True
-    ):
-        clients[client.name] = {"images": result.images, **result.diagnostics}
-        broken = first_not_finite(result.weights)
-        if broken is not None:
-            warnings.append(f"{client.name}: update rejected, '{broken}' is not finite")
-            continue
-        mean.add(result.weights, result.images)
-        states[client.name] = result.state
-        warnings += _floors(config, client.name, result)
-    if len(warnings) and all("rejected" in w for w in warnings) and len(warnings) == len(clients):
-        raise SamfedError(
-            f"round {number}: no client sent a usable update ({warnings[0]}); "
-            "lower federate.learning_rate"
-        )
+    results = zip(data.clients, run_in_process(update, range(len(data.clients))), strict=True)
+    weights, states, clients, warnings = _aggregate(config, before, results, number)
     entry = {
         "round": number,
         "unlabelled_weight": unlabelled_weight,
@@ -313,7 +145,41 @@ def _round(
         "clients": clients,
         "warnings": warnings,
     }
-    return mean.result(), states, entry
+    return weights, states, entry
+
+
+def _aggregate(
+    config: Config,
+    before: Checkpoint,
+    results: Iterable[tuple[ClientData, LocalResult]],
+    number: int,
+) -> tuple[State, dict[str, AgreementState], dict[str, Any], list[str]]:
+    """Average the usable updates in client order; also new states, diagnostics and warnings."""
+    mean, usable = FedAvg(), 0
+    states = {name: AgreementState(state) for name, state in before.client_states.items()}
+    clients: dict[str, Any] = {}
+    warnings: list[str] = []
+    for client, result in results:
+        clients[client.name] = {"images": result.images, **_finite(result.diagnostics)}
+        broken = first_not_finite(result.weights)
+        if broken is not None:
+            warnings.append(f"{client.name}: update rejected, '{broken}' is not finite")
+            continue
+        mean.add(result.weights, result.images)
+        usable += 1
+        states[client.name] = result.state
+        warnings += _floors(config, client.name, result)
+    if not usable:
+        raise SamfedError(
+            f"round {number}: no client sent a usable update ({warnings[0]}); "
+            "lower federate.learning_rate"
+        )
+    return mean.result(), states, clients, warnings
+
+
+def _finite(diagnostics: dict[str, float | None]) -> dict[str, float | None]:
+    """JSON has no NaN: what is not finite becomes null."""
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in diagnostics.items()}
 
 
 def client_seed(seed: int, number: int, index: int) -> int:
@@ -345,7 +211,7 @@ def _validate(
     every: list[float] = []
     for name, part in validation.items():
         assert part.labels is not None
-        predicted = predict_masks(model, _images(part)).numpy()
+        predicted = predict_masks(model, as_tensor(part)).numpy()
         scores = [
             dice_score(mask, truth, num_classes=num_classes)
             for mask, truth in zip(predicted, part.labels, strict=True)
@@ -357,8 +223,3 @@ def _validate(
 
 def _pack(states: dict[str, AgreementState]) -> State:
     return {name: state.class_confidence for name, state in states.items()}
-
-
-def run_path(config: Config) -> Path:
-    """Folder of the configured run."""
-    return config.cache.root / "runs" / config.federate.name

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,33 +60,59 @@ def read_json(path: Path, *, stage: str) -> Any:
 
 @contextmanager
 def folder_beside(final: Path) -> Iterator[Path]:
-    """A new folder beside ``final`` that takes its place when the block ends without an error."""
+    """A new folder beside ``final`` that takes its place when the block ends without an error.
+
+    It is built as ``.<name>.building``, and the old folder is out of the way as ``.<name>.retired``
+    for a moment; what a killed run left under these names is dealt with first. One at a time: the
+    caller holds a lock.
+    """
+    recover_folder(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    building, retired = _building(final), _retired(final)
+    building.mkdir()
     try:
-        os.chmod(building, 0o777 & ~_umask())
         yield building
-        _take_place(building, final)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-
-
-def _take_place(building: Path, final: Path) -> None:
-    """Put ``building`` where ``final`` is; the old folder comes back if that fails."""
-    if not final.exists():
+        if os.path.lexists(final):
+            os.replace(final, retired)
         os.replace(building, final)
+    except BaseException:
+        with suppress(OSError):  # the error that brought us here is the one to show
+            recover_folder(final)
+        raise
+    with suppress(OSError):  # the new folder is in place; the next call tries again
+        recover_folder(final)
+
+
+def recover_folder(final: Path) -> None:
+    """Make good what a killed ``folder_beside`` left: the old folder returns if none replaced it.
+
+    Whoever calls it holds the lock under which ``final`` is written.
+    """
+    building, retired = _building(final), _retired(final)
+    _remove(building)
+    if not os.path.lexists(retired):
         return
-    retired = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
-    try:
-        os.replace(final, retired / final.name)
-        try:
-            os.replace(building, final)
-        except BaseException:
-            os.replace(retired / final.name, final)
-            raise
-    finally:
-        shutil.rmtree(retired, ignore_errors=True)
+    if not os.path.lexists(final):
+        os.replace(retired, final)
+        return
+    os.replace(retired, building)  # so that a folder half removed is never taken for a whole one
+    _remove(building)
+
+
+def _building(final: Path) -> Path:
+    return final.with_name(f".{final.name}.building")
+
+
+def _retired(final: Path) -> Path:
+    return final.with_name(f".{final.name}.retired")
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, a file or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_folder_name(name: str) -> bool:

@@ -20,6 +20,7 @@ from pipeline.errors import DataError
 from pipeline.files import file_sha256, is_folder_name
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # by content; no EPS reaches Ghostscript by another name
 MAX_PIXELS = 100_000_000  # a larger image is refused, not decoded
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit above is an error, Pillow's a warning
@@ -139,7 +140,7 @@ def _is_text(name: str) -> bool:
 def _decode(path: Path) -> Image.Image:
     """The first frame, in memory and upright (EXIF orientation applied); the file is closed."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
                     f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.errors import DataError
+from pipeline.files import file_sha256
 from pipeline.images import load_image, read_mask
 from pipeline.partition import Partition
 
@@ -23,18 +24,25 @@ class LabelledImage:
     mask: NDArray[np.uint8]
 
 
-def load_labelled(config: Config, partition: Partition, ids: Sequence[str]) -> list[LabelledImage]:
-    """Read labelled images at their own resolution."""
-    loaded = []
+def load_labelled(
+    config: Config, partition: Partition, ids: Sequence[str]
+) -> Iterator[LabelledImage]:
+    """Read labelled images at their own resolution, one at a time.
+
+    Raises:
+        DataError: an image or mask is missing, damaged, or changed since ``samfed prepare``.
+    """
     for image_id in ids:
         entry = partition.images[image_id]
         if entry.mask is None:
             raise DataError(f"image '{image_id}' of the server's set has no mask")
         image = load_image(config.data.root, entry.image, sha256=entry.image_sha256)
+        path = config.data.root / entry.mask
+        if path.is_file() and file_sha256(path) != entry.mask_sha256:
+            raise DataError(f"{path}: changed since `samfed prepare`; run `samfed prepare` again")
         mask = read_mask(
-            config.data.root / entry.mask,
+            path,
             size_hw=image.shape[:2],
             num_classes=config.data.num_classes,
         )
-        loaded.append(LabelledImage(image_id, image, mask))
-    return loaded
+        yield LabelledImage(image_id, image, mask)

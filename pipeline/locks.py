@@ -1,7 +1,8 @@
-"""One writer at a time: a lock file that names its holder."""
+"""One writer at a time: a locked file that names its holder."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -16,70 +17,59 @@ from pipeline.errors import LockedStoreError
 def writer_lock(path: Path) -> Iterator[None]:
     """Hold the lock file ``path`` while the block runs.
 
-    A lock left by a process of this host that is dead is taken over. Another host's processes
-    cannot be seen from here, so its lock is left to the user to judge.
+    The kernel holds the lock (flock) and releases it however the process ends, so a killed one
+    blocks nobody. The file stays and is empty while nobody writes. On a network file system the
+    lock may not reach other hosts: a file that names another host is left to the user to judge.
 
     Raises:
-        LockedStoreError: another process holds it; says which, and what to do.
+        LockedStoreError: another process holds it, or this one already does; says which, and what
+        to do.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-    written = path.with_name(f".{path.name}.{os.getpid()}")
-    written.write_text(json.dumps(holder))
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        for _ in range(2):  # the second try follows a dead holder's removal
-            try:
-                os.link(written, path)  # fails if it exists; never shows a half-written lock
-                break
-            except FileExistsError:
-                _remove_if_dead(path)
-        else:
-            raise LockedStoreError(f"{path}: taken by another process at this moment; try again")
+        _acquire(path, descriptor)
+        try:
+            yield
+        finally:
+            os.ftruncate(descriptor, 0)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may hold the file open
     finally:
-        written.unlink(missing_ok=True)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
-def _remove_if_dead(path: Path) -> None:
+def _acquire(path: Path, descriptor: int) -> None:
     try:
-        holder = json.loads(path.read_text())
-        host, pid, started = holder["host"], int(holder["pid"]), holder["started"]
-    except FileNotFoundError:
-        return  # released between the two looks
-    except (ValueError, KeyError, TypeError) as error:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        host, pid = _holder(descriptor)
+        _refuse_other_host(path, host, pid)
+        process = "another process" if pid is None else f"process {pid}"
         raise LockedStoreError(
-            f"{path}: an unreadable lock; if no samfed writes to this cache, delete it"
+            f"{path}: {process} writes to this store; wait for it or stop it"
         ) from error
-    if host != socket.gethostname():
+    except OSError as error:
+        raise LockedStoreError(
+            f"{path}: cannot be locked ({error.strerror}); put cache.root on a local disk"
+        ) from error
+    _refuse_other_host(path, *_holder(descriptor))
+    content = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, content, 0)
+
+
+def _refuse_other_host(path: Path, host: str | None, pid: int | None) -> None:
+    if host not in (None, socket.gethostname()):
         raise LockedStoreError(
             f"{path}: process {pid} on host '{host}' writes to this store; if it is dead, delete "
             "the lock"
         )
-    if _started(pid) == started and started is not None:
-        raise LockedStoreError(
-            f"{path}: process {pid} writes to this store; wait for it or stop it"
-        )
-    path.unlink(missing_ok=True)
 
 
-def _started(pid: int) -> str | None:
-    """When a process of this host started, so that a reused pid is no match; None if dead."""
+def _holder(descriptor: int) -> tuple[str | None, int | None]:
+    """Host and pid that the file names; nobody while it is empty or half written."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        return "alive" if not Path("/proc/self/stat").exists() and _signals(pid) else None
-    return None if fields[0] == "Z" else fields[19]
-
-
-def _signals(pid: int) -> bool:
-    """Whether a process exists, where there is no /proc."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return str(holder["host"]), int(holder["pid"])
+    except (ValueError, KeyError, TypeError):
+        return None, None

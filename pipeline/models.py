@@ -8,12 +8,13 @@ from typing import Any
 from pipeline import torchvision_ops  # noqa: F401  (before smp imports torchvision)
 
 # isort: split
+import safetensors
 import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ModelConfig
+from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError
 
 State = dict[str, Tensor]
@@ -26,14 +27,15 @@ _ARCHITECTURES: dict[str, Any] = {
 }
 
 
-def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Module:
-    """A client network with weights drawn from ``seed``.
+def build_model(settings: Config, *, seed: int) -> nn.Module:
+    """A client network for ``settings``, with weights drawn from ``seed``.
 
     It maps (B, 3, S, S) float images, normalised by ``normalise``, to logits (B, K+1, S, S).
 
     Raises:
-        ConfigError: the architecture and encoder do not fit. DataError: bad encoder weights.
+        ConfigError: architecture, encoder and image size do not fit. DataError: bad weights.
     """
+    config, num_classes = settings.model, settings.data.num_classes
     arguments: dict[str, Any] = {"encoder_depth": config.encoder_depth}
     if config.architecture == "unet":
         if len(config.decoder_channels) != config.encoder_depth:
@@ -56,7 +58,28 @@ def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Modul
             ) from error
     if config.encoder_weights is not None:
         _load_encoder(model, config.encoder_weights)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _check_output(model, settings)
+    return model
+
+
+@torch.inference_mode()
+def _check_output(model: nn.Module, settings: Config) -> None:
+    """Some architectures need sizes that their strides divide, or answer at another size."""
+    size, config = settings.data.image_size, settings.model
+    try:
+        found = tuple(model.eval()(torch.zeros(1, 3, size, size)).shape[1:])
+    except RuntimeError as error:
+        message = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model: {config.architecture} cannot take {size} px ({message})"
+        ) from error
+    expected = (settings.data.num_classes + 1, size, size)
+    if found != expected:
+        raise ConfigError(
+            f"model: {config.architecture} of depth {config.encoder_depth} answers with {found} "
+            f"for images of {size} px, expected {expected}; change model.encoder_depth"
+        )
 
 
 def _load_encoder(model: nn.Module, path: Path) -> None:
@@ -65,7 +88,10 @@ def _load_encoder(model: nn.Module, path: Path) -> None:
         raise DataError(f"{path}: no such file (model.encoder_weights)")
     encoder: Any = model.encoder
     target: nn.Module = getattr(encoder, "model", encoder)
-    state = safetensors.torch.load_file(path)
+    try:
+        state = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{path}: not a readable safetensors file ({error})") from error
     wanted = target.state_dict()
     for name, value in wanted.items():
         if name not in state or state[name].shape != value.shape:

@@ -6,6 +6,8 @@ The result is ``cache/partition.json``, which can be read, compared, published a
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,7 +73,15 @@ class Partition(_Model):
         """The rows that a label store of these images has."""
         return tuple(RowKey(image_id, self.images[image_id].image_sha256) for image_id in ids)
 
-    def paths(self, owner: str) -> dict[str, tuple[str, ...]]:
+    def server_sha256(self) -> str:
+        """sha256 over the files of D_p and their split: what a teacher was adapted on."""
+        files = {
+            split: [(i, self.images[i].image_sha256, self.images[i].mask_sha256) for i in ids]
+            for split, ids in self.splits("server").items()
+        }
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+    def splits(self, owner: str) -> dict[str, tuple[str, ...]]:
         """Image ids of ``server`` or of a client, by split."""
         part: ServerPart | ClientPart = self.server if owner == "server" else self.clients[owner]
         splits: dict[str, tuple[str, ...]] = part.model_dump()
@@ -346,7 +356,10 @@ def _check_disjoint(path: Path, partition: Partition) -> None:
     for name in ("server", *partition.clients):
         if name in partition.clients and (name == "server" or not is_folder_name(name)):
             raise DataError(f"{path}: client '{name}' cannot name a folder; rename it")
-        for split, ids in partition.paths(name).items():
+        for split in ("train", *(["calibration"] if name == "server" else [])):
+            if not partition.splits(name)[split]:
+                raise DataError(f"{path}: {name} {split} is empty; expected images in it")
+        for split, ids in partition.splits(name).items():
             place = f"{name} {split}"
             for image_id in ids:
                 if image_id not in partition.images:

@@ -57,12 +57,7 @@ def precompute(
     if unknown:
         known = ", ".join(partition.clients)
         raise ConfigError(f"--client {unknown[0]}: no such client; expected one of {known}")
-    teacher = load_teacher(
-        cache / "teacher",
-        config.sam,
-        device=config.precompute.device,
-        precision=config.precompute.precision,
-    )
+    teacher = load_teacher(config, partition)
     owners = {"server": partition.server.calibration}
     owners |= {name: partition.clients[name].train for name in clients or partition.clients}
     result = StageOneResult()
@@ -98,18 +93,23 @@ def _label_owner(
         result.notices.append(notice)
     result.kept += int(store.done().sum())
     advance(0)
-    provenance = {
-        "backend": "torch",
-        "precision": teacher.precision,
-        "device": teacher.device.type,
-        "torch": version("torch"),
-        "samfed": version("samfed"),
-    }
     files = {i: (partition.images[i].image, partition.images[i].image_sha256) for i in ids}
+    _label_pending(config, store, files, teacher, result, advance)
+
+
+def _label_pending(
+    config: Config,
+    store: LabelStore,
+    files: dict[str, tuple[str, str]],
+    teacher: Teacher,
+    result: StageOneResult,
+    advance: Callable[[int], None],
+) -> None:
+    """Label the rows that are not done, shard by shard."""
+    provenance = _provenance(teacher)
+    batches = _batches(_tasks(store), config.precompute.batch_size)
     writes: deque[Future[None]] = deque()
     with ThreadPoolExecutor(config.precompute.readers) as readers, ThreadPoolExecutor(1) as writer:
-        tasks = _tasks(store)
-        batches = _batches(tasks, config.precompute.batch_size)
         parts: list[Labels] = []
         good: list[int] = []
         for (shard, chunk, last), images in _read_ahead(
@@ -134,6 +134,16 @@ def _label_owner(
                 parts, good = [], []
         for write in writes:
             write.result()
+
+
+def _provenance(teacher: Teacher) -> dict[str, str]:
+    return {
+        "backend": "torch",
+        "precision": teacher.precision,
+        "device": teacher.device.type,
+        "torch": version("torch"),
+        "samfed": version("samfed"),
+    }
 
 
 def _finish(

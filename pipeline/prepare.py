@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.files import file_sha256, folder_beside
 from pipeline.images import (
     ImageRecord,
@@ -22,6 +22,7 @@ from pipeline.images import (
     resize_mask,
     scan,
 )
+from pipeline.locks import writer_lock
 from pipeline.partition import (
     ImageEntry,
     Partition,
@@ -52,25 +53,47 @@ def prepare(
         DataError: an image or mask is unusable. ConfigError: the partition cannot be drawn.
     """
     root, cache = config.data.root, config.cache.root
+    if root.resolve() == cache.resolve() or (root / "images").resolve() in (
+        cache.resolve(),
+        *cache.resolve().parents,
+    ):
+        raise ConfigError(
+            f"cache.root: {cache} lies in data.root {root}, which is only ever read; "
+            "choose another folder"
+        )
+    partition = _plan(config, progress)
+    with writer_lock(cache / "locks" / "prepare.lock"):
+        _write(config, partition, with_oracle, progress)
+    return partition
+
+
+def _plan(config: Config, progress: Progress | None) -> Partition:
+    """Check every file, and draw the partition or read it back in; writes nothing."""
+    root = config.data.root
     records = scan(root)
     entries, foreground = _check_files(root, records, config.data.num_classes, progress)
     if config.partition.file is not None:
         partition = read_partition_file(config.partition.file, records)
         _check_digests(partition, entries)
-    else:
-        server, clients = draw_partition(
-            records, config.partition, seed=config.seed, foreground=foreground
-        )
-        used = {
-            i for p in (server, *clients.values()) for ids in p.model_dump().values() for i in ids
-        }
-        partition = Partition(
-            scheme=config.partition.scheme,
-            seed=config.seed,
-            server=server,
-            clients=clients,
-            images={i: entries[i] for i in sorted(used)},
-        )
+        return partition
+    server, clients = draw_partition(
+        records, config.partition, seed=config.seed, foreground=foreground
+    )
+    used = {i for p in (server, *clients.values()) for ids in p.model_dump().values() for i in ids}
+    return Partition(
+        scheme=config.partition.scheme,
+        seed=config.seed,
+        server=server,
+        clients=clients,
+        images={i: entries[i] for i in sorted(used)},
+    )
+
+
+def _write(
+    config: Config, partition: Partition, with_oracle: bool, progress: Progress | None
+) -> None:
+    """Write the stores, and the partition last."""
+    cache = config.cache.root
     with ExitStack() as stack:  # everything is written before anything takes its place
         _write_images(
             stack.enter_context(folder_beside(cache / "images")), config, partition, progress
@@ -82,7 +105,6 @@ def prepare(
         if not with_oracle:
             shutil.rmtree(cache / "oracle", ignore_errors=True)  # of an earlier partition
     save_partition(cache / "partition.json", partition)
-    return partition
 
 
 def _write_images(
@@ -90,15 +112,21 @@ def _write_images(
 ) -> None:
     """One image store for each owner and split that has images."""
     owners = ("server", *partition.clients)
-    total = sum(len(ids) for owner in owners for ids in partition.paths(owner).values())
+    total = sum(len(ids) for owner in owners for ids in partition.splits(owner).values())
     done = 0
     for owner in owners:
-        for split, ids in partition.paths(owner).items():
+        for split, ids in partition.splits(owner).items():
             labelled = owner == "server" or split in LABELLED_SPLITS
             rows = _rows(config, partition, ids, labelled=labelled)
             if ids:
                 path = building / owner / f"{split}.zarr"
-                write_image_store(path, ids, rows, size=config.data.image_size)
+                write_image_store(
+                    path,
+                    ids,
+                    rows,
+                    size=config.data.image_size,
+                    num_classes=config.data.num_classes,
+                )
             done += len(ids)
             if progress is not None:
                 progress("writing image stores", done, total)
@@ -167,5 +195,9 @@ def _write_oracle(building: Path, config: Config, partition: Partition) -> None:
     for client, part in partition.clients.items():
         rows = _rows(config, partition, part.train, labelled=True)
         write_image_store(
-            building / f"{client}.zarr", part.train, rows, size=config.data.image_size
+            building / f"{client}.zarr",
+            part.train,
+            rows,
+            size=config.data.image_size,
+            num_classes=config.data.num_classes,
         )

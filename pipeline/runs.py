@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ import yaml
 from torch import Tensor
 
 from pipeline.config import Config, parse_config
-from pipeline.errors import ConfigError, CorruptStoreError, StageError
-from pipeline.files import write_bytes
+from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
+from pipeline.files import file_sha256, write_bytes
 
 _KEPT_CHECKPOINTS = 2
 
@@ -35,6 +34,7 @@ class Checkpoint:
     round: int
     weights: State
     client_states: State  # class confidence of each client, by name
+    partition: str  # sha256 of the partition.json that the run was made on
 
 
 class RunFolder:
@@ -88,7 +88,11 @@ class RunFolder:
         """Write a round's checkpoint atomically and drop all but the last two."""
         tensors = {f"weights/{name}": value for name, value in checkpoint.weights.items()}
         tensors |= {f"clients/{name}": value for name, value in checkpoint.client_states.items()}
-        meta = {"round": str(checkpoint.round), "fingerprint": fingerprint}
+        meta = {
+            "round": str(checkpoint.round),
+            "fingerprint": fingerprint,
+            "partition": checkpoint.partition,
+        }
         meta["sha256"] = _digest(meta, tensors)
         # one entry: safetensors writes several in random order
         content = safetensors.torch.save(
@@ -113,6 +117,7 @@ class RunFolder:
             round=int(meta["round"]),
             weights=_under(tensors, "weights/"),
             client_states=_under(tensors, "clients/"),
+            partition=meta["partition"],
         )
 
     def append_history(self, entry: dict[str, Any]) -> None:
@@ -142,9 +147,20 @@ class RunFolder:
             raise StageError(f"{self.model_path}: not found; run `samfed federate` first")
         return load_state(self.model_path)
 
-    def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.path)
+    def check_partition(self, partition_file: Path) -> None:
+        """Refuse another partition than the run's: its test images may be the run's own.
+
+        Raises:
+            StageError: the run has no checkpoint. IdentityError: the partition changed since.
+        """
+        checkpoint = self.load_checkpoint()
+        if checkpoint is None:
+            raise StageError(f"{self.path}: no such run; run `samfed federate` first")
+        if checkpoint.partition != file_sha256(partition_file):
+            raise IdentityError(
+                f"{self.path}: made on another partition than {partition_file}; "
+                "run `samfed federate` again"
+            )
 
     def _checkpoints(self) -> Path:
         return self.path / "checkpoints"
@@ -194,8 +210,10 @@ def _load(path: Path) -> tuple[dict[str, str], State]:
 
 
 def _digest(meta: dict[str, str], tensors: State) -> str:
-    """sha256 over round, fingerprint and tensors: safetensors itself carries no checksum."""
-    digest = hashlib.sha256(json.dumps([meta["round"], meta["fingerprint"]]).encode())
+    """sha256 over round, fingerprint, partition and tensors: safetensors has no checksum."""
+    digest = hashlib.sha256(
+        json.dumps([meta["round"], meta["fingerprint"], meta["partition"]]).encode()
+    )
     for name in sorted(tensors):
         value = tensors[name].contiguous()
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())

@@ -143,24 +143,20 @@ def _patient(site: Site, rng: np.random.Generator) -> Patient:
     pigments = (site.skin_melanin, site.skin_blood, site.lesion_melanin, site.lesion_blood)
     melanin, blood, lesion_melanin, lesion_blood = (_draw(rng, limits) for limits in pigments)
     softness, blond = _draw(rng, site.softness), bool(rng.random() < 0.3)
-    shows = dict(zip(STRUCTURES, map(float, strengths), strict=True))
-    return Patient(
-        melanin, blood, lesion_melanin, lesion_blood, softness, shows, blond, _count(rng, (1, 3))
-    )
+    images, shows = _count(rng, (1, 3)), dict(zip(STRUCTURES, map(float, strengths), strict=True))
+    return Patient(melanin, blood, lesion_melanin, lesion_blood, softness, shows, blond, images)
 
 
 def _sigmoid(x: Field) -> Field:
-    y: Field = 0.5 + 0.5 * np.tanh(0.5 * x)
-    return y
+    return np.asarray(0.5 + 0.5 * np.tanh(0.5 * x))
 
 
 class _Canvas:
     """The image being made: its frame, and its own random stream, used in a fixed order."""
 
     def __init__(self, rng: np.random.Generator, shape_hw: tuple[int, int]) -> None:
-        self.rng = rng
-        self.shape_hw = h, w = shape_hw
-        self.aspect = w / h
+        self.rng, (h, w) = rng, shape_hw
+        self.shape_hw, self.aspect = shape_hw, w / h
         y, x = np.mgrid[:h, :w].astype(np.float32)
         self.y: Field = (y + np.float32(0.5 - h / 2)) / np.float32(h)
         self.x: Field = (x + np.float32(0.5 - w / 2)) / np.float32(h)
@@ -180,8 +176,7 @@ class _Canvas:
         return float(y), float(x) * self.aspect
 
     def distance(self, centre_yx: tuple[float, float]) -> Field:
-        d: Field = np.hypot(self.y - centre_yx[0], self.x - centre_yx[1])
-        return d
+        return np.asarray(np.hypot(self.y - centre_yx[0], self.x - centre_yx[1]))
 
     def strokes(self, lines_yx: list[npt.NDArray[np.float64]], width: float) -> Field:
         """Polylines, each (points, 2) in the frame of the canvas -> coverage (H, W), 0..1."""
@@ -243,11 +238,9 @@ def _lesion_density(canvas: _Canvas, patient: Patient, level: Field, angle: Fiel
     pigment = np.maximum(pigment, 0.12)
     red = np.maximum(1 + 0.4 * canvas.noise(5), 0.2)
     veil = 0.6 * shows["veil"] * patient.lesion_melanin * _sigmoid(6 * (canvas.noise(4) - 0.3))
-    density: Field = (
-        np.multiply.outer(opacity * pigment * patient.lesion_melanin, MELANIN)
-        + np.multiply.outer(opacity * red * patient.lesion_blood, BLOOD)
-        + np.multiply.outer(opacity * veil, VEIL)
-    )
+    density: Field = np.multiply.outer(opacity * pigment * patient.lesion_melanin, MELANIN)
+    density += np.multiply.outer(opacity * red * patient.lesion_blood, BLOOD)
+    density += np.multiply.outer(opacity * veil, VEIL)
     return density
 
 
@@ -267,9 +260,8 @@ def _skin_density(canvas: _Canvas, site: Site, patient: Patient) -> Field:
         across, turn = _draw(rng, (4, 14)), _draw(rng, (0, math.pi))
         along = canvas.x * math.cos(turn) + canvas.y * math.sin(turn) + 0.06 * canvas.noise(3)
         blood += 0.3 * np.abs(np.cos(across * along)) ** 24
-    density = np.multiply.outer(np.maximum(melanin, 0), MELANIN) + np.multiply.outer(
-        np.maximum(blood, 0), BLOOD
-    )
+    density = np.multiply.outer(np.maximum(melanin, 0), MELANIN)
+    density += np.multiply.outer(np.maximum(blood, 0), BLOOD)
     if rng.random() < site.ink:
         blot = canvas.distance(canvas.point(0.48)) / _draw(rng, (0.05, 0.13))
         blot += 0.25 * canvas.noise(6)
@@ -301,10 +293,8 @@ def _add_overlays(canvas: _Canvas, site: Site, patient: Patient, light: Field) -
         edge, flip = _draw(rng, (0.32, 0.46)), 1 if rng.random() < 0.5 else -1
         at = np.arange(-0.5, 0.5, 0.05) * canvas.aspect
         long = np.where(np.arange(at.size) % 5 == 0, 0.07, 0.035)
-        marks = [
-            np.array([[edge, a], [edge + tick, a]]) * (flip, 1)
-            for a, tick in zip(at, long, strict=True)
-        ]
+        ends = zip(at, long, strict=True)
+        marks = [np.array([[edge, a], [edge + tick, a]]) * (flip, 1) for a, tick in ends]
         light = light * (1 - 0.75 * canvas.strokes(marks, 0.008)[..., None])
     for _ in range(_count(rng, site.bubbles)):
         (cy, cx), radius = canvas.point(), _draw(rng, (0.015, 0.06))

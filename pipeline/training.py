@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -34,9 +35,12 @@ from pipeline.augment import (
     warp_images,
     warp_labels,
 )
-from pipeline.config import AGREEMENT_METHODS, SAM_METHODS, AgreementConfig, FederateConfig
+from pipeline.config import AGREEMENT_METHODS, SAM_METHODS, AgreementConfig, Config, FederateConfig
 from pipeline.losses import agreement_loss, distillation_loss, supervised_loss
 from pipeline.models import State, get_state, normalise, predict_probabilities
+
+_MAX_GRADIENT_NORM = 5.0  # far above what training shows; stops a bad batch from wrecking a round
+_LAST_RATE = 0.05  # of the learning rate, so that the last rounds still learn
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,36 @@ def local_update(
         weights: the broadcast model, which is also the distillation's teacher.
         unlabelled_weight: lambda_u of this round, after its ramp.
     """
+    with seeded(seed, model):
+        return _local_update(
+            model,
+            weights,
+            client,
+            server,
+            state,
+            config,
+            agreement,
+            learning_rate,
+            unlabelled_weight,
+            seed,
+        )
+
+
+def _local_update(
+    model: nn.Module,
+    weights: State,
+    client: ClientData,
+    server: ServerData,
+    state: AgreementState,
+    config: FederateConfig,
+    agreement: AgreementConfig,
+    learning_rate: float,
+    unlabelled_weight: float,
+    seed: int,
+) -> LocalResult:
     device = next(model.parameters()).device
     model.load_state_dict(weights)
-    calibration = (
-        _calibrate(model, server) if uses_calibration(config, agreement) else Calibration()
-    )
+    calibration = _measure(model, server, config, agreement)
     # f = G at the first step only, so the broadcast model needs a copy of its own
     broadcast = _copy(model) if _distils(config) else None
     optimizer = make_optimizer(model, learning_rate, config.weight_decay)
@@ -121,7 +150,7 @@ def local_update(
         terms = _losses(model, images, truth, views, broadcast, config, unlabelled_weight)
         optimizer.zero_grad()
         terms["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
         optimizer.step()
         for name, value in terms.items():
             sums[name] += float(value.detach())
@@ -144,24 +173,35 @@ def train_on_server(
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     generator = torch.Generator().manual_seed(seed)
-    for step in range(config.start_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * cosine(step, config.start_steps)
-        images, truth = labelled_batch(server, config.labelled_batch, generator, device)
+    with seeded(seed, model):
         model.train()
-        optimizer.zero_grad()
-        loss = supervised_loss(model(normalise(images)), truth)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        if progress is not None:
-            progress(step + 1)
+        for step in range(config.start_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * cosine(step, config.start_steps)
+            images, truth = labelled_batch(server, config.labelled_batch, generator, device)
+            optimizer.zero_grad()
+            loss = supervised_loss(model(normalise(images)), truth)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
+            optimizer.step()
+            if progress is not None:
+                progress(step + 1)
     return get_state(model)
 
 
+@contextmanager
+def seeded(seed: int, model: nn.Module) -> Iterator[None]:
+    """Seed torch's global generator, which dropout draws from, and put its state back after."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def cosine(step: int, total: int) -> float:
-    """Cosine decay from 1 at step 0 towards 0.05 at ``total``."""
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1, total)))
+    """Cosine decay from 1 at step 0 towards ``_LAST_RATE`` at ``total``."""
+    decay = 0.5 * (1 + math.cos(math.pi * step / max(1, total)))
+    return _LAST_RATE + (1 - _LAST_RATE) * decay
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, decay: float) -> torch.optim.AdamW:
@@ -246,8 +286,7 @@ def _set_target(
         return _with_target(views, target, weight), state, counted
     assert views.masks is not None
     assert views.confidences is not None
-    if config.method == "sam_only":
-        agreement = agreement.model_copy(update={"rule": "sam_only"})
+    agreement = rule_of(config, agreement)
     result = agree(
         views.masks,
         views.confidences,
@@ -304,13 +343,23 @@ def _distils(config: FederateConfig) -> bool:
     return config.method in AGREEMENT_METHODS and config.kd_weight > 0
 
 
-def uses_calibration(config: FederateConfig, agreement: AgreementConfig) -> bool:
-    """Whether the run compares SAM and client on the calibration part."""
-    return config.method in AGREEMENT_METHODS and agreement.rule == "adaptive"
+def rule_of(config: FederateConfig, agreement: AgreementConfig) -> AgreementConfig:
+    """The agreement that the method uses: ``sam_only`` is a rule of its own."""
+    if config.method == "sam_only":
+        return agreement.model_copy(update={"rule": "sam_only"})
+    return agreement
 
 
-def _calibrate(model: nn.Module, server: ServerData) -> Calibration:
-    """Measure both sources on D_p's calibration part, with the weights just received."""
+def measure_calibration(model: nn.Module, server: ServerData, config: Config) -> Calibration:
+    """Both sources on D_p's calibration part, with the model's weights as they are."""
+    return _measure(model, server, config.federate, config.agreement)
+
+
+def _measure(
+    model: nn.Module, server: ServerData, config: FederateConfig, agreement: AgreementConfig
+) -> Calibration:
+    if config.method not in AGREEMENT_METHODS or agreement.rule != "adaptive":
+        return Calibration()
     assert server.calibration_masks is not None
     assert server.calibration_confidences is not None
     return calibrate(

@@ -97,7 +97,8 @@ def test_expensive_outputs_persist() -> None:
         for out in stage.get("outs", [])
         if isinstance(out, dict) and next(iter(out.values())).get("persist")
     ]
-    assert persistent == ["cache/sam", "cache/runs/${federate.name}/checkpoints"]
+    run = "cache/runs/${federate.name}"
+    assert persistent == ["cache/sam", f"{run}/checkpoints", f"{run}/history.jsonl"]
 
 
 def test_parameters_exist_and_reach_only_their_stages() -> None:

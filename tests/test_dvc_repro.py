@@ -83,6 +83,13 @@ def test_repro_runs_what_changed(tiny_images: Path, tmp_path: Path) -> None:
     assert project.repro() == ["federate", "evaluate", "report"]
     assert digest(project.root / "cache/sam") == labels
 
+    # forced, DVC deletes the model and keeps the checkpoints: the run ends as it did, with history
+    run = project.root / "cache/runs/sam_fed"
+    model, history = (run / "models/global.safetensors").read_bytes(), run / "history.jsonl"
+    project.run("dvc", "repro", "--force", "--single-item", "federate")
+    assert (run / "models/global.safetensors").read_bytes() == model
+    assert len(history.read_text().splitlines()) == 1
+
     project.settings["sam"]["lora_rank"] = 3
     project.write()
     assert project.repro() == STAGES[2:]

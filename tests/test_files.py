@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DataError, StageError
-from pipeline.files import file_sha256, folder_beside, read_json, write_bytes, write_json
+from pipeline.files import (
+    file_sha256,
+    folder_beside,
+    read_json,
+    recover_folder,
+    write_bytes,
+    write_json,
+)
 
 
 def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
@@ -44,7 +51,7 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_move(
     real = os.replace
 
     def refuse(source: Path, target: Path) -> None:
-        if Path(target) == final and Path(source).parent == tmp_path:
+        if Path(source).name == ".out.building":
             raise OSError("disk gone")
         real(source, target)
 
@@ -53,6 +60,47 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_move(
         (building / "file").write_text("second")
     assert (final / "file").read_text() == "first"
     assert os.listdir(tmp_path) == ["out"]
+
+
+def make(folder: Path, text: str) -> None:
+    folder.mkdir()
+    (folder / "file").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    [
+        ({}, None),
+        ({".out.building": "half"}, None),
+        ({"out": "old", ".out.building": "half"}, "old"),
+        ({".out.retired": "old", ".out.building": "new"}, "old"),
+        ({"out": "new", ".out.retired": "old"}, "new"),
+        ({"out": "new", ".out.building": "old, half removed"}, "new"),
+    ],
+)
+def test_what_a_killed_run_leaves(
+    tmp_path: Path, left: dict[str, str], expected: str | None
+) -> None:
+    """Each state that kill -9 can leave, in the order in which they come."""
+    final = tmp_path / "out"
+    for name, text in left.items():
+        make(tmp_path / name, text)
+    recover_folder(final)
+    assert (final / "file").read_text() == expected if expected else not final.exists()
+    assert os.listdir(tmp_path) == (["out"] if expected else [])
+    for name, text in left.items():
+        if name != "out":
+            make(tmp_path / name, text)
+    with folder_beside(final) as building:
+        assert os.listdir(building) == []
+        (building / "file").write_text("newest")
+    assert (final / "file").read_text() == "newest"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_recovery_where_nothing_is(tmp_path: Path) -> None:
+    recover_folder(tmp_path / "no" / "such" / "folder")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_failed_write_leaves_the_old_file(

@@ -171,6 +171,13 @@ def test_not_an_image(tmp_path: Path, content: bytes) -> None:
     assert "replace or remove it" in refusal(path)
 
 
+@pytest.mark.parametrize("kind", ["GIF", "EPS"])
+def test_another_format_under_a_known_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.png"
+    Image.fromarray(RGB).save(path, kind)
+    assert refusal(path) == f"{path}: not an image that can be read; replace or remove it"
+
+
 def test_missing_image(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     assert refusal(path) == f"{path}: no such file; run `samfed prepare` again"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,12 +36,13 @@ def write(path: Path, **holder: object) -> None:
     path.write_text(json.dumps(holder))
 
 
-def test_the_lock_names_its_holder_and_goes(path: Path) -> None:
+def test_the_lock_names_its_holder_and_is_emptied(path: Path) -> None:
     with writer_lock(path):
         holder = json.loads(path.read_text())
         assert holder["pid"] == os.getpid()
         assert holder["host"] == socket.gethostname()
-    assert list(path.parent.iterdir()) == []
+    assert list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == b""
 
 
 def test_a_second_writer_is_refused(path: Path) -> None:
@@ -67,30 +71,35 @@ def test_a_second_process_is_refused(path: Path) -> None:
         assert f"process {other.pid} writes to this store" in refusal(path)
         other.kill()  # it cannot clean up
         other.wait()
-    assert path.exists()
+    assert json.loads(path.read_text())["pid"] == other.pid
     with writer_lock(path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
-def test_a_lock_of_a_dead_process_is_taken_over(path: Path) -> None:
-    dead = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"],
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    write(path, host=socket.gethostname(), pid=int(dead.stdout), started="123")
-    with writer_lock(path):
-        assert json.loads(path.read_text())["pid"] == os.getpid()
-    assert not path.exists()
+def test_of_many_that_find_a_dead_holder_one_gets_the_lock(path: Path) -> None:
+    """Two that both saw the dead holder: neither may take what the other has just taken."""
+    write(path, host=socket.gethostname(), pid=2**22 + 1, started="123")
+    together, held, refused, others = threading.Barrier(8), [], [], threading.Semaphore(0)
 
+    def take() -> None:
+        together.wait()
+        try:
+            with writer_lock(path):
+                held.append(1)
+                for _ in range(7):  # until all others have tried
+                    assert others.acquire(timeout=20)
+        except LockedStoreError as error:
+            refused.append(str(error))
+            others.release()
 
-def test_a_reused_process_number_is_another_process(path: Path) -> None:
-    write(path, host=socket.gethostname(), pid=os.getpid(), started="not this one")
-    if not Path("/proc/self/stat").exists():
-        pytest.skip("start times are known from /proc only")
-    with writer_lock(path):
-        pass
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1
+    assert len(refused) == 7
+    assert all("writes to this store; wait for it or stop it" in text for text in refused)
 
 
 def test_a_lock_of_another_host_is_refused(path: Path) -> None:
@@ -102,16 +111,29 @@ def test_a_lock_of_another_host_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', "7", "\udcff"])
-def test_an_unreadable_lock_is_refused(path: Path, text: str) -> None:
+def test_a_lock_that_names_nobody_is_free(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(text, errors="surrogateescape")
-    assert refusal(path) == (
-        f"{path}: an unreadable lock; if no samfed writes to this cache, delete it"
+    with writer_lock(path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_a_file_system_without_locks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(LockedStoreError) as caught, writer_lock(path):
+        pass
+    assert str(caught.value) == (
+        f"{path}: cannot be locked (No locks available); put cache.root on a local disk"
     )
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
-def test_the_lock_goes_after_an_error(path: Path, kind: type[BaseException]) -> None:
+def test_the_lock_is_released_after_an_error(path: Path, kind: type[BaseException]) -> None:
     with pytest.raises(kind), writer_lock(path):
         raise kind
-    assert not path.exists()
+    assert path.read_bytes() == b""
+    with writer_lock(path):
+        pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import tiny_config
 from PIL import Image
 
 from pipeline.config import Config
-from pipeline.errors import IdentityError, SamfedError
+from pipeline.errors import ConfigError, DataError, IdentityError, SamfedError
 from pipeline.evaluation import evaluate
 from pipeline.federation import federate
 from pipeline.gallery import build_gallery
@@ -257,3 +258,63 @@ def test_a_client_that_sends_nan_is_rejected_and_named(
     )
     with pytest.raises(SamfedError, match="no client sent a usable update"):
         federate(again)
+
+
+def test_a_changed_partition_is_noticed_everywhere(tiny_images: Path, tmp_path: Path) -> None:
+    """Another split makes training images of test images: nothing older may go on with it."""
+    config = tiny_config(tiny_images, tmp_path)
+    run = run_all(config)
+    other = tiny_config(tiny_images, tmp_path, seed=1)
+    prepare(other)
+    for stage in (precompute, evaluate_teacher, federate):
+        with pytest.raises(IdentityError, match="adapted on another server set; run `samfed fin"):
+            stage(other)
+    with pytest.raises(IdentityError, match=r"made on another partition than .*partition\.json"):
+        evaluate(other, run)
+    with pytest.raises(IdentityError, match="made on another partition"):
+        build_gallery(other, run)
+
+
+def test_another_number_of_classes_is_noticed(
+    finished: tuple[Config, RunFolder],
+) -> None:
+    config = finished[0]
+    other = config.model_copy(update={"data": config.data.model_copy(update={"num_classes": 2})})
+    with pytest.raises(IdentityError, match="num_classes is 1, the settings ask for 2"):
+        precompute(other)
+    with pytest.raises(IdentityError, match="num_classes is 1, the run asks for 2"):
+        federate(with_method(other, "supervised"))
+
+
+def test_a_mask_that_changed_since_prepare_is_noticed(tiny_images: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(tiny_images, root)
+    config = tiny_config(root, tmp_path / "cache")
+    partition = prepare(config)
+    entry = partition.images[partition.server.train[0]]
+    assert entry.mask is not None
+    mask = np.asarray(Image.open(root / entry.mask))
+    Image.fromarray(255 - mask).save(root / entry.mask)
+    with pytest.raises(DataError, match=r"changed since `samfed prepare`"):
+        finetune(config)
+
+
+def test_the_input_folder_is_never_the_cache(tiny_images: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(tiny_images, root)
+    before = digest(root)
+    for cache in (root, root / "images", root / "images" / "deep"):
+        with pytest.raises(ConfigError, match=r"lies in data\.root"):
+            prepare(tiny_config(root, cache))
+    assert digest(root) == before
+
+
+def test_lost_history_starts_the_run_again(finished: tuple[Config, RunFolder]) -> None:
+    settings = finished[0].federate.model_copy(update={"name": "lost"})
+    config = finished[0].model_copy(update={"federate": settings})
+    run = federate(config)
+    model, rounds = run.model_path.read_bytes(), len(run.history())
+    (run.path / "history.jsonl").unlink()
+    again = federate(config)
+    assert len(again.history()) == rounds
+    assert again.model_path.read_bytes() == model

@@ -20,12 +20,14 @@ OTHER = "e" * 64
 def checkpoint(number: int) -> Checkpoint:
     values = torch.arange(6, dtype=torch.float32).reshape(2, 3) + number
     weights = {"conv.weight": values.t(), "bn.count": torch.tensor(number)}  # t(): not contiguous
-    return Checkpoint(number, weights, {"site_a": torch.tensor([0.5, float(number)])})
+    states = {"site_a": torch.tensor([0.5, float(number)])}
+    return Checkpoint(number, weights, states, partition="p" * 64)
 
 
 def equal(found: Checkpoint | None, expected: Checkpoint) -> None:
     assert found is not None
     assert found.round == expected.round
+    assert found.partition == expected.partition
     for name in ("weights", "client_states"):
         one, two = getattr(found, name), getattr(expected, name)
         assert list(one) == sorted(two)

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.errors import CorruptStoreError, IdentityError, StageError
+from pipeline.stores import labels as labels_module
 from pipeline.stores.chunks import SHARD_ROWS
 from pipeline.stores.images import read_image_store, write_image_store
 from pipeline.stores.labels import (
@@ -101,8 +102,8 @@ def test_image_store_round_trip(tmp_path: Path, count: int, labelled: bool) -> N
     rows = (
         (image, label if labelled else None) for image, label in zip(images, truth, strict=True)
     )
-    write_image_store(tmp_path / "x.zarr", ids, rows, size=SIZE)
-    found = read_image_store(tmp_path / "x.zarr", image_ids=ids, size=SIZE)
+    write_image_store(tmp_path / "x.zarr", ids, rows, size=SIZE, num_classes=1)
+    found = read_image_store(tmp_path / "x.zarr", image_ids=ids, size=SIZE, num_classes=1)
     assert found.image_ids == tuple(ids)
     assert len(found) == count
     np.testing.assert_array_equal(found.images, images)
@@ -115,12 +116,17 @@ def test_image_store_round_trip(tmp_path: Path, count: int, labelled: bool) -> N
 
 def test_images_of_another_size_or_partition_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.zarr"
-    write_image_store(path, ["a", "b"], [(p, None) for p in pictures(2)], size=SIZE)
+    write_image_store(path, ["a", "b"], [(p, None) for p in pictures(2)], size=SIZE, num_classes=1)
     with pytest.raises(IdentityError) as size:
-        read_image_store(path, image_ids=["a", "b"], size=16)
+        read_image_store(path, image_ids=["a", "b"], size=16, num_classes=1)
     assert str(size.value) == f"{path}: image_size is 8, the run asks for 16; run `samfed prepare`"
+    with pytest.raises(IdentityError) as classes:
+        read_image_store(path, image_ids=["a", "b"], size=SIZE, num_classes=3)
+    assert str(classes.value) == (
+        f"{path}: num_classes is 1, the run asks for 3; run `samfed prepare`"
+    )
     with pytest.raises(IdentityError, match="holds other images than the partition"):
-        read_image_store(path, image_ids=["b", "a"], size=SIZE)
+        read_image_store(path, image_ids=["b", "a"], size=SIZE, num_classes=1)
 
 
 def test_image_store_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -129,30 +135,36 @@ def test_image_store_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_image_store(tmp_path / "x.zarr", ["a", "b"], rows(), size=SIZE)
+        write_image_store(tmp_path / "x.zarr", ["a", "b"], rows(), size=SIZE, num_classes=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_that_do_not_match_the_ids_are_refused(tmp_path: Path) -> None:
     image = pictures(1)[0]
     with pytest.raises(ValueError, match="found 1 rows for 2 image ids"):
-        write_image_store(tmp_path / "x.zarr", ["a", "b"], [(image, None)], size=SIZE)
+        write_image_store(
+            tmp_path / "x.zarr", ["a", "b"], [(image, None)], size=SIZE, num_classes=1
+        )
     mixed = [(image, image[..., 0]), (image, None)]
     with pytest.raises(ValueError, match="found 1 labels for 2 images"):
-        write_image_store(tmp_path / "x.zarr", ["a", "b"], mixed, size=SIZE)
+        write_image_store(tmp_path / "x.zarr", ["a", "b"], mixed, size=SIZE, num_classes=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_image_store(tmp_path: Path) -> None:
     with pytest.raises(StageError) as caught:
-        read_image_store(tmp_path / "x.zarr", image_ids=["a"], size=SIZE)
+        read_image_store(tmp_path / "x.zarr", image_ids=["a"], size=SIZE, num_classes=1)
     assert str(caught.value) == f"{tmp_path / 'x.zarr'}: not found; run `samfed prepare` first"
 
 
 def test_a_flipped_bit_in_an_image_store_is_found(tmp_path: Path) -> None:
     store = tmp_path / "x.zarr"
-    write_image_store(store, ["a", "b"], [(p, p[..., 0]) for p in pictures(2)], size=SIZE)
-    flip_all(store, lambda: read_image_store(store, image_ids=["a", "b"], size=SIZE), 40)
+    write_image_store(
+        store, ["a", "b"], [(p, p[..., 0]) for p in pictures(2)], size=SIZE, num_classes=1
+    )
+    flip_all(
+        store, lambda: read_image_store(store, image_ids=["a", "b"], size=SIZE, num_classes=1), 40
+    )
 
 
 # --------------------------------------------------------------------------- labels
@@ -323,6 +335,75 @@ def test_rows_are_kept_when_images_come_go_or_change(path: Path, aside: Path) ->
     np.testing.assert_array_equal(again.done(), done)
 
 
+def test_carried_rows_in_another_order(path: Path, aside: Path) -> None:
+    """Rows from several old shards, backwards, some of them not done."""
+    old = keys(3 * SHARD_ROWS)
+    store = fill(open_label_store(path, IDENTITY, old, aside=aside)[0], [0, 2])
+    store.write_shard(1, [64, 70], labels_of([old[64], old[70]]))
+    store.mark_done(1, [64, 70], PROVENANCE | {"shard": "1"})
+    new = [*old[::-3], RowKey("new", "f" * 64)]
+    store, notice = open_label_store(path, IDENTITY, new, aside=aside)
+    kept = [i for i, row in enumerate(new[:-1]) if not 64 <= int(row.sha256, 16) < 128]
+    kept = sorted({*kept, *(i for i, row in enumerate(new) if row in (old[64], old[70]))})
+    assert notice == f"{path}: the images changed; kept the labels of {len(kept)} of 65"
+    assert np.flatnonzero(store.done()).tolist() == kept
+    for row in kept:
+        same(store.read(slice(row, row + 1)), labels_of([new[row]]))
+    assert store.provenance() == [PROVENANCE | {"shard": "2"}, {}]
+
+
+def test_carrying_over_reads_each_old_shard_once(
+    path: Path, aside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = keys(3 * SHARD_ROWS)
+    fill(open_label_store(path, IDENTITY, old, aside=aside)[0])
+    reads: list[str] = []
+    real = labels_module.read_rows
+
+    def count(path: Path, group: object, name: str, rows: slice = slice(None)) -> object:
+        reads.append(name)
+        return real(path, group, name, rows)
+
+    monkeypatch.setattr(labels_module, "read_rows", count)
+    open_label_store(path, IDENTITY, old[1:], aside=aside)
+    assert reads.count("masks") <= 4  # and one for the new store's last shard
+    assert reads.count("done") <= 6
+
+
+# --------------------------------------------------------------------------- killed writers
+
+
+@pytest.mark.parametrize("window", ["building", "retired", "replaced"])
+def test_a_killed_carry_over_loses_no_labels(path: Path, aside: Path, window: str) -> None:
+    fill(open_label_store(path, IDENTITY, keys(), aside=aside)[0])
+    before = content(path)
+    building = path.with_name(f".{path.name}.building")
+    shutil.copytree(path, building)
+    (building / "zarr.json").unlink()
+    if window == "retired":
+        path.rename(path.with_name(f".{path.name}.retired"))
+    if window == "replaced":
+        shutil.rmtree(building)
+        shutil.copytree(path, path.with_name(f".{path.name}.retired"))
+    store, notice = open_label_store(path, IDENTITY, keys(), aside=aside)
+    assert notice is None
+    assert content(path) == before
+    assert store.pending() == []
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_partial_files_of_a_killed_writer_go(path: Path, aside: Path, moved: bool) -> None:
+    fill(open_label_store(path, IDENTITY, keys(), aside=aside)[0])
+    before = content(path)
+    for name in ("masks/c/0/0/0", "done/c/0"):
+        (path / name).with_suffix(f".{'0' * 32}.partial").write_bytes(b"half")
+    if moved:
+        open_label_store(path, OTHER, keys(), aside=aside)
+    open_label_store(path, IDENTITY, keys(), aside=aside)
+    assert content(path) == before
+
+
 # --------------------------------------------------------------------------- damage
 
 
@@ -417,7 +498,9 @@ def test_no_store(path: Path) -> None:
 
 
 def test_an_image_store_is_no_label_store(tmp_path: Path) -> None:
-    write_image_store(tmp_path / "x.zarr", ["a"], [(pictures(1)[0], None)], size=SIZE)
+    write_image_store(
+        tmp_path / "x.zarr", ["a"], [(pictures(1)[0], None)], size=SIZE, num_classes=1
+    )
     with pytest.raises(CorruptStoreError, match="not a label store"):
         LabelStore(tmp_path / "x.zarr")
 

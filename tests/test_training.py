@@ -19,12 +19,19 @@ from pipeline.augment import (
     warp_images,
     warp_labels,
 )
-from pipeline.config import AgreementConfig, FederateConfig, ModelConfig
+from pipeline.config import AgreementConfig, FederateConfig, parse_config
+from pipeline.errors import ConfigError
 from pipeline.losses import IGNORE
 from pipeline.models import build_model, get_state, predict_probabilities
 from pipeline.training import ClientData, LocalResult, ServerData, local_update
 
-MODEL = ModelConfig(encoder_depth=3, decoder_channels=(16, 8, 8))
+SETTINGS = parse_config(
+    {
+        "data": {"image_size": 32},
+        "model": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]},
+    },
+    source="test",
+)
 
 
 def blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -63,7 +70,7 @@ def update(method: str, *, seed: int = 5, **settings: Any) -> LocalResult:
         threads=1,
         **settings,
     )
-    model = build_model(MODEL, num_classes=1, seed=0)
+    model = build_model(SETTINGS, seed=0)
     return local_update(
         model,
         get_state(model),
@@ -76,6 +83,58 @@ def update(method: str, *, seed: int = 5, **settings: Any) -> LocalResult:
         unlabelled_weight=1.0,
         seed=seed,
     )
+
+
+@pytest.mark.parametrize("architecture", ["unet", "fpn", "linknet", "deeplabv3plus"])
+def test_the_same_bytes_whatever_was_drawn_before(architecture: str) -> None:
+    """Some architectures have dropout, which draws from torch's global generator."""
+    settings = parse_config(
+        {
+            "data": {"image_size": 64},
+            "model": {
+                "architecture": architecture,
+                "encoder_depth": 5,
+                "decoder_channels": [16, 16, 8, 8, 8],
+            },
+        },
+        source="test",
+    )
+    server, client = make_data()
+    states = []
+    for drawn in (0, 7):
+        torch.rand(drawn)
+        model = build_model(settings, seed=0)
+        config = FederateConfig(local_steps=1, labelled_batch=2, unlabelled_batch=2, threads=1)
+        result = local_update(
+            model,
+            get_state(model),
+            client,
+            server,
+            AgreementState.initial(1),
+            config=config.model_copy(update={"method": "supervised"}),
+            agreement=AgreementConfig(),
+            learning_rate=1e-3,
+            unlabelled_weight=1.0,
+            seed=5,
+        )
+        states.append(result.weights)
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "message"),
+    [
+        ({"architecture": "fpn", "encoder_depth": 4}, 64, "answers with (2, 128, 128)"),
+        ({"architecture": "linknet", "encoder_depth": 5}, 48, "cannot take 48 px"),
+        ({"encoder_depth": 4, "decoder_channels": [8, 8]}, 64, "found 2 values, expected one"),
+        ({"encoder": "no_such_encoder"}, 64, "cannot be built"),
+    ],
+)
+def test_models_that_do_not_fit_are_named(model: dict[str, Any], size: int, message: str) -> None:
+    settings = parse_config({"data": {"image_size": size}, "model": model}, source="test")
+    with pytest.raises(ConfigError) as error:
+        build_model(settings, seed=0)
+    assert message in str(error.value)
 
 
 METHODS = ["supervised", "fedavg_ssl", "sam_only", "sam_fed", "oracle"]
@@ -137,12 +196,12 @@ def test_only_sam_fed_distils() -> None:
 
 def test_supervised_never_touches_the_clients_images() -> None:
     server, client = make_data()
-    model = build_model(MODEL, num_classes=1, seed=0)
+    model = build_model(SETTINGS, seed=0)
     config = FederateConfig(method="supervised", local_steps=2, labelled_batch=3)
     results = [
         local_update(
             model,
-            get_state(build_model(MODEL, num_classes=1, seed=0)),
+            get_state(build_model(SETTINGS, seed=0)),
             ClientData("one", images),
             server,
             AgreementState.initial(1),
@@ -159,7 +218,7 @@ def test_supervised_never_touches_the_clients_images() -> None:
 
 def test_training_learns() -> None:
     server, _ = make_data()
-    model = build_model(MODEL, num_classes=1, seed=0)
+    model = build_model(SETTINGS, seed=0)
     config = FederateConfig(start_steps=60, labelled_batch=6, learning_rate=5e-3)
     training.train_on_server(model, server, config=config, seed=0)
     images, truth = blobs(8, 9)

@@ -86,8 +86,8 @@ class TimmImageEncoder(nn.Module):
             self.backbone = timm.create_model(name, features_only=True, pretrained=False)
         except Exception as error:  # timm raises RuntimeError, ValueError or AttributeError here
             raise ConfigError(
-                f"sam.variant: 'timm:{name}' is no timm model with feature maps ({error}); "
-                "see timm.list_models()"
+                f"sam.variant: 'timm:{name}' is no timm model with feature maps "
+                f"({_first_line(error)}); see timm.list_models()"
             ) from error
         strides = self.backbone.feature_info.reduction()
         channels = self.backbone.feature_info.channels()
@@ -123,6 +123,10 @@ class TimmImageEncoder(nn.Module):
             total = projected if total is None else total + projected
         out: Tensor = self.neck(total)
         return out
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def build_sam(variant: str, *, input_size: int | None = None, num_multimask: int = 3) -> Sam:
@@ -257,17 +261,27 @@ def load_state(path: Path) -> dict[str, Tensor]:
     """Read a checkpoint's tensors without ever executing code from it.
 
     Raises:
-        DataError: the file is missing or holds anything but tensors.
+        DataError: the file is missing, damaged, or holds anything but a flat table of tensors.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such checkpoint; check the path in params.yaml (sam.*)")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
+        state: object = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
         raise DataError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); expected safetensors or "
             "a torch file of plain tensors"
         ) from error
+    return _flat_state(path, state)
+
+
+def _flat_state(path: Path, state: object) -> dict[str, Tensor]:
+    expected = "expected tensors by name; save the model's own state_dict()"
+    if not isinstance(state, dict):
+        raise DataError(f"{path}: holds a {type(state).__name__}; {expected}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise DataError(f"{path}: {name!r} holds a {type(value).__name__}; {expected}")
+    return state

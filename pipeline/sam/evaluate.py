@@ -30,16 +30,11 @@ def evaluate_teacher(config: Config, *, progress: Progress | None = None) -> dic
     """
     cache, size = config.cache.root, config.data.image_size
     partition = load_partition(cache / "partition.json")
-    teacher = load_teacher(
-        cache / "teacher",
-        config.sam,
-        device=config.precompute.device,
-        precision=config.precompute.precision,
-    )
-    items = load_labelled(config, partition, partition.server.calibration)
+    teacher = load_teacher(config, partition)
+    ids = partition.server.calibration
     scores, groups, empty = [], [], 0
     confidences, hits = [], []
-    for number, item in enumerate(items, start=1):
+    for number, item in enumerate(load_labelled(config, partition, ids), start=1):
         labels = teacher.label([item.image], size)
         truth = resize_mask(item.mask, size)
         scores.append(image_metrics(labels.masks[0], truth, num_classes=teacher.card.num_classes))
@@ -48,12 +43,12 @@ def evaluate_teacher(config: Config, *, progress: Progress | None = None) -> dic
         confidences.append(confidence_to_probability(labels.confidences[0]).ravel())
         hits.append((labels.masks[0] == truth).ravel())
         if progress is not None:
-            progress("evaluating the teacher", number, len(items))
+            progress("evaluating the teacher", number, len(ids))
     result = {
         "variant": teacher.card.variant,
         **summarise(scores, groups, seed=config.seed),
         "ece": calibration_error(np.concatenate(confidences), np.concatenate(hits)),
-        "empty": empty / len(items),
+        "empty": empty / len(ids),
     }
     write_json(cache / "evaluate-sam.json", result)
     return result

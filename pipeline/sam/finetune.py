@@ -8,8 +8,7 @@ A ``timm:`` teacher is trained whole. The IoU head learns the real IoU by mean s
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import safetensors.torch
@@ -32,9 +31,10 @@ from pipeline.config import Config, SamConfig
 from pipeline.devices import resolve_device
 from pipeline.files import file_sha256, folder_beside, write_json
 from pipeline.labelled import LabelledImage, load_labelled
+from pipeline.locks import writer_lock
 from pipeline.losses import IGNORE, supervised_loss
 from pipeline.metrics import dice_score
-from pipeline.partition import load_partition
+from pipeline.partition import Partition, load_partition
 from pipeline.sam.lora import add_lora, merge_lora
 from pipeline.sam.teacher import (
     ADAPTER_FILE,
@@ -47,20 +47,27 @@ from pipeline.sam.teacher import (
     to_input_frame,
 )
 
-log = logging.getLogger("samfed.sam.finetune")
-
 Progress = Callable[[str, int, int], None]
+
+_MAX_GRADIENT_NORM = 1.0  # usual for transformers
 
 
 def finetune(config: Config, *, progress: Progress | None = None) -> TeacherCard:
     """Adapt the teacher and write ``cache/teacher/`` (adapter and card).
 
-    Same seed and same machine give the same bytes.
+    Same seed, same machine and same number of torch threads give the same bytes on a CPU.
+
+    Raises:
+        StageError: no partition yet. LockedStoreError: another process fine-tunes into this cache.
     """
-    partition = load_partition(config.cache.root / "partition.json")
-    train = load_labelled(config, partition, partition.server.train)
-    calibration = load_labelled(config, partition, partition.server.calibration)
-    torch.manual_seed(config.seed)
+    cache = config.cache.root
+    partition = load_partition(cache / "partition.json")
+    with writer_lock(cache / "locks" / "teacher.lock"), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return _finetune(config, partition, progress)
+
+
+def _finetune(config: Config, partition: Partition, progress: Progress | None) -> TeacherCard:
     sam = build_base(config.sam, num_classes=config.data.num_classes)
     rank = None if config.sam.variant.startswith("timm:") else config.sam.lora_rank
     if rank is not None:
@@ -69,7 +76,9 @@ def finetune(config: Config, *, progress: Progress | None = None) -> TeacherCard
         sam.prompt_encoder.no_mask_embed.requires_grad_(True)
     trained = [name for name, parameter in sam.named_parameters() if parameter.requires_grad]
     size = sum(parameter.numel() for parameter in sam.parameters())
-    _train(sam, train, config, progress)
+    side = sam.image_encoder.img_size
+    pixels, masks = _frames(load_labelled(config, partition, partition.server.train), side)
+    _train(sam, pixels, masks, config, progress)
     # what fine-tuning changed: the trained parameters, and the buffers of a backbone trained whole
     state = sam.state_dict()
     changed = trained if rank is not None else list(state)
@@ -88,20 +97,22 @@ def finetune(config: Config, *, progress: Progress | None = None) -> TeacherCard
             adapter_sha256=file_sha256(adapter),
             parameters=size,
             trained_parameters=sum(state[name].numel() for name in trained),
-            train_images=len(train),
-            calibration_images=len(calibration),
+            server_sha256=partition.server_sha256(),
+            train_images=len(partition.server.train),
+            calibration_images=len(partition.server.calibration),
             calibration_dice=0.0,
             seed=config.seed,
         )
         if rank is not None:
             merge_lora(sam.image_encoder)
         teacher = Teacher(sam, card, device=config.sam.device, precision="fp32")
-        card = card.model_copy(update={"calibration_dice": _mean_dice(teacher, calibration)})
+        dice = _mean_dice(teacher, load_labelled(config, partition, partition.server.calibration))
+        card = card.model_copy(update={"calibration_dice": dice})
         write_json(building / CARD_FILE, card.model_dump())
     return card
 
 
-def _mean_dice(teacher: Teacher, images: list[LabelledImage]) -> float:
+def _mean_dice(teacher: Teacher, images: Iterable[LabelledImage]) -> float:
     """Mean foreground Dice per image, at the images' own size."""
     scores = []
     for item in images:
@@ -111,14 +122,18 @@ def _mean_dice(teacher: Teacher, images: list[LabelledImage]) -> float:
     return float(np.mean(scores))
 
 
-def _frames(items: list[LabelledImage], size: int) -> tuple[Tensor, Tensor]:
+def _frames(items: Iterable[LabelledImage], size: int) -> tuple[Tensor, Tensor]:
     """Images (N, 3, S, S) uint8 and masks (N, S, S) uint8 in the input frame; padding = IGNORE."""
-    pixels, extents = to_input_frame([item.image for item in items], size)
-    masks = np.full((len(items), size, size), IGNORE, np.uint8)
-    for mask, item, (height, width) in zip(masks, items, extents.tolist(), strict=True):
+    pixels, masks = [], []
+    for item in items:  # one at a time: originals may be large
+        frame, extents = to_input_frame([item.image], size)
+        height, width = extents[0].tolist()
         resized = Image.fromarray(item.mask).resize((width, height), Image.Resampling.NEAREST)
+        mask = np.full((size, size), IGNORE, np.uint8)
         mask[:height, :width] = np.asarray(resized)
-    return pixels, torch.from_numpy(masks)
+        pixels.append(frame)
+        masks.append(torch.from_numpy(mask))
+    return torch.cat(pixels), torch.stack(masks)
 
 
 def _optimizer(sam: Sam, config: SamConfig) -> torch.optim.AdamW:
@@ -135,16 +150,17 @@ def _optimizer(sam: Sam, config: SamConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
 
 
-def _train(sam: Sam, items: list[LabelledImage], config: Config, progress: Progress | None) -> None:
+def _train(
+    sam: Sam, pixels: Tensor, masks: Tensor, config: Config, progress: Progress | None
+) -> None:
     """Fine-tune ``sam`` in place; the last, smaller batch of an epoch is filled from its start."""
     settings = config.sam
     device = resolve_device(settings.device)
     sam.to(device).train()
-    pixels, masks = _frames(items, sam.image_encoder.img_size)
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = _optimizer(sam, settings)
-    batch = min(settings.batch_size, len(items))
-    per_epoch = -(-len(items) // batch)
+    batch = min(settings.batch_size, len(pixels))
+    per_epoch = -(-len(pixels) // batch)
     total = per_epoch * settings.epochs
     warmup = max(1, round(settings.warmup_fraction * total))
 
@@ -156,13 +172,13 @@ def _train(sam: Sam, items: list[LabelledImage], config: Config, progress: Progr
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step in range(total):
         if step % per_epoch == 0:
-            order = torch.randperm(len(items), generator=generator)
+            order = torch.randperm(len(pixels), generator=generator)
             order = torch.cat([order, order])[: per_epoch * batch]
         chosen = order[(step % per_epoch) * batch :][:batch]
         optimizer.zero_grad()
         loss = _loss(sam, pixels[chosen], masks[chosen], settings, generator)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(sam.parameters(), _MAX_GRADIENT_NORM)
         optimizer.step()
         schedule.step()
         if progress is not None:

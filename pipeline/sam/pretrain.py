@@ -8,7 +8,6 @@ scratch, at empty masks. Same seed, steps and threads on the same machine give t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.sam.build import build_sam, decode_masks
 from pipeline.sam.scenes import generate_scene
-
-log = logging.getLogger("samfed.sam.pretrain")
 
 OBJECTS_PER_SCENE = 4
 _VALIDATION_SEED_OFFSET = 1_000_003

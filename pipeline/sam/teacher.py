@@ -16,10 +16,11 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from pipeline.card import TeacherCard, load_card
-from pipeline.config import SamConfig
+from pipeline.config import Config, SamConfig
 from pipeline.devices import resolve_device
 from pipeline.errors import ConfigError, DataError, IdentityError, StageError
 from pipeline.files import file_sha256
+from pipeline.partition import Partition
 from pipeline.sam.build import (
     EMBEDDED_WEIGHTS,
     OFFICIAL_SHA256,
@@ -251,21 +252,22 @@ class Teacher:
         )
 
 
-def load_teacher(folder: Path, config: SamConfig, *, device: str, precision: str) -> Teacher:
-    """Build the teacher of ``folder`` for inference.
+def load_teacher(settings: Config, partition: Partition) -> Teacher:
+    """Build the teacher of ``cache/teacher`` for inference, as ``precompute`` asks.
 
     Raises:
         StageError: not fine-tuned yet. IdentityError: the card is not what params.yaml asks for,
         or the adapter's file is not the one that the card was written for.
     """
-    card = load_card(folder)
+    folder = settings.cache.root / "teacher"
+    card, config = load_card(folder), settings.sam
+    card.check(settings, partition, path=folder)
     _, base_sha256 = base_checkpoint(config)
-    for field, wanted in (("variant", config.variant), ("base_sha256", base_sha256)):
-        if getattr(card, field) != wanted:
-            raise IdentityError(
-                f"{folder}: {field} is {getattr(card, field)}, params.yaml asks for {wanted}; "
-                "run `samfed finetune-sam`"
-            )
+    if card.base_sha256 != base_sha256:
+        raise IdentityError(
+            f"{folder}: base_sha256 is {card.base_sha256}, the settings ask for {base_sha256}; "
+            "run `samfed finetune-sam`"
+        )
     adapter = folder / ADAPTER_FILE
     if not adapter.is_file():
         raise StageError(f"{adapter}: not found; run `samfed finetune-sam` first")
@@ -277,4 +279,5 @@ def load_teacher(folder: Path, config: SamConfig, *, device: str, precision: str
     sam.load_state_dict(safetensors.torch.load_file(adapter), strict=False)
     if card.lora_rank is not None:
         merge_lora(sam.image_encoder)
-    return Teacher(sam, card, device=device, precision=precision)
+    run = settings.precompute
+    return Teacher(sam, card, device=run.device, precision=run.precision)

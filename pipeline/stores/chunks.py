@@ -77,6 +77,12 @@ def read_rows(path: Path, group: Any, name: str, rows: slice = slice(None)) -> A
         ) from error
 
 
+def remove_partial_files(path: Path) -> None:
+    """Remove what a killed writer left: zarr writes ``<name>.<uuid>.partial`` and then renames."""
+    for file in path.rglob("*.partial"):
+        file.unlink()
+
+
 def encode_ids(image_ids: Sequence[str]) -> Bytes:
     """Ids as UTF-8 rows padded with zeros: zarr's own string types are not yet stable."""
     encoded = [image_id.encode() for image_id in image_ids]

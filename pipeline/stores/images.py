@@ -43,12 +43,18 @@ class ImageSet:
 
 
 def write_image_store(
-    path: Path, image_ids: Sequence[str], rows: Iterable[tuple[Bytes, Bytes | None]], *, size: int
+    path: Path,
+    image_ids: Sequence[str],
+    rows: Iterable[tuple[Bytes, Bytes | None]],
+    *,
+    size: int,
+    num_classes: int,
 ) -> None:
     """Write an image store whole: it appears at ``path`` complete or not at all.
 
     Args:
         rows: (S, S, 3) image and (S, S) label, or None for every label, in the order of the ids.
+        num_classes: K, which decides how the labels' files were read.
     """
     count = len(image_ids)
     with folder_beside(path) as building, writing():
@@ -68,7 +74,7 @@ def write_image_store(
                 labels[start : start + len(block)] = np.stack(marks)
         if written != count:
             raise ValueError(f"found {written} rows for {count} image ids of {path}")
-        seal(building, {"kind": "images", "format": FORMAT})
+        seal(building, {"kind": "images", "format": FORMAT, "num_classes": num_classes})
 
 
 def _blocks(
@@ -86,17 +92,17 @@ def _blocks(
 
 
 def read_image_store(
-    path: Path, *, image_ids: Sequence[str], size: int, stage: str = "prepare"
+    path: Path, *, image_ids: Sequence[str], size: int, num_classes: int, stage: str = "prepare"
 ) -> ImageSet:
     """Read an image store into memory: these images in this order, at this size.
 
     Raises:
-        StageError: it does not exist. IdentityError: it holds other images, or another size.
+        StageError: it does not exist. IdentityError: it holds other images, another size or K.
         CorruptStoreError: its bytes are not what was written.
     """
     if not path.is_dir():
         raise StageError(f"{path}: not found; run `samfed {stage}` first")
-    check_seal(path)
+    attributes = check_seal(path)
     group = zarr.open_group(path, mode="r")
     labels = read_rows(path, group, "labels") if "labels" in group else None
     ids = decode_ids(read_rows(path, group, "image_ids"))
@@ -105,6 +111,12 @@ def read_image_store(
     if found != size:
         raise IdentityError(
             f"{path}: image_size is {found}, the run asks for {size}; run `samfed {stage}`"
+        )
+    classes = attributes.get("num_classes")
+    if classes != num_classes:
+        raise IdentityError(
+            f"{path}: num_classes is {classes}, the run asks for {num_classes}; "
+            f"run `samfed {stage}`"
         )
     if ids != tuple(image_ids):
         raise IdentityError(f"{path}: holds other images than the partition; run `samfed {stage}`")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import CorruptStoreError, IdentityError, StageError
-from pipeline.files import folder_beside
+from pipeline.files import folder_beside, recover_folder
 from pipeline.stores.chunks import (
     FORMAT,
     SHARD_ROWS,
@@ -27,6 +29,7 @@ from pipeline.stores.chunks import (
     encode_ids,
     plain_array,
     read_rows,
+    remove_partial_files,
     seal,
     sharded_array,
     writing,
@@ -189,6 +192,18 @@ class LabelStore:
                 f"{self.path}: {int(done.sum())} of {len(done)} rows are labelled; "
                 "run `samfed precompute-sam` to finish it"
             )
+        return self._read(rows)
+
+    def read_shard(self, shard: int) -> Labels:
+        """What a shard with a done row holds; its rows that are not done mean nothing.
+
+        Raises:
+            CorruptStoreError: it is missing or damaged.
+        """
+        span = self.shard_rows(shard)
+        return self._read(slice(span.start, span.stop))
+
+    def _read(self, rows: slice) -> Labels:
         return Labels(
             masks=read_rows(self.path, self._group, "masks", rows),
             confidences=read_rows(self.path, self._group, "confidences", rows),
@@ -223,12 +238,13 @@ def open_label_store(
 
     A store with another identity is moved to ``aside/<its digest>.zarr`` and taken back from there
     when its identity is asked for again. Rows whose image file is unchanged are kept when images
-    come or go.
+    come or go. What a killed run left half done is made good first; the caller holds the lock.
 
     Returns:
         the store, and one sentence for the user when something was moved or carried over.
     """
     notice: str | None = None
+    recover_folder(path)
     if path.exists():
         found = LabelStore(path).identity
         if found != identity:
@@ -242,6 +258,7 @@ def open_label_store(
         notice = f"{notice + '; ' if notice else ''}took back labels made earlier from {kept}"
     if not path.exists():
         return LabelStore.create(path, identity, rows), notice
+    remove_partial_files(path)
     store = LabelStore(path)
     if store.rows == tuple(rows):
         return store, notice
@@ -283,6 +300,7 @@ def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, in
     done = old.done()
     provenance = old.provenance()
     count = 0
+    read_shard = lru_cache(maxsize=2)(old.read_shard)  # rows mostly keep their order
     with folder_beside(old.path) as building:
         with writing():
             _create_arrays(building, old.identity, rows)
@@ -296,18 +314,24 @@ def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, in
             ]
             if not pairs:
                 continue
-            parts = [old.read(slice(source, source + 1)) for _, source in pairs]
-            labels = Labels(
-                *(
-                    np.concatenate([getattr(part, name) for part in parts])
-                    for name in ("masks", "confidences", "scores")
-                )
-            )
             targets = [row for row, _ in pairs]
-            new.write_shard(shard, targets, labels)
+            new.write_shard(shard, targets, _pick(read_shard, [source for _, source in pairs]))
             new.mark_done(shard, targets, provenance[pairs[0][1] // SHARD_ROWS])
             count += len(pairs)
     return LabelStore(old.path), count
+
+
+def _pick(read_shard: Callable[[int], Labels], rows: Sequence[int]) -> Labels:
+    """The labels of these ``rows``, in this order, reading each run of one shard's rows once."""
+    parts = [
+        (read_shard(shard), [row - shard * SHARD_ROWS for row in run])
+        for shard, run in groupby(rows, lambda row: row // SHARD_ROWS)
+    ]
+    return Labels(
+        masks=np.concatenate([part.masks[inside] for part, inside in parts]),
+        confidences=np.concatenate([part.confidences[inside] for part, inside in parts]),
+        scores=np.concatenate([part.scores[inside] for part, inside in parts]),
+    )
 
 
 def _create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> None:

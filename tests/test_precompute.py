@@ -1,0 +1,305 @@
+"""Stage one stops anywhere, by Ctrl-C or kill -9, and goes on where it stopped: same bytes.
+
+And what it is given: devices and checkpoints that cannot be used are refused in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import tiny_config
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline import precompute as stage
+from pipeline.config import Config
+from pipeline.devices import resolve_device
+from pipeline.errors import ConfigError, DataError, LockedStoreError
+from pipeline.partition import load_partition
+from pipeline.precompute import StageOneResult, precompute
+from pipeline.prepare import prepare
+from pipeline.sam import build
+from pipeline.sam.build import TimmImageEncoder, load_state
+from pipeline.stores.labels import Identity, Labels, LabelStore
+
+COUNT = 150
+Images = Sequence[NDArray[np.uint8]]
+
+
+class FakeTeacher:
+    """Labels that follow from an image's pixels alone; counts the images that it labelled."""
+
+    precision = "fp32"
+    device = SimpleNamespace(type="cpu")
+
+    def __init__(self, on_batch: Callable[[int], None] = lambda batch: None) -> None:
+        self.card = SimpleNamespace(identity=self._identity)
+        self.on_batch, self.batches, self.images = on_batch, 0, 0
+
+    def _identity(self, *, label_size: int) -> Identity:
+        return Identity(
+            variant="fake",
+            base_sha256="b" * 64,
+            adapter_sha256="a" * 64,
+            prompt="none",
+            input_size=64,
+            label_size=label_size,
+            num_classes=1,
+        )
+
+    def label(self, images: Images, size: int) -> Labels:
+        self.on_batch(self.batches)
+        self.batches, self.images = self.batches + 1, self.images + len(images)
+        small = np.stack([image[:size, :size] for image in images])
+        return Labels(
+            masks=(small[..., 0] > 127).astype(np.uint8),
+            confidences=small[..., 1],
+            scores=(small.mean((1, 2, 3)) / 255).astype(np.float32),
+        )
+
+
+def settings(root: Path, cache: Path) -> Config:
+    return tiny_config(
+        root,
+        cache,
+        partition={"val_fraction": 0.02, "test_fraction": 0.02},
+        precompute={"batch_size": 10},
+    )
+
+
+def run(config: Config, teacher: FakeTeacher) -> StageOneResult:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "load_teacher", lambda *args, **kwargs: teacher)
+        return precompute(config)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """150 images of one site, three shards of labels, done without a stop."""
+    folder = tmp_path_factory.mktemp("stage_one")
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / "data" / name).mkdir(parents=True)
+    for i in range(COUNT):
+        image = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / "data" / "images" / f"{i:03d}.png")
+        mask = (image[..., 0] > 127).astype(np.uint8)
+        Image.fromarray(mask).save(folder / "data" / "masks" / f"{i:03d}.png")
+    config = settings(folder / "data", folder / "cache")
+    prepare(config)
+    result = run(config, FakeTeacher())
+    assert (result.kept, result.failed, result.notices) == (0, [], [])
+    assert LabelStore(folder / "cache" / "sam" / "site.zarr").shards == 3
+    return config
+
+
+@pytest.fixture
+def config(prepared: Config, tmp_path: Path) -> Config:
+    """The same images and partition, nothing labelled."""
+    (tmp_path / "cache").mkdir()
+    shutil.copy(prepared.cache.root / "partition.json", tmp_path / "cache")
+    return settings(prepared.data.root, tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def whole(prepared: Config) -> dict[str, bytes]:
+    """The stores of a run that nothing stopped."""
+    return content(prepared.cache.root / "sam")
+
+
+def labelled_rows(config: Config) -> int:
+    """Rows on disk with a done mark, over all stores."""
+    stores = [LabelStore(path) for path in (config.cache.root / "sam").glob("[!.]*.zarr")]
+    return sum(int(store.done().sum()) for store in stores)
+
+
+# --------------------------------------------------------------------------- stops
+
+
+@pytest.mark.parametrize("stop", [0, 1, 6, 7, 8, 13, 14, 15])
+def test_ctrl_c_and_again(config: Config, whole: dict[str, bytes], stop: int) -> None:
+    """Batch 0 is the server's; batches 1..7, 8..14 and 15 are the client's three shards."""
+
+    def interrupt(batch: int) -> None:
+        if batch == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, FakeTeacher(interrupt))
+    finished = labelled_rows(config)
+    server = len(load_partition(config.cache.root / "partition.json").server.calibration)
+    shards = sum(stop > last for last in (7, 14))
+    assert finished == (server + 64 * shards if stop else 0)
+    teacher = FakeTeacher()
+    result = run(config, teacher)
+    assert content(config.cache.root / "sam") == whole
+    total = labelled_rows(config)
+    assert (result.kept, result.labelled, result.failed) == (finished, total - finished, [])
+    assert teacher.images == total - finished
+    again = FakeTeacher()
+    assert run(config, again).kept == total
+    assert again.batches == 0
+
+
+_CHILD = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+from test_precompute import FakeTeacher, run, settings
+
+def pause(batch):
+    print("batch", flush=True)
+    time.sleep(0.03)
+
+run(settings(Path(sys.argv[3]), Path(sys.argv[4])), FakeTeacher(pause))
+"""
+
+
+def test_kill_and_again(config: Config, whole: dict[str, bytes]) -> None:
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", _CHILD, str(here.parent), str(here)]
+    command += [str(config.data.root), str(config.cache.root)]
+    rng = random.Random(0)
+    for _ in range(3):
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"batch\n"
+            time.sleep(rng.uniform(0, 0.25))
+            child.kill()
+    finished = labelled_rows(config)
+    teacher = FakeTeacher()
+    result = run(config, teacher)
+    assert content(config.cache.root / "sam") == whole
+    assert result.kept == finished
+    assert teacher.images == labelled_rows(config) - finished
+
+
+def test_an_unreadable_image(config: Config, whole: dict[str, bytes], tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(config.data.root, root)
+    config = settings(root, config.cache.root)
+    partition = load_partition(config.cache.root / "partition.json")
+    path = root / partition.images[partition.clients["site"].train[70]].image
+    good = path.read_bytes()
+    path.write_bytes(good[:100])
+    teacher = FakeTeacher()
+    result = run(config, teacher)
+    assert result.failed == [f"{path}: changed since `samfed prepare`; run `samfed prepare` again"]
+    store = LabelStore(config.cache.root / "sam" / "site.zarr")
+    assert np.flatnonzero(~store.done()).tolist() == [70]
+    assert result.labelled == teacher.images == labelled_rows(config)
+    path.write_bytes(good)
+    later = FakeTeacher()
+    result = run(config, later)
+    assert (result.failed, result.labelled, later.images) == ([], 1, 1)
+    assert content(config.cache.root / "sam") == whole
+
+
+def test_a_second_writer_is_refused(config: Config, whole: dict[str, bytes]) -> None:
+    refused: list[str] = []
+
+    def second(batch: int) -> None:
+        if batch in (0, 9):
+            with pytest.raises(LockedStoreError) as caught:
+                precompute(config, clients=["site"] if batch else ())
+            refused.append(str(caught.value))
+
+    run(config, FakeTeacher(second))  # the refused runs come to no batch of their own
+    locks = config.cache.root / "locks"
+    ends = "writes to this store; wait for it or stop it"
+    assert refused == [
+        f"{locks / owner}.lock: process {os.getpid()} {ends}" for owner in ("server", "site")
+    ]
+    assert content(config.cache.root / "sam") == whole
+
+
+# --------------------------------------------------------------------------- devices, checkpoints
+
+
+def test_a_cuda_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert resolve_device("cuda") == torch.device("cuda")
+    for name in ("cuda:2", "cuda:9"):
+        with pytest.raises(ConfigError) as caught:
+            resolve_device(name)
+        assert str(caught.value) == (
+            f"device: '{name}' asked for, but torch finds 2 CUDA device(s), numbered from 0; "
+            "use cuda:0 or auto"
+        )
+
+
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        ({"state_dict": {"weight": torch.zeros(1)}}, "'state_dict' holds a dict"),
+        ({"weight": torch.zeros(1), "epoch": 3}, "'epoch' holds a int"),
+        ({0: torch.zeros(1)}, "0 holds a Tensor"),
+        ([torch.zeros(1)], "holds a list"),
+        (torch.zeros(1), "holds a Tensor"),
+    ],
+)
+def test_a_checkpoint_of_anything_but_named_tensors(
+    tmp_path: Path, state: object, found: str
+) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(state, path)
+    with pytest.raises(DataError) as caught:
+        load_state(path)
+    assert str(caught.value) == (
+        f"{path}: {found}; expected tensors by name; save the model's own state_dict()"
+    )
+    torch.save({"weight": torch.ones(2)}, path)
+    assert load_state(path)["weight"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -3])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_damaged_checkpoint(tmp_path: Path, suffix: str, keep: int) -> None:
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "pth":
+        torch.save({"weight": torch.ones(20)}, path)
+    else:
+        safetensors.torch.save_file({"weight": torch.ones(20)}, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError) as caught:
+        load_state(path)
+    assert str(caught.value).startswith(f"{path}: not a readable checkpoint (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [("first line\n  second line", "first line"), ("", "RuntimeError"), ("\n\n x\ny", "x")],
+)
+def test_a_timm_error_of_many_lines(
+    monkeypatch: pytest.MonkeyPatch, message: str, shown: str
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(build.timm, "create_model", refuse)
+    with pytest.raises(ConfigError) as caught:
+        TimmImageEncoder("nothing", img_size=64, out_channels=8)
+    assert str(caught.value) == (
+        f"sam.variant: 'timm:nothing' is no timm model with feature maps ({shown}); "
+        "see timm.list_models()"
+    )
