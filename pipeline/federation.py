@@ -49,6 +49,8 @@ def federate(config: Config, *, mode: str = "auto", progress: Progress | None = 
         StageError: an earlier stage is missing. LockedStoreError: the run is being made already.
         SamfedError: no client sent a usable update.
     """
+    device = resolve_device(config.federate.device)
+    model = build_model(config, seed=config.seed).to(device)  # before anything is written
     data = load_cohort(config)
     cache, name = config.cache.root, config.federate.name
     run = RunFolder(cache / "runs" / name)
@@ -56,17 +58,17 @@ def federate(config: Config, *, mode: str = "auto", progress: Progress | None = 
         notice = run.begin(config, data.fingerprint, mode=mode, aside=cache / "aside" / "runs")
         if notice:
             log.warning(notice)
-        _run(config, data, run, progress)
+        _run(config, data, model, run, progress)
     return run
 
 
 # --------------------------------------------------------------------------- rounds
 
 
-def _run(config: Config, data: Cohort, run: RunFolder, progress: Progress | None) -> None:
+def _run(
+    config: Config, data: Cohort, model: nn.Module, run: RunFolder, progress: Progress | None
+) -> None:
     settings = config.federate
-    device = resolve_device(settings.device)
-    model = build_model(config, seed=config.seed).to(device)
     checkpoint = run.load_checkpoint()
     rounds = [entry["round"] for entry in run.history()]
     if checkpoint is not None and rounds[: checkpoint.round] != [*range(1, checkpoint.round + 1)]:

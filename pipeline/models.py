@@ -85,13 +85,16 @@ def _check_output(model: nn.Module, settings: Config) -> None:
 def _load_encoder(model: nn.Module, path: Path) -> None:
     """Load timm weights into the encoder; a classifier in the file is not used."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file (model.encoder_weights)")
+        raise DataError(f"{path}: no such file; correct model.encoder_weights, or set it to null")
     encoder: Any = model.encoder
     target: nn.Module = getattr(encoder, "model", encoder)
     try:
         state = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise DataError(f"{path}: not a readable safetensors file ({error})") from error
+        raise DataError(
+            f"{path}: not a readable safetensors file ({error}); correct model.encoder_weights, or "
+            "set it to null"
+        ) from error
     wanted = target.state_dict()
     for name, value in wanted.items():
         if name not in state or state[name].shape != value.shape:

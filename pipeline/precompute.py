@@ -68,7 +68,7 @@ def precompute(
             if progress is not None:
                 progress("labelling images", result.kept + result.labelled + rows, total)
 
-        with writer_lock(cache / "locks" / f"{owner}.lock"):
+        with writer_lock(cache / "locks" / f"sam-{owner}.lock"):
             _label_owner(config, partition, owner, ids, teacher, result, advance)
     return result
 

@@ -42,7 +42,7 @@ def refused(project: Project, code: int, *arguments: object) -> str:
 
 
 def lasting(project: Project) -> dict[str, bytes]:
-    """Every file and its bytes, but no lock that is free: that is an empty file, left on purpose."""
+    """Every file and its bytes, but no free lock: that is an empty file, left on purpose."""
     found = listing(project.folder)
     return {k: v for k, v in found.items() if v or not k.startswith("cache/locks/")}
 
@@ -134,23 +134,25 @@ def test_a_timm_checkpoint_that_cannot_be_read(project: Project) -> None:
     assert text.endswith("; expected safetensors or a torch file of plain tensors")
 
 
-@pytest.mark.xfail(reason="federate begins its run folder before it builds the model", strict=True)
-def test_encoder_weights_that_are_missing(project: Project) -> None:
-    missing = project.folder / "encoder.safetensors"
+@pytest.fixture(params=["missing", "damaged"])
+def encoder_weights(request: pytest.FixtureRequest, project: Project) -> Path:
+    """What ``model.encoder_weights`` names; the project is set to use it."""
+    path = project.folder / "encoder.safetensors"
+    if request.param == "damaged":
+        path.write_bytes(b"not weights")
     with_setting(project, "federate", "method", "supervised")
-    with_setting(project, "model", "encoder_weights", str(missing))
-    text = refused(project, 3, "federate")
-    assert text.startswith(f"{missing}: no such file")
-    assert "model.encoder_weights" in text
+    with_setting(project, "model", "encoder_weights", str(path))
+    return path
 
 
-@pytest.mark.xfail(reason="federate begins its run folder before it builds the model", strict=True)
-def test_encoder_weights_that_cannot_be_read(project: Project) -> None:
-    damaged = project.folder / "encoder.safetensors"
-    damaged.write_bytes(b"not weights")
-    with_setting(project, "federate", "method", "supervised")
-    with_setting(project, "model", "encoder_weights", str(damaged))
-    assert refused(project, 3, "federate").startswith(f"{damaged}: ")
+def test_unusable_encoder_weights_are_named(project: Project, encoder_weights: Path) -> None:
+    kind = "not a readable safetensors file (" if encoder_weights.exists() else "no such file"
+    text = fails(3, "federate", *project.options)
+    assert text.startswith(f"{encoder_weights}: {kind}")
+
+
+def test_unusable_encoder_weights_leave_no_run(project: Project, encoder_weights: Path) -> None:
+    refused(project, 3, "federate")
 
 
 # --------------------------------------------------------------------------- too early

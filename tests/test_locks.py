@@ -79,6 +79,7 @@ def test_a_second_process_is_refused(path: Path) -> None:
 def test_of_many_that_find_a_dead_holder_one_gets_the_lock(path: Path) -> None:
     """Two that both saw the dead holder: neither may take what the other has just taken."""
     write(path, host=socket.gethostname(), pid=2**22 + 1, started="123")
+    inode = path.stat().st_ino
     together, held, refused, others = threading.Barrier(8), [], [], threading.Semaphore(0)
 
     def take() -> None:
@@ -98,6 +99,7 @@ def test_of_many_that_find_a_dead_holder_one_gets_the_lock(path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(held) == 1
+    assert path.stat().st_ino == inode  # nobody unlinks a lock that another may hold
     assert len(refused) == 7
     assert all("writes to this store; wait for it or stop it" in text for text in refused)
 
