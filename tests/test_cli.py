@@ -324,9 +324,9 @@ def test_a_damaged_label_store(project: Project) -> None:
 
 
 def test_a_store_that_another_process_writes(project: Project) -> None:
-    with writer_lock(project.cache / "locks" / "site_a.lock"):
+    with writer_lock(project.cache / "locks" / "sam-site_a.lock"):
         text = fails(5, "precompute-sam", *project.options, "--client", "site_a")
-    assert text.startswith(f"{project.cache}/locks/site_a.lock: process ")
+    assert text.startswith(f"{project.cache}/locks/sam-site_a.lock: process ")
     assert text.endswith(" writes to this store; wait for it or stop it")
 
 

@@ -225,7 +225,7 @@ def test_a_second_writer_is_refused(config: Config, whole: dict[str, bytes]) -> 
     locks = config.cache.root / "locks"
     ends = "writes to this store; wait for it or stop it"
     assert refused == [
-        f"{locks / owner}.lock: process {os.getpid()} {ends}" for owner in ("server", "site")
+        f"{locks}/sam-{owner}.lock: process {os.getpid()} {ends}" for owner in ("server", "site")
     ]
     assert content(config.cache.root / "sam") == whole
 
