@@ -405,3 +405,12 @@ def test_interrupted(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     result = call("prepare", *project.options)
     assert result.exit_code == 130
     assert result.stderr == "interrupted: run the same command again to continue\n"
+
+
+def test_pretrain_sam(tmp_path: Path) -> None:
+    out = tmp_path / "vit_t.safetensors"
+    result = answer("pretrain-sam", out, "--steps", 1)
+    assert set(result) == {"iou", "weights"}
+    assert result["weights"] == str(out)
+    assert 0 <= result["iou"] <= 1
+    assert out.stat().st_size < 3_000_000
