@@ -151,11 +151,13 @@ class RunFolder:
         """Refuse another partition than the run's: its test images may be the run's own.
 
         Raises:
-            StageError: the run has no checkpoint. IdentityError: the partition changed since.
+            StageError: no checkpoint, or no partition. IdentityError: the partition changed since.
         """
         checkpoint = self.load_checkpoint()
         if checkpoint is None:
             raise StageError(f"{self.path}: no such run; run `samfed federate` first")
+        if not partition_file.is_file():
+            raise StageError(f"{partition_file}: not found; run `samfed prepare` first")
         if checkpoint.partition != file_sha256(partition_file):
             raise IdentityError(
                 f"{self.path}: made on another partition than {partition_file}; "

@@ -308,7 +308,7 @@ def test_a_teacher_of_another_kind(project: Project) -> None:
     card = project.cache / "teacher" / "card.json"
     card.write_text(card.read_text().replace('"vit_t"', '"vit_b"'))
     assert fails(5, "precompute-sam", *project.options) == (
-        f"{project.cache}/teacher: variant is vit_b, params.yaml asks for vit_t; "
+        f"{project.cache}/teacher: variant is vit_b, the settings ask for vit_t; "
         "run `samfed finetune-sam`"
     )
 
@@ -353,7 +353,8 @@ def test_a_cache_that_cannot_be_written(project: Project) -> None:
     cache = project.params / "below"  # a file is no folder, for root too
     text = fails(1, "prepare", *project.options, "--set", f"cache.root={cache}")
     assert text == (
-        f"{cache}: Not a directory; check the path, its permissions and the space left on the disk"
+        f"{cache}/locks: Not a directory; check the path, its permissions and the space left on "
+        "the disk"
     )
 
 
