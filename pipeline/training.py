@@ -103,33 +103,6 @@ def local_update(
         weights: the broadcast model, which is also the distillation's teacher.
         unlabelled_weight: lambda_u of this round, after its ramp.
     """
-    with seeded(seed, model):
-        return _local_update(
-            model,
-            weights,
-            client,
-            server,
-            state,
-            config,
-            agreement,
-            learning_rate,
-            unlabelled_weight,
-            seed,
-        )
-
-
-def _local_update(
-    model: nn.Module,
-    weights: State,
-    client: ClientData,
-    server: ServerData,
-    state: AgreementState,
-    config: FederateConfig,
-    agreement: AgreementConfig,
-    learning_rate: float,
-    unlabelled_weight: float,
-    seed: int,
-) -> LocalResult:
     device = next(model.parameters()).device
     model.load_state_dict(weights)
     calibration = _measure(model, server, config, agreement)
@@ -140,21 +113,24 @@ def _local_update(
     unlabelled = torch.Generator().manual_seed(seed + 1)
     statistics = AgreementStatistics()
     sums = dict.fromkeys(("loss", "loss_sup", "loss_agree", "loss_kd", "gradient_norm"), 0.0)
-    for _ in range(config.local_steps):
-        images, truth = labelled_batch(server, config.labelled_batch, labelled, device)
-        views = None
-        if config.method != "supervised":
-            views = _draw_views(client, config.unlabelled_batch, unlabelled, device)
-            views, state, counted = _set_target(views, model, config, agreement, state, calibration)
-            statistics.add(counted)
-        terms = _losses(model, images, truth, views, broadcast, config, unlabelled_weight)
-        optimizer.zero_grad()
-        terms["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
-        optimizer.step()
-        for name, value in terms.items():
-            sums[name] += float(value.detach())
-        sums["gradient_norm"] += float(norm)
+    with seeded(seed, model):
+        for _ in range(config.local_steps):
+            images, truth = labelled_batch(server, config.labelled_batch, labelled, device)
+            views = None
+            if config.method != "supervised":
+                views = _draw_views(client, config.unlabelled_batch, unlabelled, device)
+                views, state, counted = _set_target(
+                    views, model, config, agreement, state, calibration
+                )
+                statistics.add(counted)
+            terms = _losses(model, images, truth, views, broadcast, config, unlabelled_weight)
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
+            optimizer.step()
+            for name, value in terms.items():
+                sums[name] += float(value.detach())
+            sums["gradient_norm"] += float(norm)
     diagnostics: dict[str, float | None] = {k: v / config.local_steps for k, v in sums.items()}
     if config.method in SAM_METHODS:
         diagnostics |= statistics.summary()
