@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +105,7 @@ def _label_pending(
     advance: Callable[[int], None],
 ) -> None:
     """Label the rows that are not done, shard by shard."""
-    provenance = _provenance(teacher)
+    provenance = teacher.provenance()
     batches = _batches(_tasks(store), config.precompute.batch_size)
     writes: deque[Future[None]] = deque()
     with ThreadPoolExecutor(config.precompute.readers) as readers, ThreadPoolExecutor(1) as writer:
@@ -134,16 +133,6 @@ def _label_pending(
                 parts, good = [], []
         for write in writes:
             write.result()
-
-
-def _provenance(teacher: Teacher) -> dict[str, str]:
-    return {
-        "backend": "torch",
-        "precision": teacher.precision,
-        "device": teacher.device.type,
-        "torch": version("torch"),
-        "samfed": version("samfed"),
-    }
 
 
 def _finish(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -228,6 +229,16 @@ class Teacher:
         if precision in ("fp32", "bf16", "fp16"):
             return precision  # type: ignore[return-value]
         return "bf16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+    def provenance(self) -> dict[str, str]:
+        """What computes the labels; recorded with every shard, no part of their identity."""
+        return {
+            "backend": "torch",
+            "precision": self.precision,
+            "device": self.device.type,
+            "torch": version("torch"),
+            "samfed": version("samfed"),
+        }
 
     @torch.inference_mode()
     def probabilities(
