@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from pipeline import __version__
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_PARTIAL, ConfigError, SamfedError
 
 if TYPE_CHECKING:
+    from pipeline.cluster import Cluster
     from pipeline.config import Config
     from pipeline.runs import RunFolder
 
@@ -289,10 +290,35 @@ def evaluate_sam(
     _say(result, as_json, text)
 
 
+def _cluster(
+    config: Config, scheduler: str | None, workers: int | None
+) -> AbstractContextManager[Cluster | None]:
+    if scheduler is None and workers is None:
+        return nullcontext()
+    from pipeline.cluster import connect, local_cluster
+
+    logging.getLogger("distributed").setLevel(logging.WARNING)  # its own import sets INFO
+
+    if scheduler is not None:
+        return connect(scheduler)
+    assert workers is not None
+    return local_cluster(workers, device=config.precompute.device)
+
+
 @app.command("precompute-sam")
 def precompute_sam(
     client: Annotated[
         list[str] | None, typer.Option(help="Only this client (may be repeated).")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Label on the workers of this dask scheduler."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Label in so many processes here: one per GPU, or sharing the cores."
+        ),
     ] = None,
     params: Params = _PARAMS,
     overrides: Set = None,
@@ -305,8 +331,10 @@ def precompute_sam(
 
     from pipeline.precompute import precompute
 
-    with _progress() as advance:
-        result = precompute(config, clients=tuple(client or ()), progress=advance)
+    if scheduler is not None and workers is not None:
+        raise ConfigError("--scheduler and --workers: give one of them")
+    with _cluster(config, scheduler, workers) as cluster, _progress() as advance:
+        result = precompute(config, clients=tuple(client or ()), cluster=cluster, progress=advance)
     text = f"{result.labelled} images labelled, {result.kept} were labelled already"
     _say(asdict(result), as_json, text)
     if result.failed:

@@ -119,6 +119,7 @@ class PrecomputeConfig(_Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"
     readers: PositiveInt = 2  # threads that decode images ahead of the teacher
+    threads: PositiveInt | None = None  # torch threads on the CPU; null = all, or a worker's share
 
 
 class ModelConfig(_Section):

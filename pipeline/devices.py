@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from pipeline.errors import ConfigError
@@ -27,3 +30,14 @@ def resolve_device(name: str) -> torch.device:
             f"device(s), numbered from 0; use cuda:0 or auto"
         )
     return device
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Pin torch's threads on the CPU (None: leave them): equal counts give equal bytes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

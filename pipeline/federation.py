@@ -15,8 +15,8 @@ from pipeline.aggregation import FedAvg, first_not_finite
 from pipeline.agreement import AgreementState
 from pipeline.cohort import Cohort, as_tensor, load_cohort, start_key
 from pipeline.config import AGREEMENT_METHODS, Config
-from pipeline.devices import resolve_device
-from pipeline.engines import run_in_process, torch_threads
+from pipeline.devices import resolve_device, torch_threads
+from pipeline.engines import run_in_process
 from pipeline.errors import SamfedError
 from pipeline.locks import writer_lock
 from pipeline.metrics import dice_score

@@ -1,33 +1,32 @@
 """Stage one, ``samfed precompute-sam``: the teacher labels every client's images, once.
 
-One shard of 64 rows is one task. Threads decode the next images while the teacher works, and one
-writes finished shards behind it. Done marks come last, so a run that stops anywhere continues
-where it stopped, with the same bytes: a shard's batches do not depend on where the run began.
+This module coordinates: it opens the stores under their locks, hands out one task per shard with
+work left (``labelling.py``; in process, or on dask workers through ``cluster.py``) and sets the
+done marks, last of all, so that a run that stops anywhere continues where it stopped.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError, DataError
-from pipeline.images import load_image
+from pipeline.devices import torch_threads
+from pipeline.errors import ConfigError
+from pipeline.labelling import Outcome, Task, label_tasks, store_path
 from pipeline.locks import writer_lock
 from pipeline.partition import Partition, load_partition
-from pipeline.sam.teacher import Teacher, load_teacher
-from pipeline.stores.labels import Labels, LabelStore, open_label_store
+from pipeline.sam.teacher import load_teacher
+from pipeline.stores.labels import Identity, LabelStore, RowKey, open_label_store
+
+if TYPE_CHECKING:
+    from pipeline.cluster import Cluster
 
 log = logging.getLogger("samfed.precompute")
 
-Image = NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]
 
 
@@ -42,9 +41,16 @@ class StageOneResult:
 
 
 def precompute(
-    config: Config, *, clients: Sequence[str] = (), progress: Progress | None = None
+    config: Config,
+    *,
+    clients: Sequence[str] = (),
+    cluster: Cluster | None = None,
+    progress: Progress | None = None,
 ) -> StageOneResult:
     """Label the images of ``clients`` (all if empty) and the server's calibration part.
+
+    Args:
+        cluster: dask workers to label on; in this process if None. The same bytes either way.
 
     Raises:
         StageError: no partition or no teacher yet. ConfigError: unknown client.
@@ -57,134 +63,82 @@ def precompute(
         known = ", ".join(partition.clients)
         raise ConfigError(f"--client {unknown[0]}: no such client; expected one of {known}")
     teacher = load_teacher(config, partition)
+    identity = teacher.card.identity(label_size=config.data.image_size)
     owners = {"server": partition.server.calibration}
     owners |= {name: partition.clients[name].train for name in clients or partition.clients}
-    result = StageOneResult()
     total = sum(len(ids) for ids in owners.values())
-    for owner, ids in owners.items():
+    with _Stores() as stores:
+        for owner, ids in owners.items():
+            stores.open(config, owner, identity, partition.row_keys(ids))
+        counted = stores.result.kept
 
-        def advance(rows: int) -> None:
+        def advance(images: int) -> None:
+            nonlocal counted
+            counted += images
             if progress is not None:
-                progress("labelling images", result.kept + result.labelled + rows, total)
+                progress("labelling images", counted, total)
 
-        with writer_lock(cache / "locks" / f"sam-{owner}.lock"):
-            _label_owner(config, partition, owner, ids, teacher, result, advance)
-    return result
-
-
-def _label_owner(
-    config: Config,
-    partition: Partition,
-    owner: str,
-    ids: Sequence[str],
-    teacher: Teacher,
-    result: StageOneResult,
-    advance: Callable[[int], None],
-) -> None:
-    cache = config.cache.root
-    rows = partition.row_keys(ids)
-    identity = teacher.card.identity(label_size=config.data.image_size)
-    store, notice = open_label_store(
-        cache / "sam" / f"{owner}.zarr", identity, rows, aside=cache / "aside" / owner
-    )
-    if notice:
-        log.warning(notice)
-        result.notices.append(notice)
-    result.kept += int(store.done().sum())
-    advance(0)
-    files = {i: (partition.images[i].image, partition.images[i].image_sha256) for i in ids}
-    _label_pending(config, store, files, teacher, result, advance)
+        advance(0)
+        tasks = _tasks(partition, stores.stores)
+        if cluster is None:
+            with torch_threads(config.precompute.threads):
+                label_tasks(config, tasks, teacher, finished=stores.finish, advance=advance)
+        else:
+            cluster.label_tasks(config, tasks, identity, finished=stores.finish, advance=advance)
+    return stores.result
 
 
-def _label_pending(
-    config: Config,
-    store: LabelStore,
-    files: dict[str, tuple[str, str]],
-    teacher: Teacher,
-    result: StageOneResult,
-    advance: Callable[[int], None],
-) -> None:
-    """Label the rows that are not done, shard by shard."""
-    provenance = teacher.provenance()
-    batches = _batches(_tasks(store), config.precompute.batch_size)
-    writes: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(config.precompute.readers) as readers, ThreadPoolExecutor(1) as writer:
-        parts: list[Labels] = []
-        good: list[int] = []
-        for (shard, chunk, last), images in _read_ahead(
-            config.data.root, store, files, batches, readers
-        ):
-            readable = [
-                (row, im)
-                for row, im in zip(chunk, images, strict=True)
-                if not isinstance(im, DataError)
-            ]
-            result.failed += [str(im) for im in images if isinstance(im, DataError)]
-            if readable:
-                parts.append(teacher.label([im for _, im in readable], config.data.image_size))
-                good += [row for row, _ in readable]
-            advance(len(good))
-            if last and good:
-                writes.append(writer.submit(_finish, store, shard, good, parts, provenance))
-                result.labelled += len(good)
-                while len(writes) > 2:  # bounded memory: at most two shards wait for the disk
-                    writes.popleft().result()
-            if last:
-                parts, good = [], []
-        for write in writes:
-            write.result()
+class _Stores:
+    """The stores of a run, each under its lock for as long as it has work left."""
+
+    def __init__(self) -> None:
+        self.stores: dict[str, LabelStore] = {}
+        self.result = StageOneResult()
+        self._locks: dict[str, ExitStack] = {}
+        self._left: dict[str, int] = {}  # tasks
+
+    def __enter__(self) -> _Stores:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for lock in self._locks.values():
+            lock.close()
+
+    def open(self, config: Config, owner: str, identity: Identity, rows: Sequence[RowKey]) -> None:
+        """Take the owner's lock and open its store, or make it."""
+        cache, lock = config.cache.root, ExitStack()
+        lock.enter_context(writer_lock(cache / "locks" / f"sam-{owner}.lock"))
+        self._locks[owner] = lock
+        store, notice = open_label_store(
+            store_path(config, owner), identity, rows, aside=cache / "aside" / owner
+        )
+        if notice:
+            log.warning(notice)
+            self.result.notices.append(notice)
+        self.stores[owner] = store
+        self.result.kept += int(store.done().sum())
+        self._left[owner] = len(store.pending())
+        if not self._left[owner]:
+            lock.close()
+
+    def finish(self, outcome: Outcome) -> None:
+        """Mark a task's rows done, and let the store go after its last task."""
+        owner = outcome.task.owner
+        if outcome.rows:
+            self.stores[owner].mark_done(outcome.task.shard, outcome.rows, outcome.provenance)
+        self.result.labelled += len(outcome.rows)
+        self.result.failed += outcome.failed
+        self._left[owner] -= 1
+        if not self._left[owner]:
+            self._locks[owner].close()
 
 
-def _finish(
-    store: LabelStore, shard: int, rows: list[int], parts: list[Labels], provenance: dict[str, str]
-) -> None:
-    labels = Labels(
-        masks=np.concatenate([part.masks for part in parts]),
-        confidences=np.concatenate([part.confidences for part in parts]),
-        scores=np.concatenate([part.scores for part in parts]),
-    )
-    store.write_shard(shard, rows, labels)
-    store.mark_done(shard, rows, provenance)
-
-
-def _tasks(store: LabelStore) -> Iterator[tuple[int, list[int]]]:
+def _tasks(partition: Partition, stores: dict[str, LabelStore]) -> Iterator[Task]:
     """Each shard with work left, and its rows that are not done."""
-    done = store.done()
-    for shard in store.pending():
-        yield shard, [row for row in store.shard_rows(shard) if not done[row]]
-
-
-Batch = tuple[int, list[int], bool]  # shard, its rows in this batch, whether it is the shard's last
-
-
-def _batches(tasks: Iterator[tuple[int, list[int]]], size: int) -> Iterator[Batch]:
-    for shard, rows in tasks:
-        for start in range(0, len(rows), size):
-            yield shard, rows[start : start + size], start + size >= len(rows)
-
-
-def _read_ahead(
-    root: Path,
-    store: LabelStore,
-    files: dict[str, tuple[str, str]],
-    batches: Iterator[Batch],
-    readers: ThreadPoolExecutor,
-) -> Iterator[tuple[Batch, list[Image | DataError]]]:
-    """Decode the next two batches while the teacher works on this one."""
-
-    def read(row: int) -> Image | DataError:
-        file, sha256 = files[store.rows[row].image_id]
-        try:
-            return load_image(root, file, sha256=sha256)
-        except DataError as error:
-            return error  # named at the end; the other images go on
-
-    waiting: deque[tuple[Batch, list[Future[Image | DataError]]]] = deque()
-    for batch in batches:
-        waiting.append((batch, [readers.submit(read, row) for row in batch[1]]))
-        if len(waiting) > 2:
-            ready, futures = waiting.popleft()
-            yield ready, [future.result() for future in futures]
-    while waiting:
-        ready, futures = waiting.popleft()
-        yield ready, [future.result() for future in futures]
+    for owner, store in stores.items():
+        done = store.done()
+        for shard in store.pending():
+            rows = [row for row in store.shard_rows(shard) if not done[row]]
+            entries = [partition.images[store.rows[row].image_id] for row in rows]
+            files = [(entry.image, entry.image_sha256) for entry in entries]
+            yield Task(owner, shard, tuple(rows), tuple(files))

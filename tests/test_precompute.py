@@ -41,11 +41,8 @@ Images = Sequence[NDArray[np.uint8]]
 class FakeTeacher:
     """Labels that follow from an image's pixels alone; counts the images that it labelled."""
 
-    precision = "fp32"
-    device = SimpleNamespace(type="cpu")
-
     def __init__(self, on_batch: Callable[[int], None] = lambda batch: None) -> None:
-        self.card = SimpleNamespace(identity=self._identity)
+        self.card = SimpleNamespace(identity=self._identity, input_size=64)
         self.on_batch, self.batches, self.images = on_batch, 0, 0
 
     def _identity(self, *, label_size: int) -> Identity:
@@ -58,6 +55,9 @@ class FakeTeacher:
             label_size=label_size,
             num_classes=1,
         )
+
+    def provenance(self) -> dict[str, str]:
+        return {"backend": "fake"}
 
     def label(self, images: Images, size: int) -> Labels:
         self.on_batch(self.batches)
@@ -217,12 +217,14 @@ def test_a_second_writer_is_refused(config: Config, whole: dict[str, bytes]) -> 
 
     def second(batch: int) -> None:
         if batch in (0, 9):
+            while batch and (locks / "sam-server.lock").read_text():
+                time.sleep(0.01)  # a finished store's lock is free while others are labelled
             with pytest.raises(LockedStoreError) as caught:
                 precompute(config, clients=["site"] if batch else ())
             refused.append(str(caught.value))
 
-    run(config, FakeTeacher(second))  # the refused runs come to no batch of their own
     locks = config.cache.root / "locks"
+    run(config, FakeTeacher(second))  # the refused runs come to no batch of their own
     ends = "writes to this store; wait for it or stop it"
     assert refused == [
         f"{locks}/sam-{owner}.lock: process {os.getpid()} {ends}" for owner in ("server", "site")

@@ -22,6 +22,7 @@ from pipeline.sam.attention import FoldedAttention, fold_attention
 from pipeline.sam.build import EMBEDDED_WEIGHTS, build_sam, decode_masks, load_state
 from pipeline.sam.evaluate import calibration_error
 from pipeline.sam.finetune import _real_iou
+from pipeline.sam.frame import to_input_frame
 from pipeline.sam.lora import add_lora, merge_lora
 from pipeline.sam.pretrain import boxes_of, pretrain, sample_points, validate
 from pipeline.sam.scenes import generate_scene
@@ -32,7 +33,6 @@ from pipeline.sam.teacher import (
     image_score,
     inside_image,
     to_client_frame,
-    to_input_frame,
 )
 
 

@@ -409,6 +409,7 @@ def test_partial_files_of_a_killed_writer_go(path: Path, aside: Path, moved: boo
 
 def read_everything(path: Path) -> None:
     store = LabelStore(path)
+    assert len(store.rows) == len(store)
     store.done()
     store.provenance()
     store.read()

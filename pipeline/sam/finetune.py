@@ -35,6 +35,7 @@ from pipeline.locks import writer_lock
 from pipeline.losses import IGNORE, supervised_loss
 from pipeline.metrics import dice_score
 from pipeline.partition import Partition, load_partition
+from pipeline.sam.frame import to_input_frame
 from pipeline.sam.lora import add_lora, merge_lora
 from pipeline.sam.teacher import (
     ADAPTER_FILE,
@@ -44,7 +45,6 @@ from pipeline.sam.teacher import (
     base_checkpoint,
     build_base,
     forward,
-    to_input_frame,
 )
 
 Progress = Callable[[str, int, int], None]

@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from pipeline.sam.build import (
     decode_masks,
     load_state,
 )
+from pipeline.sam.frame import to_input_frame
 from pipeline.sam.lora import add_lora, merge_lora
 from pipeline.stores.labels import Labels
 
@@ -127,24 +127,6 @@ def _iou_output_layers(state: dict[str, Tensor]) -> list[str]:
         int(name.removeprefix(head).split(".")[0]) for name in state if name.startswith(head)
     )
     return [f"{head}{last}.weight", f"{head}{last}.bias"]
-
-
-def to_input_frame(images: Sequence[NDArray[np.uint8]], size: int) -> tuple[Tensor, Tensor]:
-    """Resize the longest side of each (H, W, 3) uint8 image to ``size`` and pad bottom and right.
-
-    Returns:
-        pixels (B, 3, size, size) uint8 and the valid extents (B, 2) int64 as (height, width).
-    """
-    batch = np.zeros((len(images), size, size, 3), np.uint8)
-    extents = np.zeros((len(images), 2), np.int64)
-    for i, image in enumerate(images):
-        scale = size / max(image.shape[:2])
-        height = max(1, min(size, int(image.shape[0] * scale + 0.5)))
-        width = max(1, min(size, int(image.shape[1] * scale + 0.5)))
-        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-        batch[i, :height, :width] = np.asarray(resized)
-        extents[i] = height, width
-    return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.from_numpy(extents)
 
 
 def inside_image(extents: Tensor, size: int) -> Tensor:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
@@ -26,10 +25,7 @@ CHUNK_ROWS = 8  # one read of stage two
 
 Bytes = NDArray[np.uint8]
 
-
-def writing() -> Any:
-    """Context in which arrays are opened so that all-zero chunks are written too."""
-    return zarr.config.set({"array.write_empty_chunks": True})
+_CONFIG = {"write_empty_chunks": True}  # of each array: zarr's global setting is shared by threads
 
 
 def codecs() -> list[Any]:
@@ -45,6 +41,7 @@ def sharded_array(group: Any, name: str, shape: tuple[int, ...]) -> Any:
         shards=(SHARD_ROWS, *shape[1:]),
         compressors=codecs(),
         fill_value=0,
+        config=_CONFIG,
     )
 
 
@@ -52,8 +49,24 @@ def plain_array(
     group: Any, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str
 ) -> Any:
     return group.create_array(
-        name, shape=shape, dtype=dtype, chunks=chunks, compressors=codecs(), fill_value=0
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=chunks,
+        compressors=codecs(),
+        fill_value=0,
+        config=_CONFIG,
     )
+
+
+def table_array(group: Any, name: str, values: Bytes) -> None:
+    """An array that is written once, whole."""
+    group.create_array(name, data=values, compressors=codecs(), config=_CONFIG)
+
+
+def open_arrays(group: Any) -> dict[str, Any]:
+    """The arrays of a group, to be written to."""
+    return {name: array.with_config(_CONFIG) for name, array in group.arrays()}
 
 
 def read_rows(path: Path, group: Any, name: str, rows: slice = slice(None)) -> Any:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,15 @@ from pipeline.stores.chunks import (
     Bytes,
     canonical_json,
     check_seal,
-    codecs,
     decode_ids,
     encode_ids,
+    open_arrays,
     plain_array,
     read_rows,
     remove_partial_files,
     seal,
     sharded_array,
-    writing,
+    table_array,
 )
 
 _MARK_SHARDS = 64  # shards whose done marks and provenance share a chunk
@@ -96,25 +96,29 @@ class LabelStore:
         if attributes.get("kind") != "labels":
             raise CorruptStoreError(f"{path}: not a label store; remove it and rerun")
         self.identity = Identity.model_validate(attributes["identity"])
-        with writing():
-            self._group = zarr.open_group(path, mode="r+")
-            self._arrays: dict[str, Any] = dict(self._group.arrays())
-        ids = decode_ids(read_rows(path, self._group, "image_ids"))
-        digests = read_rows(path, self._group, "image_sha256")
-        self.rows = tuple(
-            RowKey(image_id, digest.tobytes().hex())
-            for image_id, digest in zip(ids, digests, strict=True)
-        )
+        self._group = zarr.open_group(path, mode="r+")
+        self._arrays = open_arrays(self._group)
 
     @classmethod
     def create(cls, path: Path, identity: Identity, rows: Sequence[RowKey]) -> LabelStore:
         """A new store with no row done; it appears at ``path`` complete or not at all."""
-        with folder_beside(path) as building, writing():
+        with folder_beside(path) as building:
             _create_arrays(building, identity, rows)
         return cls(path)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        count: int = self._arrays["done"].shape[0]
+        return count
+
+    @cached_property
+    def rows(self) -> tuple[RowKey, ...]:
+        """The image behind each row; read when first asked for, which no writer of a shard does."""
+        ids = decode_ids(read_rows(self.path, self._group, "image_ids"))
+        digests = read_rows(self.path, self._group, "image_sha256")
+        return tuple(
+            RowKey(image_id, digest.tobytes().hex())
+            for image_id, digest in zip(ids, digests, strict=True)
+        )
 
     @property
     def shards(self) -> int:
@@ -125,9 +129,9 @@ class LabelStore:
         """The rows that shard number ``shard`` holds."""
         return range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(self)))
 
-    def done(self) -> NDArray[np.bool_]:
-        """Which rows are complete, (N,) bool, as on disk now."""
-        marks: NDArray[np.bool_] = read_rows(self.path, self._group, "done")[: len(self)] == 1
+    def done(self, rows: slice = slice(None)) -> NDArray[np.bool_]:
+        """Which of ``rows`` are complete, bool, as on disk now."""
+        marks: NDArray[np.bool_] = read_rows(self.path, self._group, "done", rows) == 1
         return marks
 
     def pending(self) -> list[int]:
@@ -148,7 +152,7 @@ class LabelStore:
             "scores": labels.scores,
         }
         inside = np.asarray(rows) - span.start
-        begun = bool(self.done()[span.start : span.stop].any())
+        begun = bool(self.done(slice(span.start, span.stop)).any())
         for name, new in values.items():
             array = self._arrays[name]
             if len(rows) == len(span):
@@ -186,7 +190,7 @@ class LabelStore:
         Raises:
             StageError: a row is not done. CorruptStoreError: a done row is missing or damaged.
         """
-        done = self.done()[rows]
+        done = self.done(rows)
         if not done.all():
             raise StageError(
                 f"{self.path}: {int(done.sum())} of {len(done)} rows are labelled; "
@@ -302,8 +306,7 @@ def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, in
     count = 0
     read_shard = lru_cache(maxsize=2)(old.read_shard)  # rows mostly keep their order
     with folder_beside(old.path) as building:
-        with writing():
-            _create_arrays(building, old.identity, rows)
+        _create_arrays(building, old.identity, rows)
         new = LabelStore(building)
         for shard in range(new.shards):
             span = new.shard_rows(shard)
@@ -348,9 +351,7 @@ def _create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> No
         group, "provenance", (shards, _PROVENANCE_BYTES), (_MARK_SHARDS, _PROVENANCE_BYTES), "uint8"
     )
     provenance[:] = np.zeros((shards, _PROVENANCE_BYTES), np.uint8)
-    group.create_array(
-        "image_ids", data=encode_ids([row.image_id for row in rows]), compressors=codecs()
-    )
+    table_array(group, "image_ids", encode_ids([row.image_id for row in rows]))
     digests = np.frombuffer(bytes.fromhex("".join(row.sha256 for row in rows)), np.uint8)
-    group.create_array("image_sha256", data=digests.reshape(count, 32), compressors=codecs())
+    table_array(group, "image_sha256", digests.reshape(count, 32))
     seal(path, {"kind": "labels", "format": FORMAT, "identity": identity.model_dump()})

@@ -1,0 +1,249 @@
+"""Stage one on dask: a task is one shard, each worker loads the teacher once.
+
+Workers read images and write shards themselves, so they see ``data.root`` and ``cache.root`` under
+the coordinator's paths; only file names travel. A lost worker costs the shards that it had: dask
+gives them to others, and the same rows written twice are the same bytes. Everything is checked and
+marked done by the coordinator, which holds the stores' locks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import distributed
+import torch
+from distributed.scheduler import KilledWorker
+
+from pipeline import __version__
+from pipeline.card import TeacherCard
+from pipeline.config import Config
+from pipeline.devices import resolve_device
+from pipeline.errors import ConfigError, SamfedError
+from pipeline.labelling import Image, Labeller, Outcome, Task, label_tasks, store_path
+from pipeline.partition import load_partition
+from pipeline.sam.teacher import load_teacher
+from pipeline.stores.labels import Identity, Labels
+
+log = logging.getLogger("samfed.cluster")
+
+_RETRIES = 3  # of a task that raised, e.g. because a file system was away for a moment
+_THREADS_PER_WORKER = 2  # one task reads and writes while another has the teacher
+_HERE = "127.0.0.1"  # a scheduler runs what it is sent: nobody else may reach a local one
+_CONNECT_SECONDS = 15
+_WORKERS_SECONDS = 120
+
+
+class Cluster:
+    """dask workers that label; made by ``connect`` or ``local_cluster``."""
+
+    def __init__(self, client: distributed.Client, *, threads: int | None = None) -> None:
+        self._client = client
+        self._threads = threads
+
+    def label_tasks(
+        self,
+        config: Config,
+        tasks: Iterable[Task],
+        identity: Identity,
+        *,
+        finished: Callable[[Outcome], None],
+        advance: Callable[[int], None],
+    ) -> None:
+        """Label every task on some worker; ``finished`` is called here, in no particular order.
+
+        Only a few tasks a worker thread are under way at once, so memory stays flat however many
+        images there are.
+
+        Raises:
+            SamfedError: a worker's own, or a shard killed one worker after another.
+        """
+        settings = _for_workers(config, self._threads)
+        running = distributed.as_completed(loop=self._client.loop)
+        waiting: dict[Any, Task] = {}
+
+        def collect() -> None:
+            future = next(running)
+            task = waiting.pop(future)
+            outcome = _result(future, task)
+            finished(outcome)
+            advance(len(outcome.rows))
+
+        try:
+            for task in tasks:
+                while len(waiting) >= self._window():
+                    collect()
+                future = self._client.submit(
+                    run_task,
+                    settings,
+                    identity,
+                    task,
+                    key=f"{task.owner}-{task.shard}-{uuid.uuid4().hex}",
+                    retries=_RETRIES,
+                    pure=False,
+                )
+                waiting[future] = task
+                running.add(future)
+            while waiting:
+                collect()
+        finally:
+            self._client.cancel(list(waiting))
+
+    def _window(self) -> int:
+        threads: int = sum(self._client.nthreads().values())
+        return max(2, 2 * threads)
+
+
+def _result(future: Any, task: Task) -> Outcome:
+    try:
+        outcome: Outcome = future.result()
+    except KilledWorker as error:
+        raise SamfedError(
+            f"{task.owner} rows {task.rows[0]}..{task.rows[-1]}: each worker that took them died; "
+            "see the workers' logs (memory?), lower precompute.batch_size"
+        ) from error
+    return outcome
+
+
+def _for_workers(config: Config, threads: int | None) -> str:
+    """The settings as JSON, with paths that hold in any working directory."""
+    data = config.data.model_copy(update={"root": config.data.root.resolve()})
+    cache = config.cache.model_copy(update={"root": config.cache.root.resolve()})
+    checkpoint = config.sam.checkpoint.resolve() if config.sam.checkpoint is not None else None
+    sam = config.sam.model_copy(update={"checkpoint": checkpoint})
+    run = config.precompute
+    run = run.model_copy(update={"threads": run.threads or threads})
+    changed = {"data": data, "cache": cache, "sam": sam, "precompute": run}
+    return config.model_copy(update=changed).model_dump_json()
+
+
+# --------------------------------------------------------------------------- where workers are
+
+
+@contextmanager
+def connect(address: str) -> Iterator[Cluster]:
+    """The workers of a running scheduler, e.g. ``tcp://host:8786``.
+
+    Raises:
+        ConfigError: no scheduler answers there, or it has no workers.
+    """
+    try:
+        client = distributed.Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise ConfigError(
+            f"--scheduler {address}: no dask scheduler answers within {_CONNECT_SECONDS} s; "
+            "check the address, or start one with `dask scheduler`"
+        ) from error
+    with client:
+        _await_workers(client, address)
+        yield Cluster(client)
+
+
+def _await_workers(client: distributed.Client, address: str) -> None:
+    if not client.nthreads():
+        log.warning("%s has no workers yet; waiting up to %d s", address, _WORKERS_SECONDS)
+    try:
+        client.wait_for_workers(1, timeout=_WORKERS_SECONDS)
+    except TimeoutError as error:
+        raise ConfigError(
+            f"--scheduler {address}: no worker within {_WORKERS_SECONDS} s; start some with "
+            f"`dask worker {address}`"
+        ) from error
+
+
+@contextmanager
+def local_cluster(workers: int, *, device: str) -> Iterator[Cluster]:
+    """``workers`` processes on this machine, each with one of its GPUs in turn or a share of cores.
+
+    Args:
+        device: as ``precompute.device``; on ``auto`` or ``cuda`` worker i sees GPU i alone.
+    """
+    gpus = torch.cuda.device_count() if resolve_device(device).type == "cuda" else 0
+    spec = {
+        number: {
+            "cls": distributed.Nanny,
+            "options": {
+                "host": _HERE,
+                "nthreads": _THREADS_PER_WORKER,
+                "env": {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {},
+                "memory_limit": 0,  # pausing and spilling serve dask's own data; we keep none
+                "dashboard": False,
+                "silence_logs": logging.WARNING,
+            },
+        }
+        for number in range(workers)
+    }
+    scheduler = {"cls": distributed.Scheduler, "options": {"host": _HERE, "dashboard": False}}
+    with (
+        distributed.SpecCluster(workers=spec, scheduler=scheduler) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        client.wait_for_workers(workers)
+        yield Cluster(client, threads=max(1, (os.cpu_count() or 1) // workers))
+
+
+# --------------------------------------------------------------------------- on a worker
+
+
+class _InTurn:
+    """A teacher that several threads of a worker share, one batch at a time."""
+
+    def __init__(self, teacher: Labeller) -> None:
+        self._teacher = teacher
+        self._lock = threading.Lock()
+
+    @property
+    def card(self) -> TeacherCard:
+        return self._teacher.card
+
+    def label(self, images: Sequence[Image], size: int) -> Labels:
+        with self._lock:
+            return self._teacher.label(images, size)
+
+    def provenance(self) -> dict[str, str]:
+        return self._teacher.provenance()
+
+
+_loading = threading.Lock()
+_loaded: dict[tuple[str, str], _InTurn] = {}  # the last teacher, by settings and identity
+
+
+def run_task(settings: str, identity: Identity, task: Task, version: str = __version__) -> Outcome:
+    """Label one shard on this worker.
+
+    Raises:
+        SamfedError: this worker runs another samfed, or does not see the coordinator's files.
+    """
+    host = socket.gethostname()
+    if version != __version__:
+        raise SamfedError(f"worker on {host}: samfed {__version__}, expected {version}; install it")
+    config = Config.model_validate_json(settings)
+    store = store_path(config, task.owner)
+    for path in (config.data.root, store):
+        if not path.is_dir():
+            raise SamfedError(
+                f"worker on {host}: {path} is not there; put data.root and cache.root on a file "
+                "system that every worker sees under the same path"
+            )
+    if config.precompute.threads is not None:
+        torch.set_num_threads(config.precompute.threads)
+    outcomes: list[Outcome] = []
+    label_tasks(config, [task], _teacher(config, settings, identity), finished=outcomes.append)
+    return outcomes[0]
+
+
+def _teacher(config: Config, settings: str, identity: Identity) -> _InTurn:
+    key = (settings, identity.digest)
+    with _loading:
+        if key not in _loaded:
+            _loaded.clear()
+            partition = load_partition(Path(config.cache.root) / "partition.json")
+            _loaded[key] = _InTurn(load_teacher(config, partition))
+        return _loaded[key]

@@ -1,0 +1,247 @@
+"""The work of stage one: a task is the rows of one shard that still lack a label.
+
+Threads decode and resize the next images while the teacher works, and one writes finished shards
+behind it. The same code runs in process and on a dask worker. A shard's batches do not depend on
+where a run began or who else works, so neither do its bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.card import TeacherCard
+from pipeline.config import Config
+from pipeline.errors import DataError, SamfedError
+from pipeline.images import load_image
+from pipeline.sam.frame import fit_longest_side
+from pipeline.stores.labels import Identity, Labels, LabelStore, check_identity
+
+log = logging.getLogger("samfed.precompute")
+
+Image = NDArray[np.uint8]
+
+_AHEAD = 2  # batches that wait, decoded, for the teacher, and shards that wait for the disk
+
+
+class Labeller(Protocol):
+    """Whatever turns images into labels: the teacher in torch, or in ONNX Runtime."""
+
+    @property
+    def card(self) -> TeacherCard:
+        """What the teacher is."""
+        ...
+
+    def label(self, images: Sequence[Image], size: int) -> Labels:
+        """Labels of (H, W, 3) uint8 images of any sizes, in the client's frame ``size``."""
+        ...
+
+    def provenance(self) -> dict[str, str]:
+        """What computes: backend, precision, device, versions."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of one shard of one store, and the file behind each of them."""
+
+    owner: str
+    shard: int
+    rows: tuple[int, ...]
+    files: tuple[tuple[str, str], ...]  # path below data.root, sha256
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task whose labels are on disk; the coordinator sets the done marks."""
+
+    task: Task
+    rows: tuple[int, ...]  # labelled
+    failed: tuple[str, ...]  # one line for each image that has no label
+    provenance: dict[str, str]
+
+
+def store_path(config: Config, owner: str) -> Path:
+    """The label store of a client, or of ``server``, whose calibration part is labelled too."""
+    return config.cache.root / "sam" / f"{owner}.zarr"
+
+
+def label_tasks(
+    config: Config,
+    tasks: Iterable[Task],
+    teacher: Labeller,
+    *,
+    finished: Callable[[Outcome], None],
+    advance: Callable[[int], None] = lambda images: None,
+) -> None:
+    """Label and write every task in turn, at most two shards behind the teacher.
+
+    Args:
+        finished: called once a task's labels are written, in the order of ``tasks``, from the
+            thread that writes.
+        advance: called with the number of images that the teacher has just labelled.
+    """
+    labeller = BackingOff(teacher, config.precompute.batch_size)
+    identity = teacher.card.identity(label_size=config.data.image_size)
+    writes: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(config.precompute.readers) as readers, ThreadPoolExecutor(1) as writer:
+        parts: list[Labels] = []
+        rows: list[int] = []
+        failed: list[str] = []
+        for batch, images in _read_ahead(config, tasks, teacher.card.input_size, readers):
+            good = [image for image in images if not isinstance(image, DataError)]
+            failed += [str(image) for image in images if isinstance(image, DataError)]
+            rows += [
+                row
+                for row, image in zip(batch.rows, images, strict=True)
+                if not isinstance(image, DataError)
+            ]
+            if good:
+                parts.append(labeller.label(good, config.data.image_size))
+                advance(len(good))
+            if batch.last:
+                outcome = Outcome(batch.task, tuple(rows), tuple(failed), labeller.provenance())
+                writes.append(writer.submit(_write, config, identity, outcome, parts, finished))
+                while len(writes) > _AHEAD:
+                    writes.popleft().result()
+                parts, rows, failed = [], [], []
+        for write in writes:
+            write.result()
+
+
+def _write(
+    config: Config,
+    identity: Identity,
+    outcome: Outcome,
+    parts: list[Labels],
+    finished: Callable[[Outcome], None],
+) -> None:
+    if outcome.rows:
+        labels = Labels(
+            masks=np.concatenate([part.masks for part in parts]),
+            confidences=np.concatenate([part.confidences for part in parts]),
+            scores=np.concatenate([part.scores for part in parts]),
+        )
+        store = LabelStore(store_path(config, outcome.task.owner))
+        check_identity(store, identity)  # a worker may come late, when another run has taken over
+        store.write_shard(outcome.task.shard, outcome.rows, labels)
+    finished(outcome)
+
+
+# --------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Batch:
+    task: Task
+    rows: tuple[int, ...]
+    files: tuple[tuple[str, str], ...]
+    last: bool  # of its task
+
+
+def _batches(tasks: Iterable[Task], size: int) -> Iterator[_Batch]:
+    for task in tasks:
+        for start in range(0, len(task.rows), size):
+            stop = start + size
+            yield _Batch(
+                task, task.rows[start:stop], task.files[start:stop], stop >= len(task.rows)
+            )
+
+
+def _read_ahead(
+    config: Config, tasks: Iterable[Task], input_size: int, readers: ThreadPoolExecutor
+) -> Iterator[tuple[_Batch, list[Image | DataError]]]:
+    """Decode the next batches, at the teacher's size, while the teacher works on this one."""
+
+    def read(file: str, sha256: str) -> Image | DataError:
+        try:
+            image = load_image(config.data.root, file, sha256=sha256)
+        except DataError as error:
+            return error  # named at the end; the other images go on
+        return fit_longest_side(image, input_size)
+
+    waiting: deque[tuple[_Batch, list[Future[Image | DataError]]]] = deque()
+    for batch in _batches(tasks, config.precompute.batch_size):
+        waiting.append((batch, [readers.submit(read, *file) for file in batch.files]))
+        if len(waiting) > _AHEAD:
+            ready, futures = waiting.popleft()
+            yield ready, [future.result() for future in futures]
+    while waiting:
+        ready, futures = waiting.popleft()
+        yield ready, [future.result() for future in futures]
+
+
+# --------------------------------------------------------------------------- memory
+
+
+class BackingOff:
+    """A labeller that halves its batches when memory runs out, and says so.
+
+    The smaller size stays for the rest of the run and is recorded with every shard that it made:
+    kernels may round differently at another batch size.
+    """
+
+    def __init__(self, teacher: Labeller, batch_size: int) -> None:
+        self._teacher = teacher
+        self._limit = self._asked = batch_size
+
+    def label(self, images: Sequence[Image], size: int) -> Labels:
+        """Labels of ``images``, in as many passes as memory asks for.
+
+        Raises:
+            SamfedError: memory does not suffice for one image.
+        """
+        while True:
+            limit = self._limit
+            try:
+                parts = [
+                    self._teacher.label(images[start : start + limit], size)
+                    for start in range(0, len(images), limit)
+                ]
+            except Exception as error:
+                if not _out_of_memory(error):
+                    raise
+                self._back_off(error)
+                continue
+            return Labels(
+                masks=np.concatenate([part.masks for part in parts]),
+                confidences=np.concatenate([part.confidences for part in parts]),
+                scores=np.concatenate([part.scores for part in parts]),
+            )
+
+    def _back_off(self, error: Exception) -> None:
+        if self._limit == 1:
+            raise SamfedError(
+                "memory does not suffice for one image; choose a smaller sam.variant or "
+                "precompute.precision, or another precompute.device"
+            ) from error
+        self._limit = (self._limit + 1) // 2
+        log.warning(
+            "out of memory; going on with batches of %d (precompute.batch_size: %d)",
+            self._limit,
+            self._asked,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def provenance(self) -> dict[str, str]:
+        """The teacher's, with the batch size where it is not the one asked for."""
+        record = self._teacher.provenance()
+        return record if self._limit == self._asked else record | {"batch_size": str(self._limit)}
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch and ONNX Runtime say it each in their own way, on the CPU in words only."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = ("can't allocate memory", "out of memory", "Failed to allocate memory", "bad allocation")
+    return any(words in str(error) for words in said)

@@ -1,0 +1,200 @@
+"""Stage one on dask: workers in processes of their own, one of them killed, the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import tiny_config, write_params
+
+from pipeline.cluster import connect, local_cluster, run_task
+from pipeline.config import Config
+from pipeline.errors import ConfigError, SamfedError
+from pipeline.labelling import Task, store_path
+from pipeline.locks import writer_lock
+from pipeline.partition import load_partition
+from pipeline.precompute import precompute
+from pipeline.prepare import prepare
+from pipeline.sam.finetune import finetune
+from pipeline.stores.labels import Identity
+from pipeline.synthetic import write_dataset
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Two clients with two shards of images each; an adapted vit_t; labelled in process."""
+    folder = tmp_path_factory.mktemp("cluster")
+    write_dataset(folder / "data", images_per_site=40, size_px=32, seed=0)
+    config = tiny_config(
+        folder / "data",
+        folder / "cache",
+        partition={
+            "scheme": "iid",
+            "clients": 2,
+            "server_images": 12,
+            "calibration_min": 4,
+            "val_fraction": 0.01,
+            "test_fraction": 0.01,
+        },
+        precompute={"batch_size": 4, "threads": 1},
+    )
+    prepare(config)
+    finetune(config)
+    precompute(config)
+    return config
+
+
+@pytest.fixture
+def config(prepared: Config, tmp_path: Path) -> Config:
+    """The same partition and teacher, nothing labelled."""
+    cache = tmp_path / "cache"
+    shutil.copytree(prepared.cache.root / "teacher", cache / "teacher")
+    shutil.copy(prepared.cache.root / "partition.json", cache)
+    return prepared.model_copy(update={"cache": prepared.cache.model_copy(update={"root": cache})})
+
+
+def content(config: Config) -> dict[str, bytes]:
+    folder = config.cache.root / "sam"
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+class Workers:
+    """A dask scheduler and workers, each a process that the command line starts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "scheduler.json"
+        self.processes = [
+            self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+        ]
+        self.address = ""
+
+    def _start(self, role: str, *options: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "dask", role, "--scheduler-file", str(self.file)]
+        command += ["--host", "127.0.0.1", "--no-dashboard"]
+        return subprocess.Popen(
+            [*command, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def add(self, count: int) -> list[subprocess.Popen[bytes]]:
+        options = ("--no-nanny", "--nthreads", "1", "--death-timeout", "60")
+        new = [self._start("worker", *options) for _ in range(count)]
+        self.processes += new
+        while not self.file.is_file():
+            assert self.processes[0].poll() is None, "the scheduler died"
+            time.sleep(0.1)
+        self.address = json.loads(self.file.read_text())["address"]
+        return new
+
+    def stop(self) -> None:
+        for process in reversed(self.processes):
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def workers(tmp_path: Path) -> Iterator[Workers]:
+    started = Workers(tmp_path)
+    yield started
+    started.stop()
+
+
+def test_a_worker_killed_in_the_middle_costs_nothing_but_its_shard(
+    config: Config, prepared: Config, workers: Workers
+) -> None:
+    first, _ = workers.add(2)
+    killed: list[int] = []
+
+    def kill(what: str, done: int, total: int) -> None:
+        if done and not killed:  # every worker has a task from the start on
+            first.send_signal(signal.SIGKILL)
+            killed.append(done)
+
+    with connect(workers.address) as cluster:
+        result = precompute(config, cluster=cluster, progress=kill)
+        assert killed
+        assert first.wait(10) == -signal.SIGKILL
+        assert content(config) == content(prepared)
+        assert (result.kept, result.failed) == (0, [])
+        again = precompute(config, cluster=cluster)
+    assert (again.labelled, again.kept) == (0, result.labelled)
+
+
+def test_the_command_with_local_workers(config: Config, prepared: Config, tmp_path: Path) -> None:
+    params = write_params(tmp_path / "params.yaml", config)
+    command = [sys.executable, str(ROOT / "cli.py"), "precompute-sam", "--json", "--workers", "2"]
+    done = subprocess.run(
+        [*command, "--params", str(params)], cwd=ROOT, capture_output=True, check=True, text=True
+    )
+    partition = load_partition(config.cache.root / "partition.json")
+    count = len(partition.server.calibration) + sum(
+        len(client.train) for client in partition.clients.values()
+    )
+    assert json.loads(done.stdout)["labelled"] == count
+    assert done.stderr == ""
+    assert content(config) == content(prepared)
+
+
+def test_a_workers_error_is_the_commands(config: Config) -> None:
+    """An image that cannot be read is named as in process; a lost teacher ends the run."""
+    partition = load_partition(config.cache.root / "partition.json")
+    name = next(iter(partition.clients))
+    image = partition.clients[name].train[0]
+    entry = partition.images[image].model_copy(update={"image": "images/none.png"})
+    images = {**partition.images, image: entry}
+    path = config.cache.root / "partition.json"
+    path.write_text(partition.model_copy(update={"images": images}).model_dump_json())
+    with local_cluster(1, device="cpu") as cluster:
+        result = precompute(config, cluster=cluster)
+        assert len(result.failed) == 1
+        assert result.failed[0].startswith(f"{config.data.root / 'images/none.png'}: ")
+        shutil.rmtree(config.cache.root / "sam" / f"{name}.zarr")
+        (config.cache.root / "teacher" / "adapter.safetensors").write_bytes(b"")
+        with pytest.raises(SamfedError, match="sha256 differs from its card"):
+            precompute(config, cluster=cluster)
+    with writer_lock(config.cache.root / "locks" / f"sam-{name}.lock"):
+        pass  # nobody holds it any more
+
+
+def test_a_worker_that_sees_no_files(config: Config) -> None:
+    identity = Identity(
+        variant="vit_t",
+        base_sha256="b",
+        adapter_sha256="a",
+        prompt="none",
+        input_size=256,
+        label_size=32,
+        num_classes=1,
+    )
+    task = Task("client_0", 0, (0,), (("images/a.png", "0" * 64),))
+    with pytest.raises(SamfedError) as caught:
+        run_task(config.model_dump_json(), identity, task)
+    assert f"{store_path(config, 'client_0')} is not there" in str(caught.value)
+    with pytest.raises(SamfedError, match=r"expected 0\.0\.0; install it"):
+        run_task(config.model_dump_json(), identity, task, "0.0.0")
+
+
+def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.cluster._CONNECT_SECONDS", 0.5)
+    with pytest.raises(ConfigError) as caught, connect("tcp://127.0.0.1:1"):
+        pass
+    assert str(caught.value) == (
+        "--scheduler tcp://127.0.0.1:1: no dask scheduler answers within 0.5 s; "
+        "check the address, or start one with `dask scheduler`"
+    )
+
+
+def test_a_scheduler_without_workers(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers.add(0)
+    monkeypatch.setattr("pipeline.cluster._WORKERS_SECONDS", 0.5)
+    with pytest.raises(ConfigError, match=r"no worker within 0\.5 s"), connect(workers.address):
+        pass
