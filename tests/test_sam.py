@@ -32,6 +32,7 @@ from pipeline.sam.teacher import (
     forward,
     image_score,
     inside_image,
+    resolve_precision,
     to_client_frame,
 )
 
@@ -72,15 +73,34 @@ def test_vit_t_equals_segment_anything() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window", [14, 0], ids=["window", "global"])
-def test_a_vit_b_block_equals_segment_anything(window: int) -> None:
-    """The official width and heads on a small grid that windows do not divide (padding)."""
-    stock = Block(768, 12, use_rel_pos=True, window_size=window, input_size=(20, 20))
+@pytest.mark.parametrize(
+    ("window", "grid"),
+    [(14, (20, 20)), (0, (20, 20)), (0, (33, 34))],
+    ids=["window", "global", "slices"],
+)
+def test_a_vit_b_block_equals_segment_anything(window: int, grid: tuple[int, int]) -> None:
+    """The official width and heads on grids that windows and slices do not divide."""
+    stock = Block(768, 12, use_rel_pos=True, window_size=window, input_size=grid)
     randomise(stock, 2)
     folded = copy.deepcopy(stock)
     folded.attn = FoldedAttention(folded.attn)
-    x = torch.randn(1, 20, 20, 768, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(1, *grid, 768, generator=torch.Generator().manual_seed(3))
     assert relative_error(folded(x), stock(x)) < 1e-5
+
+
+def test_slices_in_bfloat16_are_as_close_as_segment_anything() -> None:
+    stock = Attention(768, 12, use_rel_pos=True, input_size=(33, 34))
+    randomise(stock, 4)
+    x = torch.randn(1, 33, 34, 768, generator=torch.Generator().manual_seed(5))
+    folded = FoldedAttention(stock)
+    with torch.no_grad():
+        exact = stock(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs, ours = stock(x).float(), folded(x).float()
+    assert relative_error(ours, exact) < 1.2 * relative_error(theirs, exact)
+    graph = folded(x)  # with a gradient wanted, the same function from the fused kernel
+    assert graph.requires_grad
+    assert relative_error(graph.detach(), exact) < 1e-5
 
 
 @torch.no_grad()
@@ -303,3 +323,32 @@ def test_shipped_weights_segment_unseen_scenes() -> None:
     sam.load_state_dict({name: value.float() for name, value in state.items()})
     assert EMBEDDED_WEIGHTS.stat().st_size <= 3_000_000
     assert validate(sam, seed=77, scenes=16) > 0.4
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")],
+)
+def test_auto_precision_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu, "vit_b") == expected
+    assert resolve_precision("auto", cpu, "timm:resnet18") == "fp32"
+    assert resolve_precision("bf16", cpu, "timm:resnet18") == "bf16"
+    with pytest.raises(ConfigError) as caught:
+        resolve_precision("fp16", cpu, "vit_b")
+    assert str(caught.value) == ("precompute.precision: fp16 needs a GPU; use auto, bf16 or fp32")
+
+
+def test_bfloat16_keeps_the_logits() -> None:
+    """The encoder rounds, the decoder does not: within 2 % of float32 in norm."""
+    sam = build_base(SamConfig(), num_classes=1).eval().requires_grad_(False)
+    scene = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(1)) * 255
+    inside = torch.ones(2, 256, 256, dtype=torch.bool)
+    with torch.inference_mode():
+        exact, _ = forward(sam, scene, inside)
+        half, iou = forward(sam, scene, inside, dtype=torch.bfloat16)
+    assert half.dtype == iou.dtype == torch.float32
+    assert 0 < relative_error(half, exact) < 0.02

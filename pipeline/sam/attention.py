@@ -9,7 +9,9 @@ product::
     k' = [k,          onehot(row_j),     onehot(col_j)]         (d + H + W)
     q' . k' = scale * q.k + rel_h + rel_w                       exactly
 
-so a fused ``scaled_dot_product_attention`` computes the same function with no bias tensor.
+so a fused ``scaled_dot_product_attention`` computes the same function with no bias tensor. Its
+cost is the wider dot product, which a CPU feels where there are many tokens: there the logits are
+made in slices that stay in its cache, with both terms added in place (``benchmarks/attention.py``).
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention, ImageEncoderViT, get_rel_pos
 from torch import Tensor, nn
+
+_SLICED_TOKENS = 1024  # from here on a CPU is faster with slices; SAM's global blocks have 4096
+_SLICE = 256  # queries: 256 x 4096 logits of 2 or 4 bytes
 
 
 class FoldedAttention(nn.Module):
@@ -40,29 +45,60 @@ class FoldedAttention(nn.Module):
         head_dim = channels // self.num_heads
         qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, H*W, d)
-        if self.use_rel_pos:
+        if not self.use_rel_pos:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        elif _slices_pay(q):
+            out = self._attend_in_slices(q, k, v, height, width)
+        else:
             q, k = self._fold(q, k, height, width)
             # fused kernels want one head size for query, key and value
             v = F.pad(v, (0, height + width))
             out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :head_dim]
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         out = out.transpose(1, 2).reshape(batch, height, width, channels)
         projected: Tensor = self.proj(out)
         return projected
 
     def _fold(self, q: Tensor, k: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Append the relative position's coordinates to ``q`` and ``k`` (B, heads, H*W, d)."""
-        batch, heads, _, head_dim = q.shape
-        rel_h = get_rel_pos(height, height, self.rel_pos_h).to(q.dtype)  # (H, H, d)
-        rel_w = get_rel_pos(width, width, self.rel_pos_w).to(q.dtype)  # (W, W, d)
-        grid = q.reshape(batch, heads, height, width, head_dim)
-        q_rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h).flatten(2, 3)
-        q_cols = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).flatten(2, 3)
+        batch, heads = q.shape[:2]
+        q_rows, q_cols = self._relative(q, height, width)
         rows = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, dim=0)
         cols = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
         onehot = torch.cat([rows, cols], dim=1).expand(batch, heads, -1, -1)
         return torch.cat([q * self.scale, q_rows, q_cols], dim=-1), torch.cat([k, onehot], dim=-1)
+
+    def _relative(self, q: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """``q . Rh`` (B, heads, H*W, H) and ``q . Rw`` (B, heads, H*W, W)."""
+        rel_h = get_rel_pos(height, height, self.rel_pos_h).to(q.dtype)  # (H, H, d)
+        rel_w = get_rel_pos(width, width, self.rel_pos_w).to(q.dtype)  # (W, W, d)
+        grid = q.unflatten(2, (height, width))
+        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h).flatten(2, 3)
+        cols = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).flatten(2, 3)
+        return rows, cols
+
+    def _attend_in_slices(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+        """Attention (B, heads, H*W, d), one head and ``_SLICE`` queries at a time."""
+        rows, cols = (part.flatten(0, 1) for part in self._relative(q, height, width))
+        queries, values = (q * self.scale).flatten(0, 1), v.flatten(0, 1)
+        keys = k.flatten(0, 1).transpose(1, 2).contiguous()
+        out = torch.empty_like(values)
+        for head in range(len(queries)):
+            for start in range(0, height * width, _SLICE):
+                part = slice(start, start + _SLICE)
+                logits = (queries[head, part] @ keys[head]).unflatten(1, (height, width))
+                logits.add_(rows[head, part, :, None]).add_(cols[head, part, None, :])
+                out[head, part] = logits.flatten(1).softmax(dim=1).to(v.dtype) @ values[head]
+        return out.view_as(q)
+
+
+def _slices_pay(q: Tensor) -> bool:
+    """On a CPU, with many tokens, where neither a gradient nor an exported graph is wanted."""
+    return (
+        q.device.type == "cpu"
+        and q.shape[2] >= _SLICED_TOKENS
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()
+    )
 
 
 def fold_attention(encoder: ImageEncoderViT) -> ImageEncoderViT:

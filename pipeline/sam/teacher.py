@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import safetensors.torch
@@ -136,19 +136,25 @@ def inside_image(extents: Tensor, size: int) -> Tensor:
     return rows & (steps[None, None, :] < extents[:, 1, None, None])
 
 
-def forward(sam: Sam, pixels: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    sam: Sam, pixels: Tensor, inside: Tensor, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Prompt-free forward pass of a whole batch.
 
-    As in SAM, padding is zero after normalisation.
+    As in SAM, padding is zero after normalisation. The decoder is a hundredth of the work and
+    always float32: in bfloat16 it would double the error of the logits.
 
     Args:
         pixels: (B, 3, S, S) in 0..255, padded. inside: (B, S, S) bool, False in the padding.
+        dtype: what the image encoder computes in.
 
     Returns:
         logits (B, K+1, S/4, S/4) and IoU estimates (B, K+1).
     """
     values = (pixels.to(sam.pixel_mean.dtype) - sam.pixel_mean) / sam.pixel_std
-    embeddings = sam.image_encoder(values * inside[:, None])
+    with torch.autocast(pixels.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        embeddings = sam.image_encoder(values * inside[:, None])
+    embeddings = embeddings.float()
     batch, dim, height, width = embeddings.shape
     sparse = embeddings.new_zeros((batch, 0, dim))
     dense = sam.prompt_encoder.no_mask_embed.weight.reshape(1, dim, 1, 1)
@@ -197,20 +203,50 @@ def image_score(masks: Tensor, iou: Tensor) -> Tensor:
     return (iou * present).sum(dim=1) / present.sum(dim=1)
 
 
+def resolve_precision(precision: str, device: torch.device, variant: str) -> Precision:
+    """What the encoder computes in; ``auto`` is bf16 where that is fast and keeps the masks.
+
+    SAM's own encoders keep them (mask IoU to fp32 above 0.99, ``benchmarks/stage_one.py``); the
+    convolutional ``timm:`` ones do not, so they stay at fp32 unless asked. Fast is a GPU with
+    bfloat16, or a CPU with AMX or AVX512-bf16.
+
+    Raises:
+        ConfigError: fp16 on a CPU, which has no fast arithmetic for it.
+    """
+    if precision == "auto":
+        if variant.startswith("timm:"):
+            return "fp32"
+        return "bf16" if _has_bf16(device) else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("precompute.precision: fp16 needs a GPU; use auto, bf16 or fp32")
+    return cast(Precision, precision)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+
+
+def _store_weights(encoder: nn.Module, dtype: torch.dtype) -> None:
+    """Hold what autocast would cast for every batch in ``dtype``; the rest stays float32."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+
+
 class Teacher:
     """A teacher ready for inference: LoRA merged, evaluation mode, one device and precision."""
 
     def __init__(self, sam: Sam, card: TeacherCard, *, device: str, precision: str) -> None:
         self.card = card
         self.device = resolve_device(device)
-        self.precision: Precision = self._resolve(precision)
+        self.precision = resolve_precision(precision, self.device, card.variant)
         self.dtype = _DTYPES[self.precision]
         self.sam = sam.eval().requires_grad_(False).to(self.device)
-
-    def _resolve(self, precision: str) -> Precision:
-        if precision in ("fp32", "bf16", "fp16"):
-            return precision  # type: ignore[return-value]
-        return "bf16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        if self.dtype != torch.float32:
+            _store_weights(self.sam.image_encoder, self.dtype)
 
     def provenance(self) -> dict[str, str]:
         """What computes the labels; recorded with every shard, no part of their identity."""
@@ -229,9 +265,8 @@ class Teacher:
         """Class probabilities (B, K+1, *size_hw) float32 and IoU estimates (B, K+1) float32."""
         pixels, extents = to_input_frame(images, self.card.input_size)
         pixels, extents = pixels.to(self.device), extents.to(self.device)
-        enabled = self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
-            logits, iou = forward(self.sam, pixels, inside_image(extents, pixels.shape[-1]))
+        inside = inside_image(extents, pixels.shape[-1])
+        logits, iou = forward(self.sam, pixels, inside, dtype=self.dtype)
         return to_client_frame(logits, extents, size_hw), iou.float()
 
     def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> Labels:
