@@ -312,7 +312,9 @@ def precompute_sam(
     ] = None,
     scheduler: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Label on the workers of this dask scheduler."),
+        typer.Option(
+            metavar="ADDRESS", help="Label on the workers of this dask scheduler (or file)."
+        ),
     ] = None,
     workers: Annotated[
         int | None,

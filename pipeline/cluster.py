@@ -129,13 +129,14 @@ def _for_workers(config: Config, threads: int | None) -> str:
 
 @contextmanager
 def connect(address: str) -> Iterator[Cluster]:
-    """The workers of a running scheduler, e.g. ``tcp://host:8786``.
+    """The workers of a running scheduler: ``tcp://host:8786``, or the path of its scheduler file.
 
     Raises:
         ConfigError: no scheduler answers there, or it has no workers.
     """
     try:
-        client = distributed.Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+        where = {"scheduler_file": address} if Path(address).is_file() else {"address": address}
+        client = distributed.Client(**where, timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         raise ConfigError(
             f"--scheduler {address}: no dask scheduler answers within {_CONNECT_SECONDS} s; "

@@ -125,6 +125,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing_but_its_shard(
         assert first.wait(10) == -signal.SIGKILL
         assert content(config) == content(prepared)
         assert (result.kept, result.failed) == (0, [])
+    with connect(str(workers.file)) as cluster:
         again = precompute(config, cluster=cluster)
     assert (again.labelled, again.kept) == (0, result.labelled)
 

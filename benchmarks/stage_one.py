@@ -1,0 +1,324 @@
+"""Stage one against segment-anything as a user would call it: same images, weights and machine.
+
+    python benchmarks/stage_one.py --variant vit_b --images 4 [--onnx] [--json]
+
+Contenders, each in a process of its own: (a) a loop over ``SamPredictor`` in float32, (b) the same
+under bfloat16 autocast, (c) samfed in torch, from image files to a finished label store, (d) samfed
+in ONNX Runtime. Weights are random (speed does not depend on them; masks would say nothing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pipeline.sam  # noqa: F401  (before segment_anything imports torchvision)
+
+# isort: split
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from segment_anything import SamPredictor
+from segment_anything.modeling import Sam
+from segment_anything.modeling.image_encoder import Attention
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.card import TeacherCard
+from pipeline.config import Config, parse_config
+from pipeline.devices import resolve_device
+from pipeline.files import file_sha256
+from pipeline.labelling import Labeller, Outcome, Task, label_tasks, store_path
+from pipeline.sam import teacher as teaching
+from pipeline.sam.build import build_sam
+from pipeline.sam.frame import to_input_frame
+from pipeline.stores.labels import LabelStore, RowKey
+
+CONTENDERS = {
+    "predictor_fp32": "(a) SamPredictor loop, fp32",
+    "predictor_bf16": "(b) the same, bf16 autocast",
+    "samfed_torch": "(c) samfed, torch",
+    "samfed_onnx": "(d) samfed, ONNX Runtime",
+}
+LABEL_SIZE = 256
+IMAGE_HW = (900, 1200)
+
+
+# --------------------------------------------------------------------------- what all share
+
+
+def make_inputs(folder: Path, variant: str, images: int) -> None:
+    """Random weights, and photographs of nothing: smooth noise, as JPEG files."""
+    torch.manual_seed(0)
+    sam = build_sam(variant)
+    for name, parameter in sam.named_parameters():
+        if "rel_pos" in name or "pos_embed" in name:  # zero at first, which would flatter
+            torch.nn.init.normal_(parameter, std=0.1)
+    safetensors.torch.save_file(sam.state_dict(), folder / "sam.safetensors")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for i in range(images):
+        small = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize(IMAGE_HW[::-1], Image.Resampling.BICUBIC)
+        picture.save(folder / "images" / f"{i:04d}.jpg", quality=92)
+
+
+def load_sam(folder: Path, variant: str, *, stock: bool) -> Sam:
+    """The benchmark's SAM; with segment-anything's own attention where ``stock``."""
+    sam = build_sam(variant)
+    sam.load_state_dict(safetensors.torch.load_file(folder / "sam.safetensors"))
+    for block in sam.image_encoder.blocks if stock else ():
+        folded = block.attn
+        attention = Attention(folded.qkv.in_features, folded.num_heads, use_rel_pos=False)
+        attention.use_rel_pos = True
+        for name in ("qkv", "proj", "rel_pos_h", "rel_pos_w"):
+            setattr(attention, name, getattr(folded, name))
+        block.attn = attention
+    return sam.eval().requires_grad_(False)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mib(device: torch.device) -> float:
+    """On a GPU what torch held at most, else the process's largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# --------------------------------------------------------------------------- (a), (b)
+
+
+def run_predictor(folder: Path, options: argparse.Namespace, *, autocast: bool) -> dict[str, Any]:
+    device = resolve_device(options.device)
+    sam = load_sam(folder, options.variant, stock=True).to(device)
+    predictor = SamPredictor(sam)
+    files = sorted((folder / "images").iterdir())
+
+    def predict(file: Path) -> np.ndarray[Any, Any]:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            predictor.set_image(np.asarray(Image.open(file).convert("RGB")))
+        predictor.features = predictor.features.float()  # NumPy, its output, has no bfloat16
+        masks, _, logits = predictor.predict(multimask_output=True)
+        synchronise(device)
+        assert len(masks) == 3
+        return np.asarray(logits)
+
+    logits = [predict(files[0])]  # warm
+    began = time.perf_counter()
+    logits += [predict(file) for file in files[1:]]
+    wall = time.perf_counter() - began
+    np.save(folder / f"{options.child}.npy", np.stack(logits[:2]))
+    result = {"images_per_s": (len(files) - 1) / wall, "peak_mib": peak_mib(device)}
+    if not autocast:
+        size = sam.image_encoder.img_size
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            sam.image_encoder(torch.zeros(1, 3, size, size, device=device))
+        result["flop_per_image"] = counter.get_total_flops()
+    return result
+
+
+# --------------------------------------------------------------------------- (c), (d)
+
+
+def make_card(variant: str, input_size: int) -> TeacherCard:
+    return TeacherCard(
+        variant=variant,
+        input_size=input_size,
+        num_classes=3,
+        prompt="none",
+        lora_rank=None,
+        base_sha256="random",
+        adapter_sha256="0" * 64,
+        parameters=0,
+        trained_parameters=0,
+        server_sha256="0" * 64,
+        train_images=0,
+        calibration_images=0,
+        calibration_dice=0.0,
+        seed=0,
+    )
+
+
+def settings(folder: Path, options: argparse.Namespace) -> Config:
+    raw = {
+        "data": {"root": str(folder), "num_classes": 3, "image_size": LABEL_SIZE},
+        "cache": {"root": str(folder / "cache")},
+        "precompute": {"batch_size": options.batch_size, "device": options.device},
+    }
+    return parse_config(raw, source="benchmark")
+
+
+@contextmanager
+def timed(owner: Any, name: str, device: torch.device) -> Iterator[list[float]]:
+    """Seconds of each call of ``owner.name``."""
+    inner: Callable[..., Any] = getattr(owner, name)
+    seconds: list[float] = []
+
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        synchronise(device)
+        began = time.perf_counter()
+        result = inner(*args, **kwargs)
+        synchronise(device)
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    setattr(owner, name, outer)
+    try:
+        yield seconds
+    finally:
+        setattr(owner, name, inner)
+
+
+def label_all(config: Config, teacher: Labeller, files: list[Path]) -> float:
+    """Seconds from image files to a finished label store."""
+    keys = [RowKey(file.stem, file_sha256(file)) for file in files]
+    identity = teacher.card.identity(label_size=LABEL_SIZE)
+    store = LabelStore.create(store_path(config, "client"), identity, keys)
+    tasks = []
+    for shard in store.pending():
+        rows = tuple(store.shard_rows(shard))
+        named = tuple((f"images/{files[row].name}", keys[row].sha256) for row in rows)
+        tasks.append(Task("client", shard, rows, named))
+
+    def finished(outcome: Outcome) -> None:
+        store.mark_done(outcome.task.shard, outcome.rows, outcome.provenance)
+
+    began = time.perf_counter()
+    label_tasks(config, tasks, teacher, finished=finished)
+    return time.perf_counter() - began
+
+
+def run_torch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    device = resolve_device(options.device)
+    sam = load_sam(folder, options.variant, stock=False)
+    card = make_card(options.variant, sam.image_encoder.img_size)
+    teacher = teaching.Teacher(sam, card, device=options.device, precision=options.precision)
+    files = sorted((folder / "images").iterdir())
+    first = [np.asarray(Image.open(file).convert("RGB")) for file in files[:2]]
+    with torch.inference_mode():
+        pixels, extents = (part.to(device) for part in to_input_frame(first, card.input_size))
+        inside = teaching.inside_image(extents, card.input_size)
+        parts = [
+            teaching.forward(teacher.sam, pixels[i : i + 1], inside[i : i + 1], dtype=teacher.dtype)
+            for i in range(2)
+        ]
+    logits = torch.cat([part[:, 1:].cpu() for part, _ in parts])
+    np.save(folder / f"{options.child}.npy", logits.numpy())
+    config = settings(folder, options)
+    teacher.label(first[:1] * options.batch_size, LABEL_SIZE)  # warm, at the size that is timed
+    with timed(teaching, "forward", device) as network:
+        wall = label_all(config, teacher, files)
+    return {
+        "images_per_s": len(files) / wall,
+        "peak_mib": peak_mib(device),
+        "precision": teacher.precision,
+        "outside_network": 1 - sum(network) / wall,
+    }
+
+
+# --------------------------------------------------------------------------- the run
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large product of matrices, the best of several."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        synchronise(device)
+        began = time.perf_counter()
+        a @ a
+        synchronise(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def compare(folder: Path, results: dict[str, dict[str, Any]], ceilings: dict[str, float]) -> None:
+    """Add speed-ups, errors and shares of the ceiling, all against (a)."""
+    base = results["predictor_fp32"]
+    exact = np.load(folder / "predictor_fp32.npy").astype(np.float64)
+    for name, result in results.items():
+        result["speedup"] = result["images_per_s"] / base["images_per_s"]
+        logits = np.load(folder / f"{name}.npy").astype(np.float64)
+        result["relative_error"] = float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
+        precision = result.get("precision", "bf16" if name.endswith("bf16") else "fp32")
+        rate = result["images_per_s"] * base["flop_per_image"]
+        result["share_of_ceiling"] = rate / ceilings[precision]
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    print(f"{'contender':30} {'images/s':>9} {'x (a)':>6} {'error':>8} {'MiB':>6} {'of peak':>8}")
+    for name, row in results.items():
+        outside = row.get("outside_network")
+        tail = "" if outside is None else f"  outside the network {outside:.1%}"
+        print(
+            f"{CONTENDERS[name]:30} {row['images_per_s']:9.3f} {row['speedup']:6.2f} "
+            f"{row['relative_error']:8.1e} {row['peak_mib']:6.0f} "
+            f"{row['share_of_ceiling']:8.0%}{tail}"
+        )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", default="vit_b", choices=["vit_t", "vit_b", "vit_l", "vit_h"])
+    parser.add_argument("--images", type=int, default=5, help="at least 3")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run_child(options: argparse.Namespace) -> dict[str, Any]:
+    if options.child == "samfed_torch":
+        return run_torch(options.folder, options)
+    return run_predictor(options.folder, options, autocast=options.child == "predictor_bf16")
+
+
+def main() -> None:
+    options = arguments()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.child:
+        print(json.dumps(run_child(options)))
+        return
+    device = resolve_device(options.device)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if device.type == "cpu":
+        del dtypes["fp16"]
+    ceilings = {name: matmul_ceiling(device, dtype) for name, dtype in dtypes.items()}
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        make_inputs(Path(name), options.variant, options.images)
+        for child in ("predictor_fp32", "predictor_bf16", "samfed_torch"):
+            command = [sys.executable, *sys.argv, "--child", child, "--folder", name]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ)
+            results[child] = json.loads(done.stdout)
+        compare(Path(name), results, ceilings)
+    if options.json:
+        report = {"device": str(device), "ceilings_flop_per_s": ceilings, "results": results}
+        print(json.dumps(report, indent=1))
+    else:
+        print("ceilings: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in ceilings.items()))
+        show(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The label store alone: rows through stage one with a labeller that only copies.
+
+    python benchmarks/store.py [--rows 10000] [--json]
+
+Masks are realistic (one smooth lesion with a soft border); every row reads the same tiny image, so
+what is timed is the reading threads' work, the copying and the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.card import TeacherCard
+from pipeline.config import Config, parse_config
+from pipeline.files import file_sha256
+from pipeline.labelling import Outcome, Task, label_tasks, store_path
+from pipeline.stores.labels import Labels, LabelStore, RowKey, read_labels
+
+SIZE = 256
+VARIETY = 64  # different masks
+
+
+class Copier:
+    """A teacher that knows its answers; a batch takes the next masks in turn."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        axis = np.linspace(-1, 1, SIZE, dtype=np.float32)
+        masks, confidences = [], []
+        for _ in range(VARIETY):
+            x, y, width, height = rng.uniform([-0.4, -0.4, 0.2, 0.2], [0.4, 0.4, 0.6, 0.6])
+            angle = np.arctan2(axis[:, None] - y, axis[None] - x)
+            waves = sum(
+                rng.normal(0, 0.08) * np.cos(k * angle + rng.uniform(0, 6)) for k in range(2, 7)
+            )
+            radius = np.hypot((axis[None] - x) / width, (axis[:, None] - y) / height)
+            logit = 12 * (1 + waves - radius) + rng.normal(0, 0.3, (SIZE, SIZE))
+            probability = 1 / (1 + np.exp(-logit))
+            masks.append(probability > 0.5)
+            confidences.append(np.round(255 * np.maximum(probability, 1 - probability)))
+        self.masks = np.array(masks, np.uint8)
+        self.confidences = np.array(confidences, np.uint8)
+        self.next = 0
+        self.seconds = 0.0
+        self.card = TeacherCard(
+            variant="copier",
+            input_size=64,
+            num_classes=1,
+            prompt="none",
+            lora_rank=None,
+            base_sha256="random",
+            adapter_sha256="0" * 64,
+            parameters=0,
+            trained_parameters=0,
+            server_sha256="0" * 64,
+            train_images=0,
+            calibration_images=0,
+            calibration_dice=0.0,
+            seed=0,
+        )
+
+    def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> Labels:
+        pick = (self.next + np.arange(len(images))) % VARIETY
+        self.next += len(images)
+        return Labels(
+            self.masks[pick], self.confidences[pick], np.full(len(images), 0.9, np.float32)
+        )
+
+    def provenance(self) -> dict[str, str]:
+        return {"backend": "copier"}
+
+
+def settings(folder: Path) -> Config:
+    raw = {
+        "data": {"root": str(folder), "image_size": SIZE},
+        "cache": {"root": str(folder / "cache")},
+        "precompute": {"batch_size": 32},
+    }
+    return parse_config(raw, source="benchmark")
+
+
+def rss_mib() -> float:
+    """The present resident set."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def write(config: Config, count: int, sha256: str) -> tuple[LabelStore, list[tuple[float, float]]]:
+    """Label ``count`` rows; seconds since the start and MiB after each shard."""
+    teacher = Copier()
+    identity = teacher.card.identity(label_size=SIZE)
+    rows = [RowKey(f"{i:07d}", sha256) for i in range(count)]
+    store = LabelStore.create(store_path(config, f"rows{count}"), identity, rows)
+    file = ("images/a.png", sha256)
+    tasks = (
+        Task(f"rows{count}", shard, tuple(span), (file,) * len(span))
+        for shard in range(store.shards)
+        for span in (store.shard_rows(shard),)
+    )
+    track: list[tuple[float, float]] = []
+    began = time.perf_counter()
+
+    def finished(outcome: Outcome) -> None:
+        store.mark_done(outcome.task.shard, outcome.rows, outcome.provenance)
+        track.append((time.perf_counter() - began, rss_mib()))
+
+    label_tasks(config, tasks, teacher, finished=finished)
+    return store, track
+
+
+def read_in_shards(store: LabelStore) -> float:
+    """Rows a second, shard after shard."""
+    began = time.perf_counter()
+    for shard in range(store.shards):
+        span = store.shard_rows(shard)
+        store.read(slice(span.start, span.stop))
+    return len(store) / (time.perf_counter() - began)
+
+
+def measure(rows: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "images").mkdir()
+        image = folder / "images" / "a.png"
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(image)
+        config, digest = settings(folder), file_sha256(image)
+        write(config, 640, digest)  # warm
+        store, track = write(config, rows, digest)
+        seconds = [at for at, _ in track]
+        half = len(track) // 2
+        size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+        rate = read_in_shards(store)
+        began = time.perf_counter()
+        labels = read_labels(store.path, rows=store.rows, identity=store.identity)
+        whole = len(labels.masks) / (time.perf_counter() - began)
+        return {
+            "rows": rows,
+            "write_ms_per_row": 1e3 * seconds[-1] / rows,
+            "second_half_over_first": (seconds[-1] - seconds[half - 1]) / seconds[half - 1],
+            "rss_growth_mib": track[-1][1] - track[len(track) // 10][1],
+            "kib_per_row": size / rows / 1024,
+            "read_rows_per_s": rate,
+            "read_whole_rows_per_s": whole,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    result = measure(options.rows)
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        for name, value in result.items():
+            print(f"{name:24} {value:10.2f}")
+
+
+if __name__ == "__main__":
+    main()
