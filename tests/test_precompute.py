@@ -26,7 +26,7 @@ from PIL import Image
 from pipeline import precompute as stage
 from pipeline.config import Config
 from pipeline.devices import resolve_device
-from pipeline.errors import ConfigError, DataError, LockedStoreError
+from pipeline.errors import ConfigError, DataError, LockedStoreError, SamfedError
 from pipeline.partition import load_partition
 from pipeline.precompute import StageOneResult, precompute
 from pipeline.prepare import prepare
@@ -230,6 +230,58 @@ def test_a_second_writer_is_refused(config: Config, whole: dict[str, bytes]) -> 
         f"{locks}/sam-{owner}.lock: process {os.getpid()} {ends}" for owner in ("server", "site")
     ]
     assert content(config.cache.root / "sam") == whole
+
+
+# --------------------------------------------------------------------------- memory
+
+
+class Hungry(FakeTeacher):
+    """Holds so many images at once and no more; says so as ``error`` does."""
+
+    def __init__(self, capacity: int, error: Exception) -> None:
+        super().__init__()
+        self.capacity, self.error = capacity, error
+
+    def label(self, images: Images, size: int) -> Labels:
+        if len(images) > self.capacity:
+            raise self.error
+        return super().label(images, size)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError("Failed to allocate memory for requested buffer of size 9"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_batches_shrink_when_memory_runs_out(
+    config: Config, prepared: Config, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = run(config, Hungry(3, error))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"out of memory; going on with batches of {size} (precompute.batch_size: 10)"
+        for size in (5, 3)
+    ]
+    assert result.failed == []
+    stores = [LabelStore(c.cache.root / "sam" / "site.zarr") for c in (config, prepared)]
+    ours, whole = (store.read() for store in stores)
+    assert np.array_equal(ours.masks, whole.masks)
+    assert np.array_equal(ours.confidences, whole.confidences)
+    assert [store.provenance()[0].get("batch_size") for store in stores] == ["3", None]
+
+
+def test_memory_for_no_image_at_all(config: Config) -> None:
+    with pytest.raises(SamfedError, match="memory does not suffice for one image"):
+        run(config, Hungry(0, MemoryError()))
+    assert labelled_rows(config) == 0
+
+
+def test_another_error_is_no_lack_of_memory(config: Config) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(config, Hungry(3, RuntimeError("shapes cannot be multiplied")))
 
 
 # --------------------------------------------------------------------------- devices, checkpoints
