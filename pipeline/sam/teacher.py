@@ -1,4 +1,7 @@
-"""The adapted teacher: images in, label maps in the client's frame out, without prompts."""
+"""The teacher: images in, label maps in the client's frame out.
+
+It is adapted and needs no prompts, or it is SAM as it comes and has a ``Prompter``.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,13 @@ from pipeline.sam.build import (
     decode_masks,
     load_state,
 )
+from pipeline.sam.coarse import load_coarse
 from pipeline.sam.lora import add_lora, merge_lora
+from pipeline.sam.prompts import MULTIMASK, CoarseBox, PointGrid, Prompter
 from pipeline.stores.labels import Labels
 
 ADAPTER_FILE = "adapter.safetensors"
 LOGIT_STRIDE = 4  # input pixels per cell of the low-resolution logits
-PROMPT = "none"
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -154,19 +158,26 @@ def inside_image(extents: Tensor, size: int) -> Tensor:
     return rows & (steps[None, None, :] < extents[:, 1, None, None])
 
 
-def forward(sam: Sam, pixels: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompt-free forward pass of a whole batch.
+def encode(sam: Sam, pixels: Tensor, inside: Tensor) -> Tensor:
+    """Image embeddings (B, C, S/16, S/16) of a whole batch.
 
     As in SAM, padding is zero after normalisation.
 
     Args:
         pixels: (B, 3, S, S) in 0..255, padded. inside: (B, S, S) bool, False in the padding.
+    """
+    values = (pixels.to(sam.pixel_mean.dtype) - sam.pixel_mean) / sam.pixel_std
+    embeddings: Tensor = sam.image_encoder(values * inside[:, None])
+    return embeddings
+
+
+def forward(sam: Sam, pixels: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompt-free forward pass of a whole batch; arguments as ``encode``'s.
 
     Returns:
         logits (B, K+1, S/4, S/4) and IoU estimates (B, K+1).
     """
-    values = (pixels.to(sam.pixel_mean.dtype) - sam.pixel_mean) / sam.pixel_std
-    embeddings = sam.image_encoder(values * inside[:, None])
+    embeddings = encode(sam, pixels, inside)
     batch, dim, height, width = embeddings.shape
     sparse = embeddings.new_zeros((batch, 0, dim))
     dense = sam.prompt_encoder.no_mask_embed.weight.reshape(1, dim, 1, 1)
@@ -216,10 +227,22 @@ def image_score(masks: Tensor, iou: Tensor) -> Tensor:
 
 
 class Teacher:
-    """A teacher ready for inference: LoRA merged, evaluation mode, one device and precision."""
+    """A teacher ready for inference: LoRA merged, evaluation mode, one device and precision.
 
-    def __init__(self, sam: Sam, card: TeacherCard, *, device: str, precision: str) -> None:
+    ``prompter`` is None for an adapted teacher.
+    """
+
+    def __init__(
+        self,
+        sam: Sam,
+        card: TeacherCard,
+        *,
+        device: str,
+        precision: str,
+        prompter: Prompter | None = None,
+    ) -> None:
         self.card = card
+        self.prompter = prompter
         self.device = resolve_device(device)
         self.precision: Precision = self._resolve(precision)
         self.dtype = _DTYPES[self.precision]
@@ -249,7 +272,12 @@ class Teacher:
         pixels, extents = pixels.to(self.device), extents.to(self.device)
         enabled = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
-            logits, iou = forward(self.sam, pixels, inside_image(extents, pixels.shape[-1]))
+            inside = inside_image(extents, pixels.shape[-1])
+            if self.prompter is None:
+                logits, iou = forward(self.sam, pixels, inside)
+            else:
+                embeddings = encode(self.sam, pixels, inside)
+                logits, iou = self.prompter(self.sam, embeddings, pixels, extents)
         return to_client_frame(logits, extents, size_hw), iou.float()
 
     def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> Labels:
@@ -279,6 +307,8 @@ def load_teacher(settings: Config, partition: Partition) -> Teacher:
             f"{folder}: base_sha256 is {card.base_sha256}, the settings ask for {base_sha256}; "
             "run `samfed finetune-sam`"
         )
+    if config.prompt != "none":
+        return load_zero_shot(settings, card)
     adapter = folder / ADAPTER_FILE
     if not adapter.is_file():
         raise StageError(f"{adapter}: not found; run `samfed finetune-sam` first")
@@ -292,3 +322,26 @@ def load_teacher(settings: Config, partition: Partition) -> Teacher:
         merge_lora(sam.image_encoder)
     run = settings.precompute
     return Teacher(sam, card, device=run.device, precision=run.precision)
+
+
+def load_zero_shot(settings: Config, card: TeacherCard) -> Teacher:
+    """SAM as it comes, prompted by the policy of ``card``; no adapter is read.
+
+    Raises:
+        ConfigError: the variant's checkpoint is not given. StageError, IdentityError: the coarse
+        model that draws the boxes is missing, or not the one of the card.
+    """
+    run = settings.precompute
+    sam = build_base(settings.sam, num_classes=MULTIMASK)  # its tokens as they were pretrained
+    prompter = _make_prompter(settings, card)
+    return Teacher(sam, card, device=run.device, precision=run.precision, prompter=prompter)
+
+
+def _make_prompter(settings: Config, card: TeacherCard) -> Prompter:
+    """What prompts SAM under the policy of ``card``."""
+    kind, _, per_side = card.prompt.partition(":")
+    if kind == "points":
+        return PointGrid(int(per_side))
+    folder = settings.cache.root / "teacher"
+    model = load_coarse(settings, folder, sha256=card.coarse_sha256)
+    return CoarseBox(model.to(resolve_device(settings.precompute.device)))
