@@ -304,10 +304,13 @@ def precompute_sam(
     from dataclasses import asdict
 
     from pipeline.precompute import precompute
+    from pipeline.sam.statistics import as_table
 
     with _progress() as advance:
         result = precompute(config, clients=tuple(client or ()), progress=advance)
     text = f"{result.labelled} images labelled, {result.kept} were labelled already"
+    if result.statistics:
+        text += "\n" + as_table(result.statistics)
     _say(asdict(result), as_json, text)
     if result.failed:
         for line in result.failed:

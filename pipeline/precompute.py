@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,9 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.images import load_image
 from pipeline.locks import writer_lock
 from pipeline.partition import Partition, load_partition
+from pipeline.sam.statistics import doubts, store_statistics
 from pipeline.sam.teacher import Teacher, load_teacher
-from pipeline.stores.labels import Labels, LabelStore, open_label_store
+from pipeline.stores.labels import Labels, LabelStore, RowKey, open_label_store
 
 log = logging.getLogger("samfed.precompute")
 
@@ -39,6 +41,8 @@ class StageOneResult:
     kept: int = 0  # rows that were there already
     failed: list[str] = field(default_factory=list)  # one line for each image that has no label
     notices: list[str] = field(default_factory=list)  # stores moved aside, rows carried over
+    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each finished store
+    warnings: list[str] = field(default_factory=list)  # labels to doubt, by client
 
 
 def precompute(
@@ -69,7 +73,31 @@ def precompute(
 
         with writer_lock(cache / "locks" / f"sam-{owner}.lock"):
             _label_owner(config, partition, owner, ids, teacher, result, advance)
+    for number, owner in enumerate(owners, start=1):  # once every image has its label
+        with writer_lock(cache / "locks" / f"sam-{owner}.lock"):
+            _note_statistics(config, partition, owner, teacher, result)
+        if progress is not None:
+            progress("checking the labels", number, len(owners))
     return result
+
+
+def _note_statistics(
+    config: Config, partition: Partition, owner: str, teacher: Teacher, result: StageOneResult
+) -> None:
+    """Statistics of a finished store, and a warning for what they make doubtful."""
+
+    def load(key: RowKey) -> Image:
+        file = partition.images[key.image_id].image
+        return load_image(config.data.root, file, sha256=key.sha256)
+
+    store = LabelStore(config.cache.root / "sam" / f"{owner}.zarr")
+    batch_size = config.precompute.batch_size
+    statistics = store_statistics(store, teacher, load, batch_size=batch_size)
+    if statistics is not None:
+        result.statistics[owner] = statistics
+        for line in doubts(owner, statistics, config.precompute):
+            log.warning(line)
+            result.warnings.append(line)
 
 
 def _label_owner(

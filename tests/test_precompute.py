@@ -32,6 +32,7 @@ from pipeline.precompute import StageOneResult, precompute
 from pipeline.prepare import prepare
 from pipeline.sam import build
 from pipeline.sam.build import TimmImageEncoder, load_state
+from pipeline.sam.statistics import FLIPPED_IMAGES
 from pipeline.stores.labels import Identity, Labels, LabelStore
 
 COUNT = 150
@@ -41,11 +42,8 @@ Images = Sequence[NDArray[np.uint8]]
 class FakeTeacher:
     """Labels that follow from an image's pixels alone; counts the images that it labelled."""
 
-    precision = "fp32"
-    device = SimpleNamespace(type="cpu")
-
     def __init__(self, on_batch: Callable[[int], None] = lambda batch: None) -> None:
-        self.card = SimpleNamespace(identity=self._identity)
+        self.card = SimpleNamespace(identity=self._identity, input_size=64)
         self.on_batch, self.batches, self.images = on_batch, 0, 0
 
     def _identity(self, *, label_size: int) -> Identity:
@@ -58,6 +56,9 @@ class FakeTeacher:
             label_size=label_size,
             num_classes=1,
         )
+
+    def provenance(self) -> dict[str, str]:
+        return {"backend": "fake"}
 
     def label(self, images: Images, size: int) -> Labels:
         self.on_batch(self.batches)
@@ -83,6 +84,11 @@ def run(config: Config, teacher: FakeTeacher) -> StageOneResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "load_teacher", lambda *args, **kwargs: teacher)
         return precompute(config)
+
+
+def flips(*owners: int) -> int:
+    """Images that are labelled once more, mirrored, for the statistics of stores of this size."""
+    return sum(min(FLIPPED_IMAGES, images) for images in owners)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -152,7 +158,7 @@ def test_ctrl_c_and_again(config: Config, whole: dict[str, bytes], stop: int) ->
     assert content(config.cache.root / "sam") == whole
     total = labelled_rows(config)
     assert (result.kept, result.labelled, result.failed) == (finished, total - finished, [])
-    assert teacher.images == total - finished
+    assert teacher.images == total - finished + flips(server, total - server)
     again = FakeTeacher()
     assert run(config, again).kept == total
     assert again.batches == 0
@@ -188,7 +194,9 @@ def test_kill_and_again(config: Config, whole: dict[str, bytes]) -> None:
     result = run(config, teacher)
     assert content(config.cache.root / "sam") == whole
     assert result.kept == finished
-    assert teacher.images == labelled_rows(config) - finished
+    server = len(load_partition(config.cache.root / "partition.json").server.calibration)
+    total = labelled_rows(config)
+    assert teacher.images == total - finished + flips(server, total - server)
 
 
 def test_an_unreadable_image(config: Config, whole: dict[str, bytes], tmp_path: Path) -> None:
@@ -204,11 +212,13 @@ def test_an_unreadable_image(config: Config, whole: dict[str, bytes], tmp_path: 
     assert result.failed == [f"{path}: changed since `samfed prepare`; run `samfed prepare` again"]
     store = LabelStore(config.cache.root / "sam" / "site.zarr")
     assert np.flatnonzero(~store.done()).tolist() == [70]
-    assert result.labelled == teacher.images == labelled_rows(config)
+    assert result.labelled == labelled_rows(config)
+    assert teacher.images == result.labelled + flips(len(partition.server.calibration))
+    assert list(result.statistics) == ["server"]
     path.write_bytes(good)
     later = FakeTeacher()
     result = run(config, later)
-    assert (result.failed, result.labelled, later.images) == ([], 1, 1)
+    assert (result.failed, result.labelled, later.images) == ([], 1, 1 + flips(len(store)))
     assert content(config.cache.root / "sam") == whole
 
 
