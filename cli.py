@@ -277,16 +277,13 @@ def finetune_sam(
 def evaluate_sam(
     params: Params = _PARAMS, overrides: Set = None, as_json: Json = False, debug: Debug = False
 ) -> None:
-    """Measure the adapted teacher on the server's calibration part, before any round is spent."""
+    """Measure SAM, adapted and as it comes, on the server's calibration part, before any round."""
     config = _settings(params, overrides, debug)
-    from pipeline.sam.evaluate import evaluate_teacher
+    from pipeline.sam.evaluate import as_table, evaluate_teacher
 
     with _progress() as advance:
         result = evaluate_teacher(config, progress=advance)
-    text = (
-        f"Dice {result['dice']:.3f}, HD95 {result['hd95']:.1f} px, calibration error "
-        f"{result['ece']:.3f}, empty masks {result['empty']:.0%} of {result['n']} images"
-    )
+    text = f"{as_table(result)}\n{result['n']} images; {config.cache.root / 'evaluate-sam.html'}"
     _say(result, as_json, text)
 
 
@@ -332,12 +329,15 @@ def precompute_sam(
     from dataclasses import asdict
 
     from pipeline.precompute import precompute
+    from pipeline.sam.statistics import as_table
 
     if scheduler is not None and workers is not None:
         raise ConfigError("--scheduler and --workers: give one of them")
     with _cluster(config, scheduler, workers) as cluster, _progress() as advance:
         result = precompute(config, clients=tuple(client or ()), cluster=cluster, progress=advance)
     text = f"{result.labelled} images labelled, {result.kept} were labelled already"
+    if result.statistics:
+        text += "\n" + as_table(result.statistics)
     _say(asdict(result), as_json, text)
     if result.failed:
         for line in result.failed:

@@ -23,10 +23,11 @@ class TeacherCard(BaseModel):
     variant: str
     input_size: int  # px
     num_classes: int
-    prompt: str
+    prompt: str  # policy: "none" (adapted), "points:<per side>" or "box"
     lora_rank: int | None  # None: fine-tuned whole
     base_sha256: str  # of the checkpoint's file; "random" if it started from none
-    adapter_sha256: str  # of adapter.safetensors
+    adapter_sha256: str  # of adapter.safetensors; "none" under a prompt
+    coarse_sha256: str | None = None  # of coarse.safetensors, which draws the boxes
     parameters: int  # of the whole teacher
     trained_parameters: int
     server_sha256: str  # of the images and masks it was trained on and measured with
@@ -41,7 +42,7 @@ class TeacherCard(BaseModel):
             variant=self.variant,
             base_sha256=self.base_sha256,
             adapter_sha256=self.adapter_sha256,
-            prompt=self.prompt,
+            prompt=self.prompt if self.coarse_sha256 is None else f"box:{self.coarse_sha256}",
             input_size=self.input_size,
             label_size=label_size,
             num_classes=self.num_classes,
@@ -55,6 +56,7 @@ class TeacherCard(BaseModel):
         """
         wanted: dict[str, object] = {
             "variant": config.sam.variant,
+            "prompt": config.sam.prompt_policy,
             "num_classes": config.data.num_classes,
             "input_size": config.sam.input_size or self.input_size,
             "server_sha256": partition.server_sha256(),

@@ -27,8 +27,9 @@ from pipeline.card import TeacherCard
 from pipeline.config import Config
 from pipeline.devices import resolve_device
 from pipeline.errors import ConfigError, SamfedError
-from pipeline.labelling import Image, Labeller, Outcome, Task, label_tasks, store_path
+from pipeline.labelling import BackingOff, Image, Labeller, Outcome, Task, label_tasks, store_path
 from pipeline.partition import load_partition
+from pipeline.sam.statistics import measure_owner
 from pipeline.sam.teacher import load_teacher
 from pipeline.stores.labels import Identity, Labels
 
@@ -72,7 +73,8 @@ class Cluster:
         def collect() -> None:
             future = next(running)
             task = waiting.pop(future)
-            outcome = _result(future, task)
+            what = f"{task.owner} rows {task.rows[0]}..{task.rows[-1]}"
+            outcome: Outcome = _result(future, what)
             finished(outcome)
             advance(len(outcome.rows))
 
@@ -96,20 +98,41 @@ class Cluster:
         finally:
             self._client.cancel(list(waiting))
 
+    def measure(
+        self,
+        config: Config,
+        owners: Sequence[str],
+        identity: Identity,
+        *,
+        measured: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        """Statistics of finished stores, each on some worker; ``measured`` is called here."""
+        settings = _for_workers(config, self._threads)
+        futures = {
+            owner: self._client.submit(
+                run_statistics, settings, identity, owner, retries=_RETRIES, pure=False
+            )
+            for owner in owners
+        }
+        try:
+            for owner, future in futures.items():
+                measured(owner, _result(future, f"{owner}: statistics"))
+        finally:
+            self._client.cancel(list(futures.values()))
+
     def _window(self) -> int:
         threads: int = sum(self._client.nthreads().values())
         return max(2, 2 * threads)
 
 
-def _result(future: Any, task: Task) -> Outcome:
+def _result(future: Any, what: str) -> Any:
     try:
-        outcome: Outcome = future.result()
+        return future.result()
     except KilledWorker as error:
         raise SamfedError(
-            f"{task.owner} rows {task.rows[0]}..{task.rows[-1]}: each worker that took them died; "
-            "see the workers' logs (memory?), lower precompute.batch_size"
+            f"{what}: each worker that took them died; see the workers' logs (memory?), "
+            "lower precompute.batch_size"
         ) from error
-    return outcome
 
 
 def _for_workers(config: Config, threads: int | None) -> str:
@@ -222,12 +245,30 @@ def run_task(settings: str, identity: Identity, task: Task, version: str = __ver
     Raises:
         SamfedError: this worker runs another samfed, or does not see the coordinator's files.
     """
+    config = _on_this_worker(settings, task.owner, version)
+    outcomes: list[Outcome] = []
+    teacher = _teacher(config, settings, identity)
+    label_tasks(config, [task], teacher, finished=outcomes.append)
+    return outcomes[0]
+
+
+def run_statistics(
+    settings: str, identity: Identity, owner: str, version: str = __version__
+) -> dict[str, Any]:
+    """Statistics of one finished store; errors as ``run_task``'s."""
+    config = _on_this_worker(settings, owner, version)
+    teacher = _teacher(config, settings, identity)
+    partition = load_partition(config.cache.root / "partition.json")
+    return measure_owner(config, partition, owner, teacher)
+
+
+def _on_this_worker(settings: str, owner: str, version: str) -> Config:
+    """The coordinator's settings, once this worker is fit for them; pins torch's threads."""
     host = socket.gethostname()
     if version != __version__:
         raise SamfedError(f"worker on {host}: samfed {__version__}, expected {version}; install it")
     config = Config.model_validate_json(settings)
-    store = store_path(config, task.owner)
-    for path in (config.data.root, store):
+    for path in (config.data.root, store_path(config, owner)):
         if not path.is_dir():
             raise SamfedError(
                 f"worker on {host}: {path} is not there; put data.root and cache.root on a file "
@@ -235,9 +276,7 @@ def run_task(settings: str, identity: Identity, task: Task, version: str = __ver
             )
     if config.precompute.threads is not None:
         torch.set_num_threads(config.precompute.threads)
-    outcomes: list[Outcome] = []
-    label_tasks(config, [task], _teacher(config, settings, identity), finished=outcomes.append)
-    return outcomes[0]
+    return config
 
 
 def _teacher(config: Config, settings: str, identity: Identity) -> _InTurn:
@@ -245,6 +284,7 @@ def _teacher(config: Config, settings: str, identity: Identity) -> _InTurn:
     with _loading:
         if key not in _loaded:
             _loaded.clear()
-            partition = load_partition(Path(config.cache.root) / "partition.json")
-            _loaded[key] = _InTurn(load_teacher(config, partition))
+            partition = load_partition(config.cache.root / "partition.json")
+            teacher = load_teacher(config, partition)
+            _loaded[key] = _InTurn(BackingOff(teacher, config.precompute.batch_size))
         return _loaded[key]

@@ -100,6 +100,8 @@ class SamConfig(_Section):
     variant: str = "vit_t"  # vit_t | vit_b | vit_l | vit_h | timm:<backbone>
     checkpoint: Path | None = None  # vit_b|l|h: official .pth; timm: backbone .safetensors
     input_size: Annotated[int, Field(ge=64, multiple_of=32)] | None = None  # timm only, pixels
+    prompt: Literal["none", "points", "box"] = "none"  # none: adapted; others: SAM as it comes
+    points_per_side: Annotated[int, Field(ge=1, le=64)] = 16  # points: of the grid
     lora_rank: PositiveInt = 8  # vit_*: rank of the updates to q and v
     epochs: PositiveInt = 60
     batch_size: PositiveInt = 4
@@ -111,6 +113,11 @@ class SamConfig(_Section):
     dice_weight: Fraction = 0.8  # rest is cross-entropy (SAMed: 0.8 and 0.2)
     device: str = "auto"
 
+    @property
+    def prompt_policy(self) -> str:
+        """The prompt with what decides its masks: ``none``, ``points:<per side>`` or ``box``."""
+        return f"points:{self.points_per_side}" if self.prompt == "points" else self.prompt
+
 
 class PrecomputeConfig(_Section):
     """Stage one: how the teacher is run."""
@@ -120,6 +127,8 @@ class PrecomputeConfig(_Section):
     device: str = "auto"
     readers: PositiveInt = 2  # threads that decode images ahead of the teacher
     threads: PositiveInt | None = None  # torch threads on the CPU; null = all, or a worker's share
+    warn_consistency: Fraction = 0.7  # Dice of a flipped image's label below this is a warning
+    warn_empty: Fraction = 0.5  # share of empty masks above this is a warning
 
 
 class ModelConfig(_Section):

@@ -90,7 +90,6 @@ def label_tasks(
             thread that writes.
         advance: called with the number of images that the teacher has just labelled.
     """
-    labeller = BackingOff(teacher, config.precompute.batch_size)
     identity = teacher.card.identity(label_size=config.data.image_size)
     writes: deque[Future[None]] = deque()
     with ThreadPoolExecutor(config.precompute.readers) as readers, ThreadPoolExecutor(1) as writer:
@@ -106,10 +105,10 @@ def label_tasks(
                 if not isinstance(image, DataError)
             ]
             if good:
-                parts.append(labeller.label(good, config.data.image_size))
+                parts.append(teacher.label(good, config.data.image_size))
                 advance(len(good))
             if batch.last:
-                outcome = Outcome(batch.task, tuple(rows), tuple(failed), labeller.provenance())
+                outcome = Outcome(batch.task, tuple(rows), tuple(failed), teacher.provenance())
                 writes.append(writer.submit(_write, config, identity, outcome, parts, finished))
                 while len(writes) > _AHEAD:
                     writes.popleft().result()
@@ -193,6 +192,11 @@ class BackingOff:
     def __init__(self, teacher: Labeller, batch_size: int) -> None:
         self._teacher = teacher
         self._limit = self._asked = batch_size
+
+    @property
+    def card(self) -> TeacherCard:
+        """The teacher's."""
+        return self._teacher.card
 
     def label(self, images: Sequence[Image], size: int) -> Labels:
         """Labels of ``images``, in as many passes as memory asks for.

@@ -11,14 +11,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config
+from pipeline.config import Config, PrecomputeConfig
 from pipeline.devices import torch_threads
 from pipeline.errors import ConfigError
-from pipeline.labelling import Outcome, Task, label_tasks, store_path
+from pipeline.labelling import BackingOff, Outcome, Task, label_tasks, store_path
 from pipeline.locks import writer_lock
 from pipeline.partition import Partition, load_partition
+from pipeline.sam.statistics import doubts, measure_owner
 from pipeline.sam.teacher import load_teacher
 from pipeline.stores.labels import Identity, LabelStore, RowKey, open_label_store
 
@@ -38,6 +40,8 @@ class StageOneResult:
     kept: int = 0  # rows that were there already
     failed: list[str] = field(default_factory=list)  # one line for each image that has no label
     notices: list[str] = field(default_factory=list)  # stores moved aside, rows carried over
+    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each finished store
+    warnings: list[str] = field(default_factory=list)  # labels to doubt, by client
 
 
 def precompute(
@@ -62,12 +66,12 @@ def precompute(
     if unknown:
         known = ", ".join(partition.clients)
         raise ConfigError(f"--client {unknown[0]}: no such client; expected one of {known}")
-    teacher = load_teacher(config, partition)
+    teacher = BackingOff(load_teacher(config, partition), config.precompute.batch_size)
     identity = teacher.card.identity(label_size=config.data.image_size)
     owners = {"server": partition.server.calibration}
     owners |= {name: partition.clients[name].train for name in clients or partition.clients}
     total = sum(len(ids) for ids in owners.values())
-    with _Stores() as stores:
+    with _Stores(config.precompute) as stores:
         for owner, ids in owners.items():
             stores.open(config, owner, identity, partition.row_keys(ids))
         counted = stores.result.kept
@@ -79,30 +83,36 @@ def precompute(
                 progress("labelling images", counted, total)
 
         advance(0)
-        tasks = _tasks(partition, stores.stores)
-        if cluster is None:
-            with torch_threads(config.precompute.threads):
+        if cluster is not None:
+            every = chain.from_iterable(_tasks(partition, *item) for item in stores.opened.items())
+            cluster.label_tasks(config, every, identity, finished=stores.finish, advance=advance)
+            cluster.measure(config, stores.unmeasured(), identity, measured=stores.note)
+            return stores.result
+        with torch_threads(config.precompute.threads):
+            for owner, store in stores.opened.items():
+                tasks = _tasks(partition, owner, store)
                 label_tasks(config, tasks, teacher, finished=stores.finish, advance=advance)
-        else:
-            cluster.label_tasks(config, tasks, identity, finished=stores.finish, advance=advance)
+                if owner in stores.unmeasured():
+                    stores.note(owner, measure_owner(config, partition, owner, teacher))
+                stores.release(owner)
     return stores.result
 
 
 class _Stores:
-    """The stores of a run, each under its lock for as long as it has work left."""
+    """The stores of a run, each under its lock for as long as there is work."""
 
-    def __init__(self) -> None:
-        self.stores: dict[str, LabelStore] = {}
+    def __init__(self, settings: PrecomputeConfig) -> None:
+        self.opened: dict[str, LabelStore] = {}
         self.result = StageOneResult()
+        self._settings = settings
         self._locks: dict[str, ExitStack] = {}
-        self._left: dict[str, int] = {}  # tasks
 
     def __enter__(self) -> _Stores:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for lock in self._locks.values():
-            lock.close()
+        for owner in self._locks:
+            self.release(owner)
 
     def open(self, config: Config, owner: str, identity: Identity, rows: Sequence[RowKey]) -> None:
         """Take the owner's lock and open its store, or make it."""
@@ -115,30 +125,47 @@ class _Stores:
         if notice:
             log.warning(notice)
             self.result.notices.append(notice)
-        self.stores[owner] = store
+        self.opened[owner] = store
         self.result.kept += int(store.done().sum())
-        self._left[owner] = len(store.pending())
-        if not self._left[owner]:
-            lock.close()
+        if store.statistics is not None:
+            self.note(owner, store.statistics)
+
+    def release(self, owner: str) -> None:
+        """Let another process write to the owner's store."""
+        self._locks[owner].close()
 
     def finish(self, outcome: Outcome) -> None:
-        """Mark a task's rows done, and let the store go after its last task."""
-        owner = outcome.task.owner
+        """Mark a task's rows done."""
         if outcome.rows:
-            self.stores[owner].mark_done(outcome.task.shard, outcome.rows, outcome.provenance)
+            store = self.opened[outcome.task.owner]
+            store.mark_done(outcome.task.shard, outcome.rows, outcome.provenance)
         self.result.labelled += len(outcome.rows)
         self.result.failed += outcome.failed
-        self._left[owner] -= 1
-        if not self._left[owner]:
-            self._locks[owner].close()
+
+    def unmeasured(self) -> list[str]:
+        """Owners whose store is complete and has no statistics yet."""
+        return [
+            owner
+            for owner, store in self.opened.items()
+            if store.statistics is None and store.done().all()
+        ]
+
+    def note(self, owner: str, statistics: dict[str, Any]) -> None:
+        """Keep the statistics with the finished store, and warn of what they make doubtful."""
+        store = self.opened[owner]
+        if store.statistics is None:
+            store.set_statistics(statistics)
+        self.result.statistics[owner] = statistics
+        for line in doubts(owner, statistics, self._settings):
+            log.warning(line)
+            self.result.warnings.append(line)
 
 
-def _tasks(partition: Partition, stores: dict[str, LabelStore]) -> Iterator[Task]:
+def _tasks(partition: Partition, owner: str, store: LabelStore) -> Iterator[Task]:
     """Each shard with work left, and its rows that are not done."""
-    for owner, store in stores.items():
-        done = store.done()
-        for shard in store.pending():
-            rows = [row for row in store.shard_rows(shard) if not done[row]]
-            entries = [partition.images[store.rows[row].image_id] for row in rows]
-            files = [(entry.image, entry.image_sha256) for entry in entries]
-            yield Task(owner, shard, tuple(rows), tuple(files))
+    done = store.done()
+    for shard in store.pending():
+        rows = [row for row in store.shard_rows(shard) if not done[row]]
+        entries = [partition.images[store.rows[row].image_id] for row in rows]
+        files = [(entry.image, entry.image_sha256) for entry in entries]
+        yield Task(owner, shard, tuple(rows), tuple(files))

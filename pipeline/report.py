@@ -1,15 +1,7 @@
-"""Runs side by side as one self-contained HTML file: tables, curves, examples, parameters.
-
-The file asks for nothing from a network and needs no script. The same input gives the same bytes.
-No text of the user enters a figure: legends are HTML, so names in any script, or with ``$`` and
-``<`` in them, are shown as they are.
-"""
+"""Runs side by side as one self-contained HTML file: tables, curves, examples, parameters."""
 
 from __future__ import annotations
 
-import base64
-import io
-import itertools
 import json
 import math
 import re
@@ -19,30 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import Image, ImageColor
-from scipy.ndimage import maximum_filter, minimum_filter
+from PIL import Image
 
 from pipeline.errors import DataError, StageError
 from pipeline.files import read_json
+from pipeline.pages import (
+    COLOURS,
+    DASH,
+    DASHES,
+    DECIMALS,
+    GREY,
+    Key,
+    class_keys,
+    format_number,
+    overlay,
+    png_uri,
+    render_page,
+    style_axes,
+    thumbnail,
+)
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; yellow is too pale for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("solid", "dashed", "dotted")  # the same words in matplotlib and in CSS
-CLASS_COLOURS = ("#00E5FF", "#FFD400", "#FF4FD8", "#7CFF4F", "#FF7A1A")  # on skin and mucosa
-GREY = "#B8BEC6"
 SHARES = {"both agree": "#C9D1DA", "from SAM": "#0072B2", "from the client": "#E69F00"}
 LOSSES = {"loss": "whole loss", "loss_sup": "labelled images"}
 LOSSES |= {"loss_agree": "pseudo-labels", "loss_kd": "distillation"}
 MAX_COLOURED_CLIENTS = 12  # beyond it a legend is no longer read
 GALLERY_BYTES = 1_100_000  # of panels before compression, as base64; keeps a report under 2 MB
-DASH = "\N{EN DASH}"
-DECIMALS = {"dice": 3, "iou": 3, "hd95": 1, "assd": 1, "hd95_defined": 1, "assd_defined": 1}
 
 
 @dataclass(frozen=True)
@@ -66,16 +64,6 @@ class GalleryRow:
     sam: NDArray[np.uint8] | None  # (S, S) likewise
     client: NDArray[np.uint8]  # (S, S) likewise
     weight: NDArray[np.float32] | None  # (S, S) 0..1, how much a pixel's pseudo-label counts
-
-
-@dataclass(frozen=True)
-class Key:
-    """One entry of a legend."""
-
-    label: str
-    colour: str
-    dash: str = "solid"
-    area: bool = False  # a filled patch rather than a line
 
 
 @dataclass(frozen=True)
@@ -122,20 +110,18 @@ def render_report(runs: Sequence[RunSummary], gallery: Sequence[GalleryRow], *, 
     """
     if not runs:
         raise ValueError("no runs to report on; expected at least one")
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters["number"] = _number
     comparable = len({_image_size(run) for run in runs}) == 1
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         title=title,
         gallery=[_gallery_context(row, _panel_px(len(gallery))) for row in gallery],
         runs=[_run_context(run) for run in runs],
         best=_best(runs, distances=comparable),
-        decimals=DECIMALS,
         comparable=comparable,
         validation=_validation_curves(runs),
-        gallery_keys=_class_keys(gallery),
+        gallery_keys=class_keys(
+            mask for row in gallery for mask in (row.truth, row.sam, row.client)
+        ),
     )
 
 
@@ -186,12 +172,8 @@ def _best(runs: Sequence[RunSummary], *, distances: bool) -> dict[str, str]:
         values = _column(run.metrics["test"]["pooled"].get(name) for run in runs)
         values = values[~np.isnan(values)]
         if len(runs) > 1 and len(values) and (higher_is_better or distances):
-            best[name] = _number(values.max() if higher_is_better else values.min(), decimals)
+            best[name] = format_number(values.max() if higher_is_better else values.min(), decimals)
     return best
-
-
-def _number(value: float | None, decimals: int) -> str:
-    return DASH if value is None or not math.isfinite(value) else f"{value:.{decimals}f}"
 
 
 def _validation_curves(runs: Sequence[RunSummary]) -> Curves | None:
@@ -200,10 +182,10 @@ def _validation_curves(runs: Sequence[RunSummary]) -> Curves | None:
     if all(np.isnan(values).all() for values in series):
         return None
     figure = Figure(figsize=(9.2, 3.2), layout="constrained")
-    axes = _axes(figure, columns=1, index=1, ylabel="validation Dice")
+    axes = _round_axes(figure, columns=1, index=1, ylabel="validation Dice")
     for run, key, values in zip(runs, keys, series, strict=True):
         _line(axes, run, values, key)
-    return Curves(_png_uri(figure), [("", keys)])
+    return Curves(png_uri(figure), [("", keys)])
 
 
 def _run_curves(run: RunSummary) -> Curves | None:
@@ -218,8 +200,8 @@ def _run_curves(run: RunSummary) -> Curves | None:
         return None
     figure, legends = Figure(figsize=(9.2, 2.5), layout="constrained"), []
     for index, (title, _, draw) in enumerate(panels, start=1):
-        legends.append((title, draw(_axes(figure, columns=3, index=index), run)))
-    return Curves(_png_uri(figure), legends)
+        legends.append((title, draw(_round_axes(figure, columns=3, index=index), run)))
+    return Curves(png_uri(figure), legends)
 
 
 def _draw_losses(axes: Axes, run: RunSummary) -> list[Key]:
@@ -265,16 +247,10 @@ def _draw_shares(axes: Axes, run: RunSummary) -> list[Key]:
     return [Key(label, colour, area=True) for label, colour in SHARES.items()]
 
 
-def _axes(figure: Figure, *, columns: int, index: int, ylabel: str = "") -> Axes:
+def _round_axes(figure: Figure, *, columns: int, index: int, ylabel: str = "") -> Axes:
     axes = figure.add_subplot(1, columns, index)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#8A939E")
-    axes.tick_params(colors="#4A5360", labelsize=8)
-    axes.grid(axis="y", color="#E6E9ED", linewidth=0.8)
-    axes.set_axisbelow(True)
+    style_axes(axes, xlabel="round", ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    axes.set_xlabel("round", fontsize=8, color="#4A5360")
-    axes.set_ylabel(ylabel, fontsize=8, color="#4A5360")
     return axes
 
 
@@ -316,16 +292,6 @@ def _mean_over_clients(run: RunSummary, field: str) -> NDArray[np.float64]:
     return np.asarray(np.ma.filled(means, math.nan), dtype=np.float64)
 
 
-def _png_uri(picture: Figure | Image.Image) -> str:
-    buffer = io.BytesIO()
-    if isinstance(picture, Figure):
-        # matplotlib would write its version into the file: other bytes for the same picture.
-        picture.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    else:
-        picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
 def _panel_px(rows: int) -> int:
     """Side of a gallery panel, px, so that all of them fit the report's size."""
     bytes_per_pixel = 4 * 4 / 3  # RGB and weight, as base64
@@ -337,17 +303,21 @@ def _gallery_context(row: GalleryRow, side: int) -> dict[str, str | None]:
     _check_row(row)
     side = min(side, len(row.image))
     overlays = {
-        name: None if mask is None else _overlay(mask, row.truth, side)
+        name: None if mask is None else overlay(mask, row.truth, side)
         for name, mask in (("truth", row.truth), ("sam", row.sam), ("client", row.client))
     }
-    image = Image.fromarray(row.image).resize((side, side), Image.Resampling.BOX)
     weight = None
     if row.weight is not None:
         levels = Image.fromarray(np.rint(row.weight * 255).astype(np.uint8))
         levels = levels.resize((side, side), Image.Resampling.BOX)
         levels.putpalette(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].tobytes())
-        weight = _png_uri(levels)
-    return {"caption": row.caption, "image": _png_uri(image), "weight": weight, **overlays}
+        weight = png_uri(levels)
+    return {
+        "caption": row.caption,
+        "image": thumbnail(row.image, side),
+        "weight": weight,
+        **overlays,
+    }
 
 
 def _check_row(row: GalleryRow) -> None:
@@ -364,35 +334,3 @@ def _check_row(row: GalleryRow) -> None:
             raise ValueError(f"gallery {name} is {found}; expected {wanted}")
     if row.weight is not None and not ((row.weight >= 0) & (row.weight <= 1)).all():
         raise ValueError("gallery weight holds values outside 0..1")
-
-
-def _overlay(mask: NDArray[np.uint8], truth: NDArray[np.uint8] | None, side: int) -> str:
-    """A transparent PNG: each class tinted and outlined, the truth as a thin white line on top."""
-    side *= max(1, round(360 / side))  # finer than the image, for thin lines
-    labels, edge = _enlarge(mask, side, line_px=2)
-    rgba = np.zeros((side, side, 4), dtype=np.uint8)
-    for index in np.unique(labels[labels > 0]):
-        colour = ImageColor.getrgb(CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)])
-        rgba[labels == index] = (*colour, 70)
-    rgba[edge, 3] = 255
-    if truth is not None and truth is not mask:
-        rgba[_enlarge(truth, side, line_px=1)[1]] = 255
-    return _png_uri(Image.fromarray(rgba))
-
-
-def _enlarge(
-    mask: NDArray[np.uint8], side: int, *, line_px: int
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Class index, and the foreground pixels within ``line_px`` of another class; (side, side)."""
-    labels = np.asarray(Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST))
-    window = 2 * line_px + 1
-    edge = maximum_filter(labels, window) != minimum_filter(labels, window)
-    return labels, edge & (labels > 0)
-
-
-def _class_keys(gallery: Sequence[GalleryRow]) -> list[Key]:
-    masks = [mask for row in gallery for mask in (row.truth, row.sam, row.client)]
-    highest = max((int(mask.max()) for mask in masks if mask is not None), default=0)
-    names = ["foreground"] if highest <= 1 else [f"class {k}" for k in range(1, highest + 1)]
-    colours = itertools.cycle(CLASS_COLOURS)
-    return [Key(name, colour, area=True) for name, colour in zip(names, colours, strict=False)]

@@ -167,8 +167,11 @@ def test_every_stage_answers_in_json(finished: tuple[Project, dict[str, Any]]) -
     assert len(said["prepare"]) == 5
     assert said["finetune-sam"]["variant"] == "vit_t"
     assert 0 <= said["evaluate-sam"]["dice"] <= 1
+    assert list(said["evaluate-sam"]["teachers"]) == ["adapted", "box", "points"]
+    assert (project.cache / "evaluate-sam.html").is_file()
     assert said["precompute-sam"]["failed"] == []
     assert said["precompute-sam"]["kept"] == 0
+    assert set(said["precompute-sam"]["statistics"]) == set(said["prepare"])
     assert said["precompute-sam"]["labelled"] == sum(
         splits.get("calibration", splits["train"]) for splits in said["prepare"].values()
     )
@@ -181,8 +184,26 @@ def test_every_stage_answers_in_words(project: Project) -> None:
     assert call("prepare", *project.options).stdout.startswith("server: ")
     again = call("precompute-sam", *project.options)
     assert again.stdout.startswith("0 images labelled, ")
+    owners = [line.split()[0] for line in again.stdout.splitlines()[2:]]
+    assert owners == ["server", "site_a", "site_b", "site_c", "site_d"]
+    table = call("evaluate-sam", *project.options).stdout
+    assert "adapted" in table
+    assert table.endswith(f"{project.cache}/evaluate-sam.html\n")
     assert again.stderr == ""  # no bars where no terminal is
     assert "Dice" in call("evaluate", *project.options).stdout
+
+
+def test_inconsistent_labels_are_a_warning(project: Project) -> None:
+    settings = ("--set", "precompute.warn_consistency=1")
+    result = call("precompute-sam", *project.options, *settings)
+    assert result.exit_code == 0
+    lines = result.stderr.splitlines()
+    assert lines  # one epoch does not make a teacher that is blind to mirrors
+    assert all(line.startswith("WARNING: ") for line in lines)
+    assert all(": SAM contradicts itself: " in line for line in lines)
+    assert {line.split(":")[1].strip() for line in lines} <= {
+        "server", "site_a", "site_b", "site_c", "site_d"
+    }  # fmt: skip
 
 
 def test_a_store_made_by_another_teacher_is_moved_aside(project: Project) -> None:

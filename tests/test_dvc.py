@@ -115,7 +115,7 @@ def test_parameters_exist_and_reach_only_their_stages() -> None:
         for section in ("sam", "model", "agreement", "partition", "synth")
     }
     assert users == {
-        "sam": {"finetune-sam"},
+        "sam": {"finetune-sam", "evaluate-sam"},
         "model": {"federate"},
         "agreement": {"federate"},
         "partition": {"prepare"},

@@ -32,6 +32,7 @@ from pipeline.precompute import StageOneResult, precompute
 from pipeline.prepare import prepare
 from pipeline.sam import build
 from pipeline.sam.build import TimmImageEncoder, load_state
+from pipeline.sam.statistics import FLIPPED_IMAGES
 from pipeline.stores.labels import Identity, Labels, LabelStore
 
 COUNT = 150
@@ -85,6 +86,19 @@ def run(config: Config, teacher: FakeTeacher) -> StageOneResult:
         return precompute(config)
 
 
+def mirrored(config: Config) -> int:
+    """Images that a finishing run labels once more, mirrored, for statistics not there yet."""
+    partition = load_partition(config.cache.root / "partition.json")
+    sizes = {"server": len(partition.server.calibration)}
+    sizes |= {name: len(part.train) for name, part in partition.clients.items()}
+    paths = {owner: config.cache.root / "sam" / f"{owner}.zarr" for owner in sizes}
+    return sum(
+        min(FLIPPED_IMAGES, images)
+        for owner, images in sizes.items()
+        if not paths[owner].is_dir() or LabelStore(paths[owner]).statistics is None
+    )
+
+
 def content(folder: Path) -> dict[str, bytes]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
@@ -133,9 +147,10 @@ def labelled_rows(config: Config) -> int:
 # --------------------------------------------------------------------------- stops
 
 
-@pytest.mark.parametrize("stop", [0, 1, 6, 7, 8, 13, 14, 15])
+@pytest.mark.parametrize("stop", [0, 1, 2, 7, 8, 9, 14, 15, 16, 17])
 def test_ctrl_c_and_again(config: Config, whole: dict[str, bytes], stop: int) -> None:
-    """Batch 0 is the server's; batches 1..7, 8..14 and 15 are the client's three shards."""
+    """Batches 0 and 1 are the server's labels and statistics, 2..8, 9..15 and 16 the client's
+    three shards, 17 and 18 its statistics."""
 
     def interrupt(batch: int) -> None:
         if batch == stop:
@@ -144,15 +159,17 @@ def test_ctrl_c_and_again(config: Config, whole: dict[str, bytes], stop: int) ->
     with pytest.raises(KeyboardInterrupt):
         run(config, FakeTeacher(interrupt))
     finished = labelled_rows(config)
-    server = len(load_partition(config.cache.root / "partition.json").server.calibration)
-    shards = sum(stop > last for last in (7, 14))
-    assert finished == (server + 64 * shards if stop else 0)
+    partition = load_partition(config.cache.root / "partition.json")
+    server, client = len(partition.server.calibration), len(partition.clients["site"].train)
+    shards = sum(64 * (stop > last) for last in (8, 15)) + (client - 128) * (stop > 16)
+    assert finished == (server + shards if stop else 0)
+    flips = mirrored(config)
     teacher = FakeTeacher()
     result = run(config, teacher)
     assert content(config.cache.root / "sam") == whole
     total = labelled_rows(config)
     assert (result.kept, result.labelled, result.failed) == (finished, total - finished, [])
-    assert teacher.images == total - finished
+    assert teacher.images == total - finished + flips
     again = FakeTeacher()
     assert run(config, again).kept == total
     assert again.batches == 0
@@ -183,12 +200,12 @@ def test_kill_and_again(config: Config, whole: dict[str, bytes]) -> None:
             assert child.stdout.readline() == b"batch\n"
             time.sleep(rng.uniform(0, 0.25))
             child.kill()
-    finished = labelled_rows(config)
+    finished, flips = labelled_rows(config), mirrored(config)
     teacher = FakeTeacher()
     result = run(config, teacher)
     assert content(config.cache.root / "sam") == whole
     assert result.kept == finished
-    assert teacher.images == labelled_rows(config) - finished
+    assert teacher.images == labelled_rows(config) - finished + flips
 
 
 def test_an_unreadable_image(config: Config, whole: dict[str, bytes], tmp_path: Path) -> None:
@@ -204,11 +221,13 @@ def test_an_unreadable_image(config: Config, whole: dict[str, bytes], tmp_path: 
     assert result.failed == [f"{path}: changed since `samfed prepare`; run `samfed prepare` again"]
     store = LabelStore(config.cache.root / "sam" / "site.zarr")
     assert np.flatnonzero(~store.done()).tolist() == [70]
-    assert result.labelled == teacher.images == labelled_rows(config)
+    assert result.labelled == labelled_rows(config)
+    assert teacher.images == result.labelled + len(partition.server.calibration)
+    assert list(result.statistics) == ["server"]
     path.write_bytes(good)
     later = FakeTeacher()
     result = run(config, later)
-    assert (result.failed, result.labelled, later.images) == ([], 1, 1)
+    assert (result.failed, result.labelled, later.images) == ([], 1, 1 + FLIPPED_IMAGES)
     assert content(config.cache.root / "sam") == whole
 
 

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.losses import IGNORE
 from pipeline.sam.attention import FoldedAttention, fold_attention
 from pipeline.sam.build import EMBEDDED_WEIGHTS, build_sam, decode_masks, load_state
-from pipeline.sam.evaluate import calibration_error
+from pipeline.sam.evaluate import Reliability
 from pipeline.sam.finetune import _real_iou
 from pipeline.sam.frame import to_input_frame
 from pipeline.sam.lora import add_lora, merge_lora
@@ -210,7 +210,14 @@ def test_calibration_error_by_hand() -> None:
     """Ten pixels at 0.8, six right: |0.6 - 0.8|; ten at 0.95, all right: 0.05; mean 0.125."""
     confidence = np.array([0.8] * 10 + [0.95] * 10, np.float32)
     hit = np.array([True] * 6 + [False] * 4 + [True] * 10)
-    assert calibration_error(confidence, hit) == pytest.approx(0.125, abs=1e-6)
+    reliability = Reliability()
+    for part in (slice(0, 7), slice(7, 20)):  # additive
+        reliability.add(confidence[part], hit[part])
+    assert reliability.error() == pytest.approx(0.125, abs=1e-6)
+    bins = reliability.bins()
+    assert bins["pixels"] == [0] * 12 + [10, 0, 10]
+    assert bins["accuracy"] == [None] * 12 + [0.6, None, 1.0]
+    assert bins["confidence"][12] == pytest.approx(0.8)
 
 
 @torch.no_grad()

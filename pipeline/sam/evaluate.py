@@ -1,68 +1,193 @@
-"""``samfed evaluate-sam``: how good the adapted teacher is where truth is known."""
+"""``samfed evaluate-sam``: the teacher where truth is known, beside SAM as it comes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.card import TeacherCard
 from pipeline.config import Config
-from pipeline.files import write_json
-from pipeline.images import resize_mask
+from pipeline.files import write_bytes, write_json
+from pipeline.images import resize_image, resize_mask
 from pipeline.labelled import load_labelled
 from pipeline.metrics import image_metrics, summarise
-from pipeline.partition import load_partition
-from pipeline.sam.teacher import load_teacher
+from pipeline.partition import Partition, load_partition
+from pipeline.sam.evaluation_page import Example, render_evaluation
+from pipeline.sam.prompts import why_not_prompted
+from pipeline.sam.teacher import Teacher, load_teacher, load_zero_shot
 from pipeline.stores.labels import confidence_to_probability
 
+TEACHERS = ("adapted", "points", "box")
 ECE_BINS = 15
+EXAMPLES = 8  # images that the page shows
 
 Progress = Callable[[str, int, int], None]
+Mask = NDArray[np.uint8]
+
+
+class Reliability:
+    """How often pixels of a confidence are right, in 15 bins of equal width; additive."""
+
+    def __init__(self) -> None:
+        self.pixels = np.zeros(ECE_BINS, np.int64)
+        self.confidence = np.zeros(ECE_BINS)  # sum
+        self.hits = np.zeros(ECE_BINS, np.int64)
+
+    def add(self, confidence: NDArray[np.float32], hit: NDArray[np.bool_]) -> None:
+        """Count pixels (n,): the probability of the predicted class, and whether it was right."""
+        index = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
+        self.pixels += np.bincount(index, minlength=ECE_BINS)
+        self.confidence += np.bincount(index, weights=confidence, minlength=ECE_BINS)
+        self.hits += np.bincount(index[hit], minlength=ECE_BINS)
+
+    def error(self) -> float:
+        """Expected calibration error (Naeini et al., 2015), 0..1.
+
+        Mean over bins of |share of hits - mean confidence|, weighted by the bin's share of pixels.
+        """
+        return float(np.abs(self.hits - self.confidence).sum() / self.pixels.sum())
+
+    def bins(self) -> dict[str, list[Any]]:
+        """Of each bin: ``pixels``, mean ``confidence`` and ``accuracy`` (None where empty)."""
+
+        def mean(sums: NDArray[Any]) -> list[float | None]:
+            pairs = zip(sums, self.pixels, strict=True)
+            return [float(total / count) if count else None for total, count in pairs]
+
+        return {
+            "pixels": self.pixels.tolist(),
+            "confidence": mean(self.confidence),
+            "accuracy": mean(self.hits),
+        }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One teacher on the calibration part."""
+
+    summary: dict[str, Any]  # JSON-ready
+    masks: list[Mask]  # (S, S) class indices, an image each
+    dice: list[float]
 
 
 def evaluate_teacher(config: Config, *, progress: Progress | None = None) -> dict[str, Any]:
     """Label the server's calibration part as stage one would, and compare with the truth.
 
-    Writes ``cache/evaluate-sam.json``: Dice, IoU, HD95 and ASSD in the client's frame, the
-    calibration error of the confidences and the share of images with an empty mask.
+    Beside the teacher that ``sam.prompt`` asks for, every other one that can be had at once.
+    Writes ``cache/evaluate-sam.json`` and the page ``cache/evaluate-sam.html``.
+
+    Returns:
+        what the JSON file holds: ``variant``, ``prompt``, Dice, IoU, HD95 and ASSD in the client's
+        frame (``metrics.summarise``), ``ece`` and its bins (``reliability``), and ``empty``, the
+        share of images with an empty mask, of the configured teacher; ``teachers``: the same for
+        each of ``TEACHERS``, or under ``missing`` why there is none.
+
+    Raises:
+        StageError: no partition or no teacher yet. IdentityError: another teacher's card.
     """
-    cache, size = config.cache.root, config.data.image_size
+    cache = config.cache.root
     partition = load_partition(cache / "partition.json")
-    teacher = load_teacher(config, partition)
-    ids = partition.server.calibration
-    scores, groups, empty = [], [], 0
-    confidences, hits = [], []
-    for number, item in enumerate(load_labelled(config, partition, ids), start=1):
-        labels = teacher.label([item.image], size)
-        truth = resize_mask(item.mask, size)
-        scores.append(image_metrics(labels.masks[0], truth, num_classes=teacher.card.num_classes))
-        groups.append(partition.images[item.image_id].group)
-        empty += int(not labels.masks[0].any())
-        confidences.append(confidence_to_probability(labels.confidences[0]).ravel())
-        hits.append((labels.masks[0] == truth).ravel())
-        if progress is not None:
-            progress("evaluating the teacher", number, len(ids))
-    result = {
-        "variant": teacher.card.variant,
-        **summarise(scores, groups, seed=config.seed),
-        "ece": calibration_error(np.concatenate(confidences), np.concatenate(hits)),
-        "empty": empty / len(ids),
+    own = load_teacher(config, partition)
+    configured = "adapted" if config.sam.prompt == "none" else config.sam.prompt
+    measured: dict[str, Measured] = {configured: _measure(config, partition, own, progress)}
+    missing: dict[str, str] = {}
+    for name in TEACHERS:
+        if name == configured:
+            continue
+        other = _other_teacher(name, config, own.card)
+        if isinstance(other, str):
+            missing[name] = other
+        else:
+            measured[name] = _measure(config, partition, other, progress)
+    teachers: dict[str, dict[str, Any]] = {
+        name: measured[name].summary if name in measured else {"missing": missing[name]}
+        for name in TEACHERS
     }
+    examples = _examples(config, partition, measured, measured[configured].dice)
+    page = render_evaluation(teachers, examples, variant=own.card.variant, configured=configured)
+    write_bytes(cache / "evaluate-sam.html", page.encode())
+    result = {**measured[configured].summary, "teachers": teachers}
     write_json(cache / "evaluate-sam.json", result)
     return result
 
 
-def calibration_error(confidence: NDArray[np.float32], hit: NDArray[np.bool_]) -> float:
-    """Expected calibration error (Naeini et al., 2015) over 15 bins of equal width.
+def _other_teacher(name: str, config: Config, card: TeacherCard) -> Teacher | str:
+    """A teacher that the settings do not ask for, or why it cannot be had."""
+    if name == "adapted":
+        return f"nothing was adapted, since sam.prompt is {config.sam.prompt}"
+    reason = why_not_prompted(config)
+    if reason is not None:
+        return reason
+    if name == "box":
+        return "no coarse model; `samfed finetune-sam` trains it when sam.prompt is box"
+    policy = config.sam.model_copy(update={"prompt": "points"}).prompt_policy
+    zero_shot = {"prompt": policy, "lora_rank": None, "adapter_sha256": "none"}
+    return load_zero_shot(config, card.model_copy(update=zero_shot | {"coarse_sha256": None}))
 
-    Mean over bins of |share of hits - mean confidence|, weighted by the bin's share of pixels.
 
-    Args:
-        confidence: (n,) float in 0..1. hit: (n,) bool, whether the pixel was right.
-    """
-    index = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
-    count = np.bincount(index, minlength=ECE_BINS)
-    gap = np.bincount(index, weights=confidence.astype(float) - hit, minlength=ECE_BINS)
-    return float(np.abs(gap[count > 0]).sum() / len(confidence))
+def _measure(
+    config: Config, partition: Partition, teacher: Teacher, progress: Progress | None
+) -> Measured:
+    size, ids = config.data.image_size, partition.server.calibration
+    masks, scores, groups, reliability = [], [], [], Reliability()
+    for number, item in enumerate(load_labelled(config, partition, ids), start=1):
+        labels = teacher.label([item.image], size)
+        mask, truth = labels.masks[0], resize_mask(item.mask, size)
+        masks.append(mask)
+        scores.append(image_metrics(mask, truth, num_classes=teacher.card.num_classes))
+        groups.append(partition.images[item.image_id].group)
+        confidence = confidence_to_probability(labels.confidences[0])
+        reliability.add(confidence.ravel(), (mask == truth).ravel())
+        if progress is not None:
+            progress(f"evaluating the teacher (prompt {teacher.card.prompt})", number, len(ids))
+    summary = {
+        "variant": teacher.card.variant,
+        "prompt": teacher.card.prompt,
+        **summarise(scores, groups, seed=config.seed),
+        "ece": reliability.error(),
+        "reliability": reliability.bins(),
+        "empty": sum(not mask.any() for mask in masks) / len(ids),
+    }
+    return Measured(summary, masks, [score.dice for score in scores])
+
+
+def _examples(
+    config: Config, partition: Partition, measured: dict[str, Measured], dice: list[float]
+) -> list[Example]:
+    """Images from the worst to the best Dice, evenly by rank, with every teacher's mask."""
+    ranked = np.argsort(dice, kind="stable")
+    places = np.linspace(0, len(ranked) - 1, min(EXAMPLES, len(ranked))).round().astype(int)
+    chosen = [int(ranked[place]) for place in places]
+    ids = [partition.server.calibration[i] for i in chosen]
+    size, names = config.data.image_size, [name for name in TEACHERS if name in measured]
+    return [
+        Example(
+            image_id=item.image_id,
+            image=resize_image(item.image, size),
+            truth=resize_mask(item.mask, size),
+            masks={name: measured[name].masks[i] for name in names},
+            dice={name: measured[name].dice[i] for name in names},
+        )
+        for i, item in zip(chosen, load_labelled(config, partition, ids), strict=True)
+    ]
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """The teachers of ``evaluate_teacher``'s result side by side, as lines of text."""
+    lines = [
+        f"{'teacher':<10} {'Dice':>6}  {'95 % interval':<15} {'HD95 px':>8} {'ECE':>6} {'empty':>6}"
+    ]
+    for name, row in result["teachers"].items():
+        if "missing" in row:
+            lines.append(f"{name:<10} {'-':>6}  {row['missing']}")
+            continue
+        low, high = row["dice_ci95"]
+        lines.append(
+            f"{name:<10} {row['dice']:6.3f}  {low:.3f} to {high:.3f}  {row['hd95']:8.2f} "
+            f"{row['ece']:6.3f} {row['empty']:6.0%}"
+        )
+    return "\n".join(lines)

@@ -4,11 +4,14 @@ Zhang & Liu, "Customized Segment Anything Model for Medical Image Segmentation",
 query and value of every encoder block, the mask decoder and the default prompt embedding trained,
 no prompts, 0.2 CE + 0.8 Dice on the low-resolution logits, AdamW, warm-up and polynomial decay.
 A ``timm:`` teacher is trained whole. The IoU head learns the real IoU by mean squared error.
+Under ``sam.prompt`` SAM stays as it comes: nothing is adapted, and ``box`` trains its coarse model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -16,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from segment_anything.modeling import Sam
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.augment import (
     HEAVY,
@@ -34,13 +37,15 @@ from pipeline.labelled import LabelledImage, load_labelled
 from pipeline.locks import writer_lock
 from pipeline.losses import IGNORE, supervised_loss
 from pipeline.metrics import dice_score
+from pipeline.models import normalise
 from pipeline.partition import Partition, load_partition
+from pipeline.sam.coarse import COARSE_FILE, COARSE_SIDE, build_coarse
 from pipeline.sam.frame import to_input_frame
 from pipeline.sam.lora import add_lora, merge_lora
+from pipeline.sam.prompts import MULTIMASK, CoarseBox, PointGrid, Prompter, check_prompt
 from pipeline.sam.teacher import (
     ADAPTER_FILE,
     LOGIT_STRIDE,
-    PROMPT,
     Teacher,
     base_checkpoint,
     build_base,
@@ -53,13 +58,15 @@ _MAX_GRADIENT_NORM = 1.0  # usual for transformers
 
 
 def finetune(config: Config, *, progress: Progress | None = None) -> TeacherCard:
-    """Adapt the teacher and write ``cache/teacher/`` (adapter and card).
+    """Adapt the teacher and write ``cache/teacher/``: the card, and what was trained.
 
     Same seed, same machine and same number of torch threads give the same bytes on a CPU.
 
     Raises:
-        StageError: no partition yet. LockedStoreError: another process fine-tunes into this cache.
+        ConfigError: this teacher cannot follow ``sam.prompt``. StageError: no partition yet.
+        LockedStoreError: another process fine-tunes into this cache.
     """
+    check_prompt(config)
     cache = config.cache.root
     partition = load_partition(cache / "partition.json")
     with writer_lock(cache / "locks" / "teacher.lock"), torch.random.fork_rng():
@@ -67,49 +74,109 @@ def finetune(config: Config, *, progress: Progress | None = None) -> TeacherCard
         return _finetune(config, partition, progress)
 
 
+@dataclass
+class _Trained:
+    """A SAM ready to label, and what of it goes to disk."""
+
+    sam: Sam
+    lora_rank: int | None = None
+    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # file -> its tensors
+    parameters: int = 0  # trained
+    prompter: Prompter | None = None
+
+
 def _finetune(config: Config, partition: Partition, progress: Progress | None) -> TeacherCard:
+    train = _adapt if config.sam.prompt == "none" else _prepare_prompt
+    trained = train(config, partition, progress)
+    folder = config.cache.root / "teacher"
+    with folder_beside(folder) as building:
+        for name, tensors in trained.files.items():
+            content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            safetensors.torch.save_file(content, building / name)
+        card = _card(config, partition, trained, building)
+        if trained.lora_rank is not None:
+            merge_lora(trained.sam.image_encoder)
+        teacher = Teacher(
+            trained.sam,
+            card,
+            device=config.sam.device,
+            precision="fp32",
+            prompter=trained.prompter,
+        )
+        dice = _mean_dice(teacher, load_labelled(config, partition, partition.server.calibration))
+        card = card.model_copy(update={"calibration_dice": dice})
+        write_json(building / CARD_FILE, card.model_dump())
+    return card
+
+
+def _card(config: Config, partition: Partition, trained: _Trained, folder: Path) -> TeacherCard:
+    """The card of what lies in ``folder``, its Dice not measured yet."""
+    sha256 = {name: file_sha256(folder / name) for name in trained.files}
+    return TeacherCard(
+        variant=config.sam.variant,
+        input_size=trained.sam.image_encoder.img_size,
+        num_classes=config.data.num_classes,
+        prompt=config.sam.prompt_policy,
+        lora_rank=trained.lora_rank,
+        base_sha256=base_checkpoint(config.sam)[1],
+        adapter_sha256=sha256.get(ADAPTER_FILE, "none"),
+        coarse_sha256=sha256.get(COARSE_FILE),
+        parameters=sum(parameter.numel() for parameter in trained.sam.parameters()),
+        trained_parameters=trained.parameters,
+        server_sha256=partition.server_sha256(),
+        train_images=len(partition.server.train),
+        calibration_images=len(partition.server.calibration),
+        calibration_dice=0.0,
+        seed=config.seed,
+    )
+
+
+def _adapt(config: Config, partition: Partition, progress: Progress | None) -> _Trained:
+    """The prompt-free teacher, its adapter not merged yet."""
     sam = build_base(config.sam, num_classes=config.data.num_classes)
     rank = None if config.sam.variant.startswith("timm:") else config.sam.lora_rank
     if rank is not None:
         add_lora(sam.image_encoder, rank)
         sam.prompt_encoder.requires_grad_(False)
         sam.prompt_encoder.no_mask_embed.requires_grad_(True)
-    trained = [name for name, parameter in sam.named_parameters() if parameter.requires_grad]
-    size = sum(parameter.numel() for parameter in sam.parameters())
+    names = [name for name, parameter in sam.named_parameters() if parameter.requires_grad]
     side = sam.image_encoder.img_size
     pixels, masks = _frames(load_labelled(config, partition, partition.server.train), side)
-    _train(sam, pixels, masks, config, progress)
+
+    def loss(chosen: Tensor, generator: torch.Generator) -> Tensor:
+        return _loss(sam, pixels[chosen], masks[chosen], config.sam, generator)
+
+    sam.to(resolve_device(config.sam.device))
+    _train(sam, _optimizer(sam, config.sam), loss, len(pixels), config, progress)
     # what fine-tuning changed: the trained parameters, and the buffers of a backbone trained whole
     state = sam.state_dict()
-    changed = trained if rank is not None else list(state)
-    folder = config.cache.root / "teacher"
-    with folder_beside(folder) as building:
-        adapter = building / ADAPTER_FILE
-        tensors = {name: state[name].detach().cpu().contiguous() for name in changed}
-        safetensors.torch.save_file(tensors, adapter)
-        card = TeacherCard(
-            variant=config.sam.variant,
-            input_size=sam.image_encoder.img_size,
-            num_classes=config.data.num_classes,
-            prompt=PROMPT,
-            lora_rank=rank,
-            base_sha256=base_checkpoint(config.sam)[1],
-            adapter_sha256=file_sha256(adapter),
-            parameters=size,
-            trained_parameters=sum(state[name].numel() for name in trained),
-            server_sha256=partition.server_sha256(),
-            train_images=len(partition.server.train),
-            calibration_images=len(partition.server.calibration),
-            calibration_dice=0.0,
-            seed=config.seed,
-        )
-        if rank is not None:
-            merge_lora(sam.image_encoder)
-        teacher = Teacher(sam, card, device=config.sam.device, precision="fp32")
-        dice = _mean_dice(teacher, load_labelled(config, partition, partition.server.calibration))
-        card = card.model_copy(update={"calibration_dice": dice})
-        write_json(building / CARD_FILE, card.model_dump())
-    return card
+    changed = {name: state[name] for name in (names if rank is not None else state)}
+    count = sum(state[name].numel() for name in names)
+    return _Trained(sam, rank, {ADAPTER_FILE: changed}, count)
+
+
+def _prepare_prompt(config: Config, partition: Partition, progress: Progress | None) -> _Trained:
+    """SAM as it comes and what prompts it; for ``box``, a coarse model trained now."""
+    sam = build_base(config.sam, num_classes=MULTIMASK)
+    if config.sam.prompt == "points":
+        return _Trained(sam, prompter=PointGrid(config.sam.points_per_side))
+    items = load_labelled(config, partition, partition.server.train)
+    pixels, masks = _frames(items, COARSE_SIDE)
+    device = resolve_device(config.sam.device)
+    model = build_coarse(config).to(device)
+
+    def loss(chosen: Tensor, generator: torch.Generator) -> Tensor:
+        images, target = _augment(pixels[chosen], masks[chosen], generator)
+        logits = model(normalise(images.to(device) / 255))
+        return supervised_loss(logits, target.to(device).long())
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.sam.learning_rate, weight_decay=config.sam.weight_decay
+    )
+    _train(model, optimizer, loss, len(pixels), config, progress)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    files = {COARSE_FILE: model.state_dict()}
+    return _Trained(sam, files=files, parameters=count, prompter=CoarseBox(model))
 
 
 def _mean_dice(teacher: Teacher, images: Iterable[LabelledImage]) -> float:
@@ -151,16 +218,23 @@ def _optimizer(sam: Sam, config: SamConfig) -> torch.optim.AdamW:
 
 
 def _train(
-    sam: Sam, pixels: Tensor, masks: Tensor, config: Config, progress: Progress | None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[Tensor, torch.Generator], Tensor],
+    count: int,
+    config: Config,
+    progress: Progress | None,
 ) -> None:
-    """Fine-tune ``sam`` in place; the last, smaller batch of an epoch is filled from its start."""
+    """Train ``model`` in place; the last, smaller batch of an epoch is filled from its start.
+
+    Args:
+        loss_of: the loss of a batch, given its indices below ``count``.
+    """
     settings = config.sam
-    device = resolve_device(settings.device)
-    sam.to(device).train()
+    model.train()
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = _optimizer(sam, settings)
-    batch = min(settings.batch_size, len(pixels))
-    per_epoch = -(-len(pixels) // batch)
+    batch = min(settings.batch_size, count)
+    per_epoch = -(-count // batch)
     total = per_epoch * settings.epochs
     warmup = max(1, round(settings.warmup_fraction * total))
 
@@ -172,28 +246,32 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step in range(total):
         if step % per_epoch == 0:
-            order = torch.randperm(len(pixels), generator=generator)
+            order = torch.randperm(count, generator=generator)
             order = torch.cat([order, order])[: per_epoch * batch]
         chosen = order[(step % per_epoch) * batch :][:batch]
         optimizer.zero_grad()
-        loss = _loss(sam, pixels[chosen], masks[chosen], settings, generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(sam.parameters(), _MAX_GRADIENT_NORM)
+        loss_of(chosen, generator).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
         optimizer.step()
         schedule.step()
         if progress is not None:
             progress("fine-tuning the teacher", step + 1, total)
-    sam.eval()
+    model.eval()
+
+
+def _augment(pixels: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random view of frames: images (B, 3, S, S) float in 0..255, masks (B, S, S) uint8."""
+    maps = random_affine(len(pixels), Geometry(), generator)
+    images = warp_images(pixels.float() / 255, maps, padding="zeros")
+    target = warp_labels(masks, maps, padding="zeros", fill=IGNORE)
+    return change_appearance(images, HEAVY, generator) * 255, target
 
 
 def _loss(
     sam: Sam, pixels: Tensor, masks: Tensor, settings: SamConfig, generator: torch.Generator
 ) -> Tensor:
     """Loss of one augmented batch: 0.2 CE + 0.8 Dice, and the IoU head's squared error."""
-    maps = random_affine(len(pixels), Geometry(), generator)
-    images = warp_images(pixels.float() / 255, maps, padding="zeros")
-    target = warp_labels(masks, maps, padding="zeros", fill=IGNORE)
-    images = change_appearance(images, HEAVY, generator) * 255
+    images, target = _augment(pixels, masks, generator)
     device = sam.pixel_mean.device
     images, target = images.to(device), target.to(device).long()
     logits, iou = forward(sam, images, target != IGNORE)

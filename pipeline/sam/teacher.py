@@ -1,4 +1,7 @@
-"""The adapted teacher: images in, label maps in the client's frame out, without prompts."""
+"""The teacher: images in, label maps in the client's frame out.
+
+It is adapted and needs no prompts, or it is SAM as it comes and has a ``Prompter``.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,14 @@ from pipeline.sam.build import (
     decode_masks,
     load_state,
 )
+from pipeline.sam.coarse import load_coarse
 from pipeline.sam.frame import to_input_frame
 from pipeline.sam.lora import add_lora, merge_lora
+from pipeline.sam.prompts import MULTIMASK, CoarseBox, PointGrid, Prompter
 from pipeline.stores.labels import Labels
 
 ADAPTER_FILE = "adapter.safetensors"
 LOGIT_STRIDE = 4  # input pixels per cell of the low-resolution logits
-PROMPT = "none"
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -136,25 +140,33 @@ def inside_image(extents: Tensor, size: int) -> Tensor:
     return rows & (steps[None, None, :] < extents[:, 1, None, None])
 
 
-def forward(
+def encode(
     sam: Sam, pixels: Tensor, inside: Tensor, *, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Prompt-free forward pass of a whole batch.
+) -> Tensor:
+    """Image embeddings (B, C, S/16, S/16) float32 of a whole batch.
 
-    As in SAM, padding is zero after normalisation. The decoder is a hundredth of the work and
-    always float32: in bfloat16 it would double the error of the logits.
+    As in SAM, padding is zero after normalisation.
 
     Args:
         pixels: (B, 3, S, S) in 0..255, padded. inside: (B, S, S) bool, False in the padding.
-        dtype: what the image encoder computes in.
+        dtype: what the encoder computes in. What comes after it is a hundredth of the work and
+            always float32: in bfloat16 it would double the error of the logits.
+    """
+    values = (pixels.to(sam.pixel_mean.dtype) - sam.pixel_mean) / sam.pixel_std
+    with torch.autocast(pixels.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        embeddings: Tensor = sam.image_encoder(values * inside[:, None])
+    return embeddings.float()
+
+
+def forward(
+    sam: Sam, pixels: Tensor, inside: Tensor, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Prompt-free forward pass of a whole batch; arguments as ``encode``'s.
 
     Returns:
         logits (B, K+1, S/4, S/4) and IoU estimates (B, K+1).
     """
-    values = (pixels.to(sam.pixel_mean.dtype) - sam.pixel_mean) / sam.pixel_std
-    with torch.autocast(pixels.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        embeddings = sam.image_encoder(values * inside[:, None])
-    embeddings = embeddings.float()
+    embeddings = encode(sam, pixels, inside, dtype=dtype)
     batch, dim, height, width = embeddings.shape
     sparse = embeddings.new_zeros((batch, 0, dim))
     dense = sam.prompt_encoder.no_mask_embed.weight.reshape(1, dim, 1, 1)
@@ -237,10 +249,22 @@ def _store_weights(encoder: nn.Module, dtype: torch.dtype) -> None:
 
 
 class Teacher:
-    """A teacher ready for inference: LoRA merged, evaluation mode, one device and precision."""
+    """A teacher ready for inference: LoRA merged, evaluation mode, one device and precision.
 
-    def __init__(self, sam: Sam, card: TeacherCard, *, device: str, precision: str) -> None:
+    ``prompter`` is None for an adapted teacher.
+    """
+
+    def __init__(
+        self,
+        sam: Sam,
+        card: TeacherCard,
+        *,
+        device: str,
+        precision: str,
+        prompter: Prompter | None = None,
+    ) -> None:
         self.card = card
+        self.prompter = prompter
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device, card.variant)
         self.dtype = _DTYPES[self.precision]
@@ -266,7 +290,11 @@ class Teacher:
         pixels, extents = to_input_frame(images, self.card.input_size)
         pixels, extents = pixels.to(self.device), extents.to(self.device)
         inside = inside_image(extents, pixels.shape[-1])
-        logits, iou = forward(self.sam, pixels, inside, dtype=self.dtype)
+        if self.prompter is None:
+            logits, iou = forward(self.sam, pixels, inside, dtype=self.dtype)
+        else:
+            embeddings = encode(self.sam, pixels, inside, dtype=self.dtype)
+            logits, iou = self.prompter(self.sam, embeddings, pixels, extents)
         return to_client_frame(logits, extents, size_hw), iou.float()
 
     def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> Labels:
@@ -296,6 +324,8 @@ def load_teacher(settings: Config, partition: Partition) -> Teacher:
             f"{folder}: base_sha256 is {card.base_sha256}, the settings ask for {base_sha256}; "
             "run `samfed finetune-sam`"
         )
+    if config.prompt != "none":
+        return load_zero_shot(settings, card)
     adapter = folder / ADAPTER_FILE
     if not adapter.is_file():
         raise StageError(f"{adapter}: not found; run `samfed finetune-sam` first")
@@ -309,3 +339,26 @@ def load_teacher(settings: Config, partition: Partition) -> Teacher:
         merge_lora(sam.image_encoder)
     run = settings.precompute
     return Teacher(sam, card, device=run.device, precision=run.precision)
+
+
+def load_zero_shot(settings: Config, card: TeacherCard) -> Teacher:
+    """SAM as it comes, prompted by the policy of ``card``; no adapter is read.
+
+    Raises:
+        ConfigError: the variant's checkpoint is not given. StageError, IdentityError: the coarse
+        model that draws the boxes is missing, or not the one of the card.
+    """
+    run = settings.precompute
+    sam = build_base(settings.sam, num_classes=MULTIMASK)  # its tokens as they were pretrained
+    prompter = _make_prompter(settings, card)
+    return Teacher(sam, card, device=run.device, precision=run.precision, prompter=prompter)
+
+
+def _make_prompter(settings: Config, card: TeacherCard) -> Prompter:
+    """What prompts SAM under the policy of ``card``."""
+    kind, _, per_side = card.prompt.partition(":")
+    if kind == "points":
+        return PointGrid(int(per_side))
+    folder = settings.cache.root / "teacher"
+    model = load_coarse(settings, folder, sha256=card.coarse_sha256)
+    return CoarseBox(model.to(resolve_device(settings.precompute.device)))

@@ -96,6 +96,7 @@ class LabelStore:
         if attributes.get("kind") != "labels":
             raise CorruptStoreError(f"{path}: not a label store; remove it and rerun")
         self.identity = Identity.model_validate(attributes["identity"])
+        self._attributes = attributes
         self._group = zarr.open_group(path, mode="r+")
         self._arrays = open_arrays(self._group)
 
@@ -166,7 +167,12 @@ class LabelStore:
             array[span.start : span.stop] = whole
 
     def mark_done(self, shard: int, rows: Sequence[int], provenance: dict[str, str]) -> None:
-        """Record where rows of a shard came from and then, last of all, that they are complete."""
+        """Record where rows of a shard came from and then, last of all, that they are complete.
+
+        Statistics of the store as it was before are dropped first.
+        """
+        if self.statistics is not None:
+            self.set_statistics(None)
         encoded = canonical_json(provenance)
         if len(encoded) > _PROVENANCE_BYTES:
             raise ValueError(f"provenance takes {len(encoded)} bytes, at most {_PROVENANCE_BYTES}")
@@ -183,6 +189,19 @@ class LabelStore:
         records = read_rows(self.path, self._group, "provenance")[: self.shards]
         texts = [bytes(record).rstrip(b"\0") for record in records]
         return [json.loads(text) if text else {} for text in texts]
+
+    @property
+    def statistics(self) -> dict[str, Any] | None:
+        """What ``set_statistics`` kept with the labels as they are now; None if nothing."""
+        return self._attributes.get("statistics")
+
+    def set_statistics(self, statistics: dict[str, Any] | None) -> None:
+        """Keep a JSON-ready summary of the finished labels among the attributes; None drops it."""
+        attributes = {k: v for k, v in self._attributes.items() if k != "statistics"}
+        if statistics is not None:
+            attributes["statistics"] = statistics
+        seal(self.path, attributes)
+        self._attributes = attributes
 
     def read(self, rows: slice = slice(None)) -> Labels:
         """Labels of ``rows``, all of which must be done.
