@@ -91,13 +91,18 @@ def _note_statistics(
         return load_image(config.data.root, file, sha256=key.sha256)
 
     store = LabelStore(config.cache.root / "sam" / f"{owner}.zarr")
-    batch_size = config.precompute.batch_size
-    statistics = store_statistics(store, teacher, load, batch_size=batch_size)
-    if statistics is not None:
-        result.statistics[owner] = statistics
-        for line in doubts(owner, statistics, config.precompute):
-            log.warning(line)
-            result.warnings.append(line)
+    lines: list[str] = []
+    try:
+        statistics = store_statistics(store, teacher, load, batch_size=config.precompute.batch_size)
+    except DataError as error:  # the labels are done and good; only their check is not
+        lines.append(f"{owner}: the labels were not checked: {error}")
+    else:
+        if statistics is not None:
+            result.statistics[owner] = statistics
+            lines += doubts(owner, statistics, config.precompute)
+    for line in lines:
+        log.warning(line)
+    result.warnings += lines
 
 
 def _label_owner(
