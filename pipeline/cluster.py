@@ -15,6 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,12 @@ class Cluster:
         owners: Sequence[str],
         identity: Identity,
         *,
-        measured: Callable[[str, dict[str, Any]], None],
+        measured: Callable[[str, Callable[[], dict[str, Any]]], None],
     ) -> None:
-        """Statistics of finished stores, each on some worker; ``measured`` is called here."""
+        """Statistics of finished stores, each on some worker.
+
+        ``measured`` is called here with an owner and what returns, or raises, its statistics.
+        """
         settings = _for_workers(config, self._threads)
         futures = {
             owner: self._client.submit(
@@ -116,7 +120,7 @@ class Cluster:
         }
         try:
             for owner, future in futures.items():
-                measured(owner, _result(future, f"{owner}: statistics"))
+                measured(owner, partial(_result, future, f"{owner}: statistics"))
         finally:
             self._client.cancel(list(futures.values()))
 

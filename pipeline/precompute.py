@@ -11,12 +11,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, PrecomputeConfig
 from pipeline.devices import torch_threads
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.labelling import BackingOff, Outcome, Task, label_tasks, store_path
 from pipeline.locks import writer_lock
 from pipeline.partition import Partition, load_partition
@@ -86,14 +87,15 @@ def precompute(
         if cluster is not None:
             every = chain.from_iterable(_tasks(partition, *item) for item in stores.opened.items())
             cluster.label_tasks(config, every, identity, finished=stores.finish, advance=advance)
-            cluster.measure(config, stores.unmeasured(), identity, measured=stores.note)
+            cluster.measure(config, stores.unmeasured(), identity, measured=stores.measure)
             return stores.result
         with torch_threads(config.precompute.threads):
             for owner, store in stores.opened.items():
                 tasks = _tasks(partition, owner, store)
                 label_tasks(config, tasks, teacher, finished=stores.finish, advance=advance)
                 if owner in stores.unmeasured():
-                    stores.note(owner, measure_owner(config, partition, owner, teacher))
+                    measured = partial(measure_owner, config, partition, owner, teacher)
+                    stores.measure(owner, measured)
                 stores.release(owner)
     return stores.result
 
@@ -128,7 +130,7 @@ class _Stores:
         self.opened[owner] = store
         self.result.kept += int(store.done().sum())
         if store.statistics is not None:
-            self.note(owner, store.statistics)
+            self._note(owner, store.statistics)
 
     def release(self, owner: str) -> None:
         """Let another process write to the owner's store."""
@@ -150,15 +152,27 @@ class _Stores:
             if store.statistics is None and store.done().all()
         ]
 
-    def note(self, owner: str, statistics: dict[str, Any]) -> None:
-        """Keep the statistics with the finished store, and warn of what they make doubtful."""
-        store = self.opened[owner]
-        if store.statistics is None:
-            store.set_statistics(statistics)
+    def measure(self, owner: str, measured: Callable[[], dict[str, Any]]) -> None:
+        """Keep the statistics with the finished store.
+
+        Where an image of their sample cannot be read any more, the labels are good all the same.
+        """
+        try:
+            statistics = measured()
+        except DataError as error:
+            self._warn([f"{owner}: the labels were not checked: {error}"])
+            return
+        self.opened[owner].set_statistics(statistics)
+        self._note(owner, statistics)
+
+    def _note(self, owner: str, statistics: dict[str, Any]) -> None:
         self.result.statistics[owner] = statistics
-        for line in doubts(owner, statistics, self._settings):
+        self._warn(doubts(owner, statistics, self._settings))
+
+    def _warn(self, lines: list[str]) -> None:
+        for line in lines:
             log.warning(line)
-            self.result.warnings.append(line)
+        self.result.warnings += lines
 
 
 def _tasks(partition: Partition, owner: str, store: LabelStore) -> Iterator[Task]:

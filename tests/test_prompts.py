@@ -55,9 +55,9 @@ CARD = TeacherCard(
 )
 
 
-def teacher(prompter: Prompter) -> Teacher:
+def teacher(prompter: Prompter, precision: str = "fp32") -> Teacher:
     sam = build_base(SamConfig(), num_classes=prompts.MULTIMASK)
-    return Teacher(sam, CARD, device="cpu", precision="fp32", prompter=prompter)
+    return Teacher(sam, CARD, device="cpu", precision=precision, prompter=prompter)
 
 
 def disc(height: int, width: int, row: int, col: int, radius: int) -> NDArray[np.bool_]:
@@ -229,6 +229,20 @@ def test_a_box_around_a_blob_gives_the_blob() -> None:
     rows, cols = np.mgrid[:64, :64] + 0.5
     truth = (rows * 100 / 64 - 50) ** 2 + (cols * 200 / 64 - 140) ** 2 <= 900
     assert overlap(labels.masks[0] == 1, truth) > 0.7
+
+
+@torch.no_grad()
+def test_half_precision_gives_nearly_the_same_masks() -> None:
+    """Positions of prompts stay in fp32; one image of the two has no foreground for the box."""
+    images = [scene(disc(120, 120, 60, 60, 30)), scene(disc(60, 120, 30, 60, 25))]
+    odds = torch.full((COARSE_SIDE, COARSE_SIDE), -3.0)
+    odds[70:96, 32:96] = 3.0  # below the second image
+    for prompter in (PointGrid(2), CoarseBox(Odds(odds))):
+        full, half = (
+            teacher(prompter, precision).label(images, 64) for precision in ("fp32", "bf16")
+        )
+        assert (full.masks == half.masks).mean() > 0.97
+        assert full.masks[0].any()
 
 
 def test_an_empty_coarse_prediction_is_an_empty_label() -> None:

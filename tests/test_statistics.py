@@ -193,6 +193,45 @@ def test_the_table() -> None:
     )
 
 
+def test_a_stop_during_the_check_changes_no_byte(tiny_images: Path, tmp_path: Path) -> None:
+    """Five owners, each a batch to label, then a batch to mirror: stop at the third mirror."""
+
+    def interrupt(batch: int) -> None:
+        if batch == 5:
+            raise KeyboardInterrupt
+
+    whole, stopped = (
+        tiny_config(tiny_images, tmp_path / name, precompute={"batch_size": 8})
+        for name in ("whole", "stopped")
+    )
+    for config in (whole, stopped):
+        prepare(config)
+    run(whole, FakeTeacher())
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, FakeTeacher(interrupt))
+    stores = [LabelStore(path) for path in sorted((tmp_path / "stopped" / "sam").glob("*.zarr"))]
+    assert [bool(store.done().all()) for store in stores] == [True, True, True, False, False]
+    assert [store.statistics is not None for store in stores] == [True, True, False, False, False]
+    run(stopped, FakeTeacher())
+    assert content(tmp_path / "stopped" / "sam") == content(tmp_path / "whole" / "sam")
+
+
+def test_an_image_that_is_gone_leaves_the_labels_unchecked(
+    tiny_images: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_images, tmp_path / "cache")
+    prepare(config)
+    run(config, FakeTeacher())
+    store = LabelStore(tmp_path / "cache" / "sam" / "site_b.zarr")
+    store.set_statistics(None)  # as a store made before there were any
+    moved = tiny_config(tmp_path / "nowhere", tmp_path / "cache")
+    result = run(moved, FakeTeacher())
+    assert len(result.warnings) == 1
+    assert result.warnings[0].startswith("site_b: the labels were not checked: ")
+    assert str(tmp_path / "nowhere") in result.warnings[0]
+    assert sorted(result.statistics) == ["server", "site_a", "site_c", "site_d"]
+
+
 def test_stage_one_warns_and_measures_once(
     tiny_images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

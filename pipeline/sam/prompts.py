@@ -81,20 +81,20 @@ class PointGrid:
         """Logits (h, w) of one image's best mask, and its IoU estimate ()."""
         height, width = extent
         side = 4 * embedding.shape[-1]  # the decoder upscales the embedding by four
-        rows, cols = (-(-pixels * side // input_size) for pixels in extent)  # in the image
+        rows, cols = (-(-length * side // input_size) for length in extent)  # in the image
         points = (self.grid * torch.tensor([width, height])).to(embedding.device)
         best_rank = 0.0
-        best = (embedding.new_zeros((side, side)), embedding.new_zeros(()))
+        best = (points.new_zeros((side, side)), points.new_zeros(()))
         for chunk in points.split(_POINTS_PER_PASS):  # bounds memory, as segment-anything does
             labels = torch.ones((len(chunk), 1), device=chunk.device)
             logits, iou = _decode(
                 sam, embedding.expand(len(chunk), -1, -1, -1), points=(chunk[:, None], labels)
             )
-            logits, iou = logits[:, 1:].flatten(0, 1), iou[:, 1:].flatten()
-            rank = rank_masks(logits[:, :rows, :cols].float(), iou.float())
+            logits, iou = logits[:, 1:].flatten(0, 1).float(), iou[:, 1:].flatten().float()
+            rank = rank_masks(logits[:, :rows, :cols], iou)
             top = int(rank.argmax())
-            if float(rank[top]) > best_rank:
-                best_rank, best = float(rank[top]), (logits[top], iou[top])
+            if float(rank[top]) > best_rank:  # a copy: a view would keep the whole pass alive
+                best_rank, best = float(rank[top]), (logits[top].clone(), iou[top])
         return best
 
 
