@@ -289,10 +289,35 @@ def evaluate_sam(
     _say(result, as_json, text)
 
 
+@app.command("export-onnx")
+def export_onnx(
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write (default: onnx/teacher.onnx in the cache, stage one's)."),
+    ] = None,
+    params: Params = _PARAMS,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the adapted teacher as one ONNX model, for `precompute-sam --backend onnx`."""
+    config = _settings(params, overrides, debug)
+    from dataclasses import asdict
+
+    from pipeline.sam.export import export_teacher
+
+    result = export_teacher(config, out)
+    text = f"{result.megabytes:.1f} MB, {result.precision}, labels of {result.label_size} px"
+    _say(asdict(result), as_json, f"{text}; {result.model}")
+
+
 @app.command("precompute-sam")
 def precompute_sam(
     client: Annotated[
         list[str] | None, typer.Option(help="Only this client (may be repeated).")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="torch or onnx (default: precompute.backend).")
     ] = None,
     params: Params = _PARAMS,
     overrides: Set = None,
@@ -300,7 +325,8 @@ def precompute_sam(
     debug: Debug = False,
 ) -> None:
     """Stage one: label every client's images with the teacher, once."""
-    config = _settings(params, overrides, debug)
+    extra = [] if backend is None else [f"precompute.backend={backend}"]
+    config = _settings(params, [*(overrides or []), *extra], debug)
     from dataclasses import asdict
 
     from pipeline.precompute import precompute

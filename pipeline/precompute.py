@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.images import load_image
 from pipeline.locks import writer_lock
 from pipeline.partition import Partition, load_partition
+from pipeline.sam.onnx import OnnxTeacher, load_onnx_teacher
 from pipeline.sam.teacher import Teacher, load_teacher
 from pipeline.stores.labels import Labels, LabelStore, open_label_store
 
@@ -29,6 +30,7 @@ log = logging.getLogger("samfed.precompute")
 
 Image = NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]
+AnyTeacher = Teacher | OnnxTeacher
 
 
 @dataclass
@@ -56,7 +58,8 @@ def precompute(
     if unknown:
         known = ", ".join(partition.clients)
         raise ConfigError(f"--client {unknown[0]}: no such client; expected one of {known}")
-    teacher = load_teacher(config, partition)
+    load = load_onnx_teacher if config.precompute.backend == "onnx" else load_teacher
+    teacher = load(config, partition)
     owners = {"server": partition.server.calibration}
     owners |= {name: partition.clients[name].train for name in clients or partition.clients}
     result = StageOneResult()
@@ -77,7 +80,7 @@ def _label_owner(
     partition: Partition,
     owner: str,
     ids: Sequence[str],
-    teacher: Teacher,
+    teacher: AnyTeacher,
     result: StageOneResult,
     advance: Callable[[int], None],
 ) -> None:
@@ -100,7 +103,7 @@ def _label_pending(
     config: Config,
     store: LabelStore,
     files: dict[str, tuple[str, str]],
-    teacher: Teacher,
+    teacher: AnyTeacher,
     result: StageOneResult,
     advance: Callable[[int], None],
 ) -> None:
