@@ -287,6 +287,28 @@ def evaluate_sam(
     _say(result, as_json, text)
 
 
+@app.command("export-onnx")
+def export_onnx(
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write (default: onnx/teacher.onnx in the cache, stage one's)."),
+    ] = None,
+    params: Params = _PARAMS,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the adapted teacher as one ONNX model, for `precompute-sam --backend onnx`."""
+    config = _settings(params, overrides, debug)
+    from dataclasses import asdict
+
+    from pipeline.sam.export import export_teacher
+
+    result = export_teacher(config, out)
+    text = f"{result.megabytes:.1f} MB, {result.precision}, labels of {result.label_size} px"
+    _say(asdict(result), as_json, f"{text}; {result.model}")
+
+
 def _cluster(
     config: Config, scheduler: str | None, workers: int | None
 ) -> AbstractContextManager[Cluster | None]:
@@ -319,13 +341,17 @@ def precompute_sam(
             min=1, help="Label in so many processes here: one per GPU, or sharing the cores."
         ),
     ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="torch or onnx (default: precompute.backend).")
+    ] = None,
     params: Params = _PARAMS,
     overrides: Set = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Stage one: label every client's images with the teacher, once."""
-    config = _settings(params, overrides, debug)
+    extra = [] if backend is None else [f"precompute.backend={backend}"]
+    config = _settings(params, [*(overrides or []), *extra], debug)
     from dataclasses import asdict
 
     from pipeline.precompute import precompute

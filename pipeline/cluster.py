@@ -28,10 +28,17 @@ from pipeline.card import TeacherCard
 from pipeline.config import Config
 from pipeline.devices import resolve_device
 from pipeline.errors import ConfigError, SamfedError
-from pipeline.labelling import BackingOff, Image, Labeller, Outcome, Task, label_tasks, store_path
+from pipeline.labelling import (
+    Image,
+    Labeller,
+    Outcome,
+    Task,
+    label_tasks,
+    load_labeller,
+    store_path,
+)
 from pipeline.partition import load_partition
 from pipeline.sam.statistics import measure_owner
-from pipeline.sam.teacher import load_teacher
 from pipeline.stores.labels import Identity, Labels
 
 log = logging.getLogger("samfed.cluster")
@@ -289,6 +296,5 @@ def _teacher(config: Config, settings: str, identity: Identity) -> _InTurn:
         if key not in _loaded:
             _loaded.clear()
             partition = load_partition(config.cache.root / "partition.json")
-            teacher = load_teacher(config, partition)
-            _loaded[key] = _InTurn(BackingOff(teacher, config.precompute.batch_size))
+            _loaded[key] = _InTurn(load_labeller(config, partition))
         return _loaded[key]

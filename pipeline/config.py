@@ -122,6 +122,7 @@ class SamConfig(_Section):
 class PrecomputeConfig(_Section):
     """Stage one: how the teacher is run."""
 
+    backend: Literal["torch", "onnx"] = "torch"  # onnx: ONNX Runtime, after `samfed export-onnx`
     batch_size: PositiveInt = 8  # images per forward pass; a shard holds 64 rows
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"

@@ -23,7 +23,10 @@ from pipeline.card import TeacherCard
 from pipeline.config import Config
 from pipeline.errors import DataError, SamfedError
 from pipeline.images import load_image
+from pipeline.partition import Partition
 from pipeline.sam.frame import fit_longest_side
+from pipeline.sam.onnx import load_onnx_teacher
+from pipeline.sam.teacher import load_teacher
 from pipeline.stores.labels import Identity, Labels, LabelStore, check_identity
 
 log = logging.getLogger("samfed.precompute")
@@ -48,6 +51,17 @@ class Labeller(Protocol):
     def provenance(self) -> dict[str, str]:
         """What computes: backend, precision, device, versions."""
         ...
+
+
+def load_labeller(config: Config, partition: Partition) -> Labeller:
+    """The teacher in the backend that ``precompute.backend`` names, ready for whole batches.
+
+    Raises:
+        StageError: not fine-tuned, or for ONNX not exported, yet. IdentityError: it is not the
+        one that the settings ask for. ConfigError: a device or precision that is not there.
+    """
+    load = load_onnx_teacher if config.precompute.backend == "onnx" else load_teacher
+    return BackingOff(load(config, partition), config.precompute.batch_size)
 
 
 @dataclass(frozen=True)

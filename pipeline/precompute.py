@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Config, PrecomputeConfig
 from pipeline.devices import torch_threads
 from pipeline.errors import ConfigError, DataError
-from pipeline.labelling import BackingOff, Outcome, Task, label_tasks, store_path
+from pipeline.labelling import Outcome, Task, label_tasks, load_labeller, store_path
 from pipeline.locks import writer_lock
 from pipeline.partition import Partition, load_partition
 from pipeline.sam.statistics import doubts, measure_owner
-from pipeline.sam.teacher import load_teacher
+from pipeline.sam.teacher import checked_card
 from pipeline.stores.labels import Identity, LabelStore, RowKey, open_label_store
 
 if TYPE_CHECKING:
@@ -67,12 +67,12 @@ def precompute(
     if unknown:
         known = ", ".join(partition.clients)
         raise ConfigError(f"--client {unknown[0]}: no such client; expected one of {known}")
-    teacher = BackingOff(load_teacher(config, partition), config.precompute.batch_size)
-    identity = teacher.card.identity(label_size=config.data.image_size)
+    identity = checked_card(config, partition).identity(label_size=config.data.image_size)
     owners = {"server": partition.server.calibration}
     owners |= {name: partition.clients[name].train for name in clients or partition.clients}
     total = sum(len(ids) for ids in owners.values())
-    with _Stores(config.precompute) as stores:
+    with torch_threads(config.precompute.threads), _Stores(config.precompute) as stores:
+        teacher = load_labeller(config, partition) if cluster is None else None
         for owner, ids in owners.items():
             stores.open(config, owner, identity, partition.row_keys(ids))
         counted = stores.result.kept
@@ -84,12 +84,7 @@ def precompute(
                 progress("labelling images", counted, total)
 
         advance(0)
-        if cluster is not None:
-            every = chain.from_iterable(_tasks(partition, *item) for item in stores.opened.items())
-            cluster.label_tasks(config, every, identity, finished=stores.finish, advance=advance)
-            cluster.measure(config, stores.unmeasured(), identity, measured=stores.measure)
-            return stores.result
-        with torch_threads(config.precompute.threads):
+        if teacher is not None:
             for owner, store in stores.opened.items():
                 tasks = _tasks(partition, owner, store)
                 label_tasks(config, tasks, teacher, finished=stores.finish, advance=advance)
@@ -97,6 +92,10 @@ def precompute(
                     measured = partial(measure_owner, config, partition, owner, teacher)
                     stores.measure(owner, measured)
                 stores.release(owner)
+        if cluster is not None:
+            every = chain.from_iterable(_tasks(partition, *item) for item in stores.opened.items())
+            cluster.label_tasks(config, every, identity, finished=stores.finish, advance=advance)
+            cluster.measure(config, stores.unmeasured(), identity, measured=stores.measure)
     return stores.result
 
 

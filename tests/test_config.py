@@ -51,7 +51,7 @@ def test_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path, "precompute: {batch: 4}\n")
     assert message(path) == (
         f"{path}: unknown key 'precompute.batch'; expected one of "
-        "batch_size, precision, device, readers, threads, warn_consistency, warn_empty"
+        "backend, batch_size, precision, device, readers, threads, warn_consistency, warn_empty"
     )
 
 

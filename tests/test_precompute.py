@@ -23,6 +23,7 @@ from conftest import tiny_config
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline import labelling
 from pipeline import precompute as stage
 from pipeline.config import Config
 from pipeline.devices import resolve_device
@@ -82,7 +83,8 @@ def settings(root: Path, cache: Path) -> Config:
 
 def run(config: Config, teacher: FakeTeacher) -> StageOneResult:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "load_teacher", lambda *args, **kwargs: teacher)
+        patch.setattr(stage, "checked_card", lambda *args: teacher.card)
+        patch.setattr(labelling, "load_teacher", lambda *args: teacher)
         return precompute(config)
 
 

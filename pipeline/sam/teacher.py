@@ -215,6 +215,20 @@ def image_score(masks: Tensor, iou: Tensor) -> Tensor:
     return (iou * present).sum(dim=1) / present.sum(dim=1)
 
 
+def to_labels(probabilities: Tensor, iou: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the label store holds of a batch, as tensors.
+
+    Args:
+        probabilities: (B, K+1, S, S) float32 in the client's frame. iou: (B, K+1) float32.
+
+    Returns:
+        masks (B, S, S) uint8, confidences (B, S, S) uint8 in 0..255, scores (B,) float32.
+    """
+    confidences, masks = probabilities.max(dim=1)
+    levels = (confidences * 255).round().clamp(0, 255).to(torch.uint8)
+    return masks.to(torch.uint8), levels, image_score(masks, iou)
+
+
 def resolve_precision(precision: str, device: torch.device, variant: str) -> Precision:
     """What the encoder computes in; ``auto`` is bf16 where that is fast and keeps the masks.
 
@@ -299,13 +313,27 @@ class Teacher:
 
     def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> Labels:
         """Labels of (H, W, 3) uint8 images of any sizes, in the client's frame ``size``."""
-        probabilities, iou = self.probabilities(images, (size, size))
-        confidences, masks = probabilities.max(dim=1)
-        return Labels(
-            masks=masks.to(torch.uint8).cpu().numpy(),
-            confidences=(confidences * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy(),
-            scores=image_score(masks, iou).cpu().numpy(),
+        tensors = to_labels(*self.probabilities(images, (size, size)))
+        masks, confidences, scores = (tensor.cpu().numpy() for tensor in tensors)
+        return Labels(masks=masks, confidences=confidences, scores=scores)
+
+
+def checked_card(settings: Config, partition: Partition) -> TeacherCard:
+    """The card of ``cache/teacher``, found to be the one that settings and partition ask for.
+
+    Raises:
+        StageError: not fine-tuned yet. IdentityError: the card is not what params.yaml asks for.
+    """
+    folder = settings.cache.root / "teacher"
+    card = load_card(folder)
+    card.check(settings, partition, path=folder)
+    _, base_sha256 = base_checkpoint(settings.sam)
+    if card.base_sha256 != base_sha256:
+        raise IdentityError(
+            f"{folder}: base_sha256 is {card.base_sha256}, the settings ask for {base_sha256}; "
+            "run `samfed finetune-sam`"
         )
+    return card
 
 
 def load_teacher(settings: Config, partition: Partition) -> Teacher:
@@ -316,14 +344,7 @@ def load_teacher(settings: Config, partition: Partition) -> Teacher:
         or the adapter's file is not the one that the card was written for.
     """
     folder = settings.cache.root / "teacher"
-    card, config = load_card(folder), settings.sam
-    card.check(settings, partition, path=folder)
-    _, base_sha256 = base_checkpoint(config)
-    if card.base_sha256 != base_sha256:
-        raise IdentityError(
-            f"{folder}: base_sha256 is {card.base_sha256}, the settings ask for {base_sha256}; "
-            "run `samfed finetune-sam`"
-        )
+    card, config = checked_card(settings, partition), settings.sam
     if config.prompt != "none":
         return load_zero_shot(settings, card)
     adapter = folder / ADAPTER_FILE

@@ -1,0 +1,213 @@
+"""``samfed export-onnx``: the whole adapted teacher as one ONNX model."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir
+import torch
+from segment_anything.modeling import Sam
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+
+from pipeline import __version__
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.files import file_sha256, write_bytes
+from pipeline.locks import writer_lock
+from pipeline.partition import load_partition
+from pipeline.sam.onnx import (
+    INPUTS,
+    MODEL_FORMAT,
+    OUTPUTS,
+    model_path,
+    onnx_precision,
+    seal,
+)
+from pipeline.sam.teacher import forward, inside_image, load_teacher, to_client_frame, to_labels
+
+#: With Attention as one operator: no attention matrix where the provider has a fused kernel.
+OPSET = 23
+#: Weights of more bytes go into a file of their own; protobuf ends at 2 GiB, and is held in memory.
+EXTERNAL_ABOVE = 1 << 29
+
+
+@dataclass(frozen=True)
+class Export:
+    """What ``export_teacher`` wrote."""
+
+    model: str  # path
+    weights: str | None  # path of the weights, where they are not in the model
+    megabytes: float  # of both, 10^6 bytes
+    precision: str
+    label_size: int  # px
+    opset: int
+
+
+class TeacherNetwork(nn.Module):
+    """From padded pixels to what the label store holds, as one function of tensors."""
+
+    def __init__(self, sam: Sam, *, label_size: int, fp16: bool) -> None:
+        """Wrap ``sam``; with ``fp16``, in place, its norms are kept in fp32.
+
+        torch's autocast does that by itself on CUDA but not on the CPU, where this is traced.
+        """
+        super().__init__()
+        self.sam = sam
+        self.size_hw = (label_size, label_size)
+        self.fp16 = fp16
+        if fp16:
+            for module in sam.modules():
+                if isinstance(module, nn.LayerNorm | LayerNorm2d | nn.BatchNorm2d):
+                    module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+
+    def forward(self, pixels: Tensor, extents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Label a batch.
+
+        Args:
+            pixels: (B, 3, S, S) uint8, padded. extents: (B, 2) int64, height and width of the
+                image in it (``to_input_frame`` makes both).
+
+        Returns:
+            masks (B, L, L) uint8, confidences (B, L, L) uint8, scores (B,) float32.
+        """
+        inside = inside_image(extents, pixels.shape[-1])
+        dtype = torch.float16 if self.fp16 else torch.float32
+        logits, iou = forward(self.sam, pixels, inside, dtype=dtype)
+        return to_labels(to_client_frame(logits, extents, self.size_hw), iou)
+
+
+def export_teacher(
+    settings: Config, out: Path | None = None, *, external_above: int = EXTERNAL_ABOVE
+) -> Export:
+    """Write the adapted teacher to ``out``; to where stage one looks for it if None.
+
+    Args:
+        external_above: weights of more bytes go into a file beside ``out``.
+
+    Raises:
+        StageError: not fine-tuned yet. ConfigError: a precision that ONNX Runtime does not have, or
+        a prompt.
+        LockedStoreError: another process exports.
+    """
+    cache, label_size = settings.cache.root, settings.data.image_size
+    if settings.sam.prompt != "none":
+        raise ConfigError(
+            f"sam.prompt: found '{settings.sam.prompt}', but only an adapted teacher, which needs "
+            "no prompt, can be exported; set it to none or use precompute.backend=torch"
+        )
+    precision = onnx_precision(settings.precompute.precision)
+    path = model_path(cache) if out is None else out
+    with writer_lock(cache / "locks" / "export-onnx.lock"):
+        plain = settings.precompute.model_copy(update={"device": "cpu", "precision": "fp32"})
+        teacher = load_teacher(
+            settings.model_copy(update={"precompute": plain}),
+            load_partition(cache / "partition.json"),
+        )
+        network = TeacherNetwork(teacher.sam, label_size=label_size, fp16=precision == "fp16")
+        model = trace(network, input_size=teacher.card.input_size)
+        opset = model.opset_imports[""]
+        identity = teacher.card.identity(label_size=label_size)
+        properties = {
+            "samfed.format": MODEL_FORMAT,
+            "samfed.identity": identity.model_dump_json(),
+            "samfed.precision": precision,
+            "samfed.opset": str(opset),
+            "samfed.version": __version__,
+        }
+        weights = write_model(path, model, properties, external_above=external_above)
+    written = [path] if weights is None else [path, weights]
+    return Export(
+        model=str(path),
+        weights=None if weights is None else str(weights),
+        megabytes=sum(file.stat().st_size for file in written) / 1e6,
+        precision=precision,
+        label_size=label_size,
+        opset=opset,
+    )
+
+
+@torch.no_grad()
+def trace(network: TeacherNetwork, *, input_size: int) -> onnx_ir.Model:
+    """``network`` as an ONNX graph with a free batch dimension."""
+    # two rows, because torch.export takes a dimension of one for a constant
+    pixels = torch.zeros(2, 3, input_size, input_size, dtype=torch.uint8)
+    extents = torch.full((2, 2), input_size)
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of what it calls itself
+        program = torch.onnx.export(
+            network.eval(),
+            (pixels, extents),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            dynamic_shapes=({0: batch}, {0: batch}),
+        )
+    if program is None:  # what the signature allows for the exporter that is not used here
+        raise RuntimeError("torch.onnx.export returned no program")
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of this computer
+    return program.model
+
+
+def write_model(
+    path: Path, model: onnx_ir.Model, properties: dict[str, str], *, external_above: int
+) -> Path | None:
+    """Write ``model`` with ``properties`` to ``path``, sealed; the caller holds a lock.
+
+    Weights of more than ``external_above`` bytes go beside it, into a file named by its content:
+    the model that was there keeps its own until the new one, written last, takes its place.
+
+    Returns:
+        The file with the weights, if there is one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights: Path | None = None
+    values = (value.const_value for value in model.graph.initializers.values())
+    if sum(value.nbytes for value in values if value is not None) > external_above:
+        proto, weights = _write_weights(path, model)
+        properties = {
+            **properties,
+            "samfed.weights": weights.name,
+            "samfed.weights_sha256": file_sha256(weights),
+        }
+    else:
+        proto = onnx_ir.to_proto(model)
+    onnx.helper.set_model_props(proto, properties)
+    body = proto.SerializeToString(deterministic=True)
+    write_bytes(path, body + seal(body))
+    for other in path.parent.glob(f"{glob.escape(path.name)}.*.data"):
+        if other != weights:
+            other.unlink()
+    return weights
+
+
+def _write_weights(path: Path, model: onnx_ir.Model) -> tuple[onnx.ModelProto, Path]:
+    """Write the weights beside ``path``; returns the model that refers to them, and the file."""
+    building = path.with_name(f".{path.name}.building")
+    shutil.rmtree(building, ignore_errors=True)  # a killed run's
+    building.mkdir()
+    try:
+        onnx_ir.save(model, building / "model.onnx", external_data="weights")
+        proto = onnx.load(building / "model.onnx", load_external_data=False)
+        data = building / "weights"
+        weights = path.with_name(f"{path.name}.{file_sha256(data)[:16]}.data")
+        for tensor in proto.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = weights.name
+        with data.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(data, weights)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return proto, weights

@@ -1,0 +1,261 @@
+"""The teacher on ONNX Runtime: the model that ``samfed export-onnx`` wrote, checked and run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from pipeline.card import TeacherCard
+from pipeline.config import Config
+from pipeline.devices import resolve_device
+from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
+from pipeline.files import file_sha256
+from pipeline.partition import Partition
+from pipeline.sam.frame import to_input_frame
+from pipeline.sam.teacher import checked_card
+from pipeline.stores.labels import Identity, Labels
+
+log = logging.getLogger("samfed.sam.onnx")
+
+INPUTS = ("pixels", "extents")
+OUTPUTS = ("masks", "confidences", "scores")
+#: Raised when inputs, outputs or what lies between them change: older files are then refused.
+MODEL_FORMAT = "1"
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_AGAIN = "run `samfed export-onnx` again"
+_LOG_ERRORS = 3  # of ONNX Runtime's levels 0..4; below, it comments on placing shape arithmetic
+
+OnnxPrecision = Literal["fp32", "fp16"]
+
+
+def model_path(cache: Path) -> Path:
+    """Where stage one looks for the model.
+
+    Not in ``cache/teacher``, which is an output of ``finetune-sam``: a file more there, and DVC
+    would fine-tune again.
+    """
+    return cache / "onnx" / "teacher.onnx"
+
+
+def onnx_precision(asked: str) -> OnnxPrecision:
+    """The precision to export in; ``auto`` is fp32, which every provider runs.
+
+    Raises:
+        ConfigError: bf16, for which ONNX Runtime lacks kernels that a teacher needs.
+    """
+    if asked == "bf16":
+        raise ConfigError(
+            "precompute.precision: bf16 is not offered by the onnx backend; use fp32 or, on CUDA, "
+            "fp16"
+        )
+    return "fp16" if asked == "fp16" else "fp32"
+
+
+def seal(body: bytes) -> bytes:
+    """What is appended to a serialised model so that damage shows: a property with its sha256.
+
+    Protobuf takes fields at the end of a message as part of it, so ``body + seal(body)`` is the
+    same model with one property more.
+    """
+    digest = hashlib.sha256(body).hexdigest()
+    entry = onnx.StringStringEntryProto(key="samfed.sha256", value=digest)
+    sealed: bytes = onnx.ModelProto(metadata_props=[entry]).SerializeToString()
+    return sealed
+
+
+def read_properties(path: Path) -> dict[str, str]:
+    """The model's metadata, after every byte of the model has been checked.
+
+    Raises:
+        StageError: no model yet. CorruptStoreError: it, or its weights, is not what was written.
+    """
+    if not path.is_file():
+        raise StageError(f"{path}: not found; run `samfed export-onnx` first")
+    content = path.read_bytes()
+    cut = max(0, len(content) - len(seal(b"")))
+    if content[cut:] != seal(content[:cut]):
+        raise CorruptStoreError(f"{path}: damaged, or not written by samfed; {_AGAIN}")
+    model = onnx.ModelProto.FromString(content)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    if "samfed.weights" in properties:
+        weights = path.with_name(properties["samfed.weights"])
+        if not weights.is_file() or file_sha256(weights) != properties["samfed.weights_sha256"]:
+            raise CorruptStoreError(
+                f"{weights}: missing or damaged; {path.name} needs it beside it; {_AGAIN}"
+            )
+    return properties
+
+
+def _check_identity(path: Path, properties: Mapping[str, str], identity: Identity) -> None:
+    """Refuse a model of another format, another teacher or another label size.
+
+    Raises:
+        IdentityError: says what differs.
+    """
+    found = {"format": properties["samfed.format"], **json.loads(properties["samfed.identity"])}
+    for field, value in {"format": MODEL_FORMAT, **identity.model_dump()}.items():
+        if found.get(field) != value:
+            raise IdentityError(
+                f"{path}: {field} is {found.get(field)}, expected {value}; {_AGAIN}"
+            )
+
+
+class OnnxTeacher:
+    """The exported teacher, with ``Teacher``'s ``card``, ``label`` and ``provenance``."""
+
+    def __init__(
+        self, path: Path, card: TeacherCard, *, label_size: int, device: str, precision: str
+    ) -> None:
+        """Check ``path`` and load it.
+
+        Args:
+            path: a file that ``samfed export-onnx`` wrote.
+            label_size: side of the labels in pixels, for which it must have been written.
+            device: auto, cpu, cuda or cuda:N. precision: auto takes what the file holds.
+
+        Raises:
+            StageError, CorruptStoreError, IdentityError: the file is missing, damaged or stale.
+            ConfigError: device or precision cannot be had.
+        """
+        properties = read_properties(path)
+        _check_identity(path, properties, card.identity(label_size=label_size))
+        self.card = card
+        self.label_size = label_size
+        self.precision = properties["samfed.precision"]
+        if precision != "auto" and onnx_precision(precision) != self.precision:
+            raise ConfigError(
+                f"precompute.precision: '{precision}' asked for, but {path} holds "
+                f"{self.precision}; {_AGAIN}"
+            )
+        self._session, self.device = _start(path, device)
+        if self.precision == "fp16" and self.device.type != "cuda":
+            raise ConfigError(
+                f"precompute.precision: {path} holds fp16, which needs a CUDA device; run "
+                "`samfed export-onnx --set precompute.precision=fp32`"
+            )
+
+    def provenance(self) -> dict[str, str]:
+        """What computes the labels; recorded with every shard, no part of their identity."""
+        return {
+            "backend": "onnx",
+            "provider": self._session.get_providers()[0],
+            "precision": self.precision,
+            "device": self.device.type,
+            "onnxruntime": ort.__version__,
+            "samfed": version("samfed"),
+        }
+
+    def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> Labels:
+        """Labels of (H, W, 3) uint8 images of any sizes, in the client's frame ``size``.
+
+        Raises:
+            IdentityError: the model was exported for another size. MemoryError: the batch is too
+            large for the device.
+        """
+        if size != self.label_size:
+            raise IdentityError(f"the onnx model makes labels of {self.label_size} px, not {size}")
+        pixels, extents = to_input_frame(images, self.card.input_size)
+        masks, confidences, scores = self._run(pixels.contiguous().numpy(), extents.numpy())
+        return Labels(masks=masks, confidences=confidences, scores=scores)
+
+    def _run(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        """One pass with inputs and outputs bound to the device: one copy in, one copy out."""
+        device, index = self.device.type, self.device.index or 0
+        binding = self._session.io_binding()
+        for name, array in zip(INPUTS, inputs, strict=True):
+            value = ort.OrtValue.ortvalue_from_numpy(array, device, index)
+            binding.bind_ortvalue_input(name, value)
+        for name in OUTPUTS:
+            binding.bind_output(name, device, index)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime has no error of its own for memory
+            if "allocat" in str(error) or "bad_alloc" in str(error):
+                raise MemoryError(_first_line(error)) from error
+            raise
+        outputs: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+        return outputs
+
+
+def _start(path: Path, name: str) -> tuple[ort.InferenceSession, torch.device]:
+    """A session on the device ``name``; only ``auto`` may end on the CPU, and says so.
+
+    Raises:
+        ConfigError: CUDA was asked for and cannot be had.
+    """
+    device = resolve_device(name)
+    if device.type == "cuda":
+        try:
+            return _cuda_session(path, device.index or 0), device
+        except ConfigError as error:
+            if name != "auto":
+                raise
+            log.warning("%s", error)
+            log.warning("precompute.device: auto found no usable CUDA; labelling on the CPU")
+    return _session(path, [CPU]), torch.device("cpu")
+
+
+def _cuda_session(path: Path, index: int) -> ort.InferenceSession:
+    if CUDA not in ort.get_available_providers():
+        raise ConfigError(
+            f"precompute.device: cuda asked for, but onnxruntime {ort.__version__} is a build "
+            "without it; install onnxruntime-gpu, or use precompute.device=cpu"
+        )
+    # cuDNN's exhaustive search picks algorithms by a stopwatch, and TF32 is not fp32
+    options = {"device_id": index, "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": 0}
+    session = _session(path, [(CUDA, options), CPU])
+    if session.get_providers()[0] != CUDA:  # it only logs that libraries are missing
+        raise ConfigError(
+            f"precompute.device: cuda asked for, but onnxruntime {ort.__version__} cannot load its "
+            "CUDA provider; install the CUDA and cuDNN versions that it names above, or use "
+            "precompute.device=cpu"
+        )
+    return session
+
+
+def _session(path: Path, providers: list[Any]) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # threads are pinned in one place
+    options.use_deterministic_compute = True
+    options.log_severity_level = _LOG_ERRORS
+    try:
+        # else it prints to stdout and goes on with another provider
+        return ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # its errors share no base class but Exception
+        raise ConfigError(
+            f"{path}: onnxruntime {ort.__version__} cannot run it ({_first_line(error)}); "
+            "use precompute.backend=torch or another precompute.device"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def load_onnx_teacher(settings: Config, partition: Partition) -> OnnxTeacher:
+    """The exported teacher, as ``precompute`` asks for it.
+
+    Raises:
+        StageError: not fine-tuned or not exported yet. IdentityError: the card is not what
+        params.yaml asks for, or the model is of another teacher. ConfigError: see ``OnnxTeacher``.
+    """
+    run = settings.precompute
+    return OnnxTeacher(
+        model_path(settings.cache.root),
+        checked_card(settings, partition),
+        label_size=settings.data.image_size,
+        device=run.device,
+        precision=run.precision,
+    )
