@@ -1,6 +1,6 @@
 """What precision and backend do to a trained teacher's masks, and to its speed, on its own images.
 
-    python benchmarks/precision.py --params FILE [--set KEY=VALUE] [--images 64] [--json]
+    python benchmarks/precision.py [--params FILE] [--set KEY=VALUE] [--images 64] [--json]
 
 Labels the first clients' images with the teacher of ``cache/teacher`` at fp32 and at each other
 precision that the device has; mask IoU is pooled over all images, in the client's frame.

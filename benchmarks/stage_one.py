@@ -32,6 +32,7 @@ from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from segment_anything.modeling.image_encoder import Attention
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.card import TeacherCard
@@ -41,7 +42,9 @@ from pipeline.files import file_sha256
 from pipeline.labelling import Labeller, Outcome, Task, label_tasks, store_path
 from pipeline.sam import teacher as teaching
 from pipeline.sam.build import build_sam
+from pipeline.sam.export import EXTERNAL_ABOVE, TeacherNetwork, trace, write_model
 from pipeline.sam.frame import to_input_frame
+from pipeline.sam.onnx import MODEL_FORMAT, OUTPUTS, OnnxTeacher
 from pipeline.stores.labels import LabelStore, RowKey
 
 CONTENDERS = {
@@ -230,6 +233,60 @@ def run_torch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+class WithLogits(TeacherNetwork):
+    """The exported network with one output more, for its error; stage one never asks for it."""
+
+    def forward(self, pixels: Tensor, extents: Tensor) -> tuple[Tensor, ...]:
+        inside = teaching.inside_image(extents, pixels.shape[-1])
+        logits, iou = teaching.forward(self.sam, pixels, inside)
+        frame = teaching.to_client_frame(logits, extents, self.size_hw)
+        return *teaching.to_labels(frame, iou), logits
+
+
+def export_model(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    sam = load_sam(folder, options.variant, stock=False)
+    card = make_card(options.variant, sam.image_encoder.img_size)
+    network = WithLogits(sam, label_size=LABEL_SIZE, fp16=False)
+    graph = trace(network, input_size=card.input_size, outputs=(*OUTPUTS, "logits"))
+    identity = card.identity(label_size=LABEL_SIZE).model_dump_json()
+    properties = {
+        "samfed.format": MODEL_FORMAT,
+        "samfed.identity": identity,
+        "samfed.precision": "fp32",
+    }
+    write_model(folder / "teacher.onnx", graph, properties, external_above=EXTERNAL_ABOVE)
+    return {}
+
+
+def run_onnx(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    size = build_sam(options.variant).image_encoder.img_size
+    teacher = OnnxTeacher(
+        folder / "teacher.onnx",
+        make_card(options.variant, size),
+        label_size=LABEL_SIZE,
+        device=options.device,
+        precision="auto",
+    )
+    files = sorted((folder / "images").iterdir())
+    first = [np.asarray(Image.open(file).convert("RGB")) for file in files[:2]]
+    parts = []
+    for image in first:
+        pixels, extents = to_input_frame([image], size)
+        feed = {"pixels": pixels.contiguous().numpy(), "extents": extents.numpy()}
+        parts.append(teacher._session.run(["logits"], feed)[0][:, 1:])
+    np.save(folder / f"{options.child}.npy", np.concatenate(parts))
+    teacher.label(first[:1] * options.batch_size, LABEL_SIZE)  # warm, at the size that is timed
+    with timed(teacher, "_run", torch.device("cpu")) as network:  # which waits for its outputs
+        wall = label_all(settings(folder, options), teacher, files)
+    return {
+        "images_per_s": len(files) / wall,
+        "peak_mib": peak_mib(torch.device("cpu")),
+        "precision": teacher.precision,
+        "provider": teacher.provenance()["provider"],
+        "outside_network": 1 - sum(network) / wall,
+    }
+
+
 # --------------------------------------------------------------------------- the run
 
 
@@ -280,6 +337,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--onnx", action="store_true", help="also (d); the export takes minutes")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -287,8 +345,9 @@ def arguments() -> argparse.Namespace:
 
 
 def run_child(options: argparse.Namespace) -> dict[str, Any]:
-    if options.child == "samfed_torch":
-        return run_torch(options.folder, options)
+    runs = {"samfed_torch": run_torch, "export": export_model, "samfed_onnx": run_onnx}
+    if options.child in runs:
+        return runs[options.child](options.folder, options)
     return run_predictor(options.folder, options, autocast=options.child == "predictor_bf16")
 
 
@@ -307,10 +366,13 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         make_inputs(Path(name), options.variant, options.images)
-        for child in ("predictor_fp32", "predictor_bf16", "samfed_torch"):
+        children = ["predictor_fp32", "predictor_bf16", "samfed_torch"]
+        children += ["export", "samfed_onnx"] if options.onnx else []
+        for child in children:
             command = [sys.executable, *sys.argv, "--child", child, "--folder", name]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ)
-            results[child] = json.loads(done.stdout)
+            if child != "export":
+                results[child] = json.loads(done.stdout)
         compare(Path(name), results, ceilings)
     if options.json:
         report = {"device": str(device), "ceilings_flop_per_s": ceilings, "results": results}

@@ -6,6 +6,7 @@ import glob
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,8 +135,10 @@ def export_teacher(
 
 
 @torch.no_grad()
-def trace(network: TeacherNetwork, *, input_size: int) -> onnx_ir.Model:
-    """``network`` as an ONNX graph with a free batch dimension."""
+def trace(
+    network: nn.Module, *, input_size: int, outputs: Sequence[str] = OUTPUTS
+) -> onnx_ir.Model:
+    """``network`` (of ``INPUTS``) as an ONNX graph with a free batch dimension."""
     # two rows, because torch.export takes a dimension of one for a constant
     pixels = torch.zeros(2, 3, input_size, input_size, dtype=torch.uint8)
     extents = torch.full((2, 2), input_size)
@@ -149,7 +152,7 @@ def trace(network: TeacherNetwork, *, input_size: int) -> onnx_ir.Model:
             verbose=False,
             opset_version=OPSET,
             input_names=INPUTS,
-            output_names=OUTPUTS,
+            output_names=outputs,
             dynamic_shapes=({0: batch}, {0: batch}),
         )
     if program is None:  # what the signature allows for the exporter that is not used here
