@@ -55,9 +55,10 @@ class TeacherNetwork(nn.Module):
     """From padded pixels to what the label store holds, as one function of tensors."""
 
     def __init__(self, sam: Sam, *, label_size: int, fp16: bool) -> None:
-        """Wrap ``sam``; with ``fp16``, in place, its norms are kept in fp32.
+        """Wrap ``sam``; with ``fp16``, its norms are given fp32 inputs, in place.
 
-        torch's autocast does that by itself on CUDA but not on the CPU, where this is traced.
+        Autocast on the CPU, where this is traced, would leave these in fp16 beside fp32 weights,
+        and an ONNX operator takes one type.
         """
         super().__init__()
         self.sam = sam
@@ -188,7 +189,7 @@ def write_model(
     onnx.helper.set_model_props(proto, properties)
     body = proto.SerializeToString(deterministic=True)
     write_bytes(path, body + seal(body))
-    for other in path.parent.glob(f"{glob.escape(path.name)}.*.data"):
+    for other in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.data"):
         if other != weights:
             other.unlink()
     return weights

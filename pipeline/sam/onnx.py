@@ -35,7 +35,7 @@ MODEL_FORMAT = "1"
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _AGAIN = "run `samfed export-onnx` again"
-_LOG_ERRORS = 3  # of ONNX Runtime's levels 0..4; below, it comments on placing shape arithmetic
+_LOG_FATAL = 4  # of ONNX Runtime's levels 0..4: errors are raised, and need no second report
 
 OnnxPrecision = Literal["fp32", "fp16"]
 
@@ -104,7 +104,9 @@ def _check_identity(path: Path, properties: Mapping[str, str], identity: Identit
     Raises:
         IdentityError: says what differs.
     """
-    found = {"format": properties["samfed.format"], **json.loads(properties["samfed.identity"])}
+    found: dict[str, object] = {"format": properties.get("samfed.format")}
+    if found["format"] == MODEL_FORMAT:
+        found |= json.loads(properties["samfed.identity"])
     for field, value in {"format": MODEL_FORMAT, **identity.model_dump()}.items():
         if found.get(field) != value:
             raise IdentityError(
@@ -229,7 +231,7 @@ def _session(path: Path, providers: list[Any]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # threads are pinned in one place
     options.use_deterministic_compute = True
-    options.log_severity_level = _LOG_ERRORS
+    options.log_severity_level = _LOG_FATAL
     try:
         # else it prints to stdout and goes on with another provider
         return ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
