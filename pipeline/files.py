@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -97,6 +98,41 @@ def recover_folder(final: Path) -> None:
         return
     os.replace(retired, building)  # so that a folder half removed is never taken for a whole one
     _remove(building)
+
+
+def flush(path: Path) -> None:
+    """Put a file's bytes, or a folder's entries, on the disk: a power cut then leaves them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot flush a folder; its files are flushed one by one
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(root: Path) -> None:
+    """``flush`` every file and folder below ``root``, and ``root`` itself."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            flush(Path(folder, name))
+        flush(Path(folder))
+
+
+def tree_bytes(root: Path) -> int:
+    """Bytes of all files below ``root``, or of the file ``root``."""
+    files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder or file so that, wherever a kill comes, no half of it keeps its name."""
+    doomed = _building(path)
+    _remove(doomed)
+    os.replace(path, doomed)
+    _remove(doomed)
 
 
 def _building(final: Path) -> Path:

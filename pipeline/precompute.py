@@ -46,19 +46,22 @@ def precompute(
 ) -> StageOneResult:
     """Label the images of ``clients`` (all if empty) and the server's calibration part.
 
+    The client "server" stands for the calibration part alone.
+
     Raises:
         StageError: no partition or no teacher yet. ConfigError: unknown client.
         LockedStoreError: another process writes to a store.
     """
     cache = config.cache.root
     partition = load_partition(cache / "partition.json")
-    unknown = [client for client in clients if client not in partition.clients]
+    unknown = [client for client in clients if client not in ("server", *partition.clients)]
     if unknown:
         known = ", ".join(partition.clients)
         raise ConfigError(f"--client {unknown[0]}: no such client; expected one of {known}")
     teacher = load_teacher(config, partition)
     owners = {"server": partition.server.calibration}
-    owners |= {name: partition.clients[name].train for name in clients or partition.clients}
+    chosen = [name for name in clients or partition.clients if name != "server"]
+    owners |= {name: partition.clients[name].train for name in chosen}
     result = StageOneResult()
     total = sum(len(ids) for ids in owners.values())
     for owner, ids in owners.items():

@@ -41,11 +41,8 @@ Images = Sequence[NDArray[np.uint8]]
 class FakeTeacher:
     """Labels that follow from an image's pixels alone; counts the images that it labelled."""
 
-    precision = "fp32"
-    device = SimpleNamespace(type="cpu")
-
     def __init__(self, on_batch: Callable[[int], None] = lambda batch: None) -> None:
-        self.card = SimpleNamespace(identity=self._identity)
+        self.card = SimpleNamespace(identity=self._identity, input_size=64)
         self.on_batch, self.batches, self.images = on_batch, 0, 0
 
     def _identity(self, *, label_size: int) -> Identity:
@@ -58,6 +55,9 @@ class FakeTeacher:
             label_size=label_size,
             num_classes=1,
         )
+
+    def provenance(self) -> dict[str, str]:
+        return {"backend": "fake"}
 
     def label(self, images: Images, size: int) -> Labels:
         self.on_batch(self.batches)

@@ -17,13 +17,12 @@ from pipeline.stores.chunks import (
     SHARD_ROWS,
     Bytes,
     check_seal,
-    codecs,
     decode_ids,
     encode_ids,
     read_rows,
     seal,
     sharded_array,
-    writing,
+    table_array,
 )
 
 
@@ -57,11 +56,11 @@ def write_image_store(
         num_classes: K, which decides how the labels' files were read.
     """
     count = len(image_ids)
-    with folder_beside(path) as building, writing():
+    with folder_beside(path) as building:
         group = zarr.create_group(store=building)
         images = sharded_array(group, "images", (count, size, size, 3))
         labels: zarr.Array[Any] | None = None
-        group.create_array("image_ids", data=encode_ids(image_ids), compressors=codecs())
+        table_array(group, "image_ids", encode_ids(image_ids))
         written = labelled = 0
         for start, block in _blocks(rows):
             images[start : start + len(block)] = np.stack([image for image, _ in block])

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,26 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import CorruptStoreError, IdentityError, StageError
-from pipeline.files import folder_beside, recover_folder
+from pipeline.files import flush, flush_tree, folder_beside, recover_folder
 from pipeline.stores.chunks import (
     FORMAT,
+    MARK_SHARDS,
     SHARD_ROWS,
     Bytes,
     canonical_json,
     check_seal,
-    codecs,
+    chunk_file,
     decode_ids,
     encode_ids,
+    open_arrays,
     plain_array,
     read_rows,
     remove_partial_files,
     seal,
     sharded_array,
-    writing,
+    table_array,
 )
 
-_MARK_SHARDS = 64  # shards whose done marks and provenance share a chunk
 _PROVENANCE_BYTES = 512
 _CONFIDENCE_CLIP = (1 / 512, 511 / 512)
 
@@ -96,25 +97,29 @@ class LabelStore:
         if attributes.get("kind") != "labels":
             raise CorruptStoreError(f"{path}: not a label store; remove it and rerun")
         self.identity = Identity.model_validate(attributes["identity"])
-        with writing():
-            self._group = zarr.open_group(path, mode="r+")
-            self._arrays: dict[str, Any] = dict(self._group.arrays())
-        ids = decode_ids(read_rows(path, self._group, "image_ids"))
-        digests = read_rows(path, self._group, "image_sha256")
-        self.rows = tuple(
-            RowKey(image_id, digest.tobytes().hex())
-            for image_id, digest in zip(ids, digests, strict=True)
-        )
+        self._group = zarr.open_group(path, mode="r+")
+        self._arrays = open_arrays(self._group)
 
     @classmethod
     def create(cls, path: Path, identity: Identity, rows: Sequence[RowKey]) -> LabelStore:
         """A new store with no row done; it appears at ``path`` complete or not at all."""
-        with folder_beside(path) as building, writing():
+        with folder_beside(path) as building:
             _create_arrays(building, identity, rows)
         return cls(path)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        count: int = self._arrays["done"].shape[0]
+        return count
+
+    @cached_property
+    def rows(self) -> tuple[RowKey, ...]:
+        """The image behind each row; read when first asked for, which no writer of a shard does."""
+        ids = decode_ids(read_rows(self.path, self._group, "image_ids"))
+        digests = read_rows(self.path, self._group, "image_sha256")
+        return tuple(
+            RowKey(image_id, digest.tobytes().hex())
+            for image_id, digest in zip(ids, digests, strict=True)
+        )
 
     @property
     def shards(self) -> int:
@@ -125,9 +130,9 @@ class LabelStore:
         """The rows that shard number ``shard`` holds."""
         return range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(self)))
 
-    def done(self) -> NDArray[np.bool_]:
-        """Which rows are complete, (N,) bool, as on disk now."""
-        marks: NDArray[np.bool_] = read_rows(self.path, self._group, "done")[: len(self)] == 1
+    def done(self, rows: slice = slice(None)) -> NDArray[np.bool_]:
+        """Which of ``rows`` are complete, bool, as on disk now."""
+        marks: NDArray[np.bool_] = read_rows(self.path, self._group, "done", rows) == 1
         return marks
 
     def pending(self) -> list[int]:
@@ -140,7 +145,10 @@ class LabelStore:
         ]
 
     def write_shard(self, shard: int, rows: Sequence[int], labels: Labels) -> None:
-        """Write the labels of some ``rows`` of one shard; its other rows keep what they have."""
+        """Write the labels of some ``rows`` of one shard; its other rows keep what they have.
+
+        On return they are on the disk: done marks that outlive a power cut never promise more.
+        """
         span = self.shard_rows(shard)
         values = {
             "masks": labels.masks,
@@ -148,18 +156,16 @@ class LabelStore:
             "scores": labels.scores,
         }
         inside = np.asarray(rows) - span.start
-        begun = bool(self.done()[span.start : span.stop].any())
+        begun = bool(self.done(slice(span.start, span.stop)).any())
         for name, new in values.items():
             array = self._arrays[name]
-            if len(rows) == len(span):
-                array[span.start : span.stop] = new
-                continue
             if begun:
                 whole = read_rows(self.path, self._group, name, slice(span.start, span.stop)).copy()
             else:  # what a killed run may have left is not kept: same bytes either way
+                chunk_file(self.path, array, shard).unlink(missing_ok=True)
                 whole = np.zeros((len(span), *array.shape[1:]), array.dtype)
             whole[inside] = new
-            array[span.start : span.stop] = whole
+            self._write(name, slice(span.start, span.stop), whole, part=shard)
 
     def mark_done(self, shard: int, rows: Sequence[int], provenance: dict[str, str]) -> None:
         """Record where rows of a shard came from and then, last of all, that they are complete."""
@@ -168,11 +174,23 @@ class LabelStore:
             raise ValueError(f"provenance takes {len(encoded)} bytes, at most {_PROVENANCE_BYTES}")
         record = np.zeros(_PROVENANCE_BYTES, np.uint8)
         record[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-        self._arrays["provenance"][shard] = record
         span = self.shard_rows(shard)
-        marks = np.asarray(self._arrays["done"][span.start : span.stop])
+        marks = self.done(slice(span.start, span.stop)).astype(np.uint8)
         marks[np.asarray(rows) - span.start] = 1
-        self._arrays["done"][span.start : span.stop] = marks
+        read_rows(self.path, self._group, "provenance", slice(shard, shard + 1))  # zarr merges
+        part = shard // MARK_SHARDS
+        self._write("provenance", slice(shard, shard + 1), record[None], part=part)
+        self._write("done", slice(span.start, span.stop), marks, part=part)
+
+    def _write(self, name: str, rows: slice, values: NDArray[Any], *, part: int) -> None:
+        """Write rows of one shard or chunk, and return when they are on the disk."""
+        file = chunk_file(self.path, self._arrays[name], part)
+        try:
+            self._arrays[name][rows] = values
+            flush(file)
+        except OSError as error:  # a full disk does not say where
+            error.filename = error.filename or str(file)
+            raise
 
     def provenance(self) -> list[dict[str, str]]:
         """For each shard, backend, precision and versions that computed it; {} where not done."""
@@ -186,7 +204,7 @@ class LabelStore:
         Raises:
             StageError: a row is not done. CorruptStoreError: a done row is missing or damaged.
         """
-        done = self.done()[rows]
+        done = self.done(rows)
         if not done.all():
             raise StageError(
                 f"{self.path}: {int(done.sum())} of {len(done)} rows are labelled; "
@@ -302,8 +320,7 @@ def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, in
     count = 0
     read_shard = lru_cache(maxsize=2)(old.read_shard)  # rows mostly keep their order
     with folder_beside(old.path) as building:
-        with writing():
-            _create_arrays(building, old.identity, rows)
+        _create_arrays(building, old.identity, rows)
         new = LabelStore(building)
         for shard in range(new.shards):
             span = new.shard_rows(shard)
@@ -318,6 +335,7 @@ def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, in
             new.write_shard(shard, targets, _pick(read_shard, [source for _, source in pairs]))
             new.mark_done(shard, targets, provenance[pairs[0][1] // SHARD_ROWS])
             count += len(pairs)
+        flush_tree(building)  # the old store goes next
     return LabelStore(old.path), count
 
 
@@ -342,15 +360,13 @@ def _create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> No
     sharded_array(group, "confidences", (count, size, size))
     plain_array(group, "scores", (count,), (SHARD_ROWS,), "float32")
     # zarr writes a scalar fill only where told to: every mark exists on disk from the start
-    done = plain_array(group, "done", (count,), (_MARK_SHARDS * SHARD_ROWS,), "uint8")
+    done = plain_array(group, "done", (count,), (MARK_SHARDS * SHARD_ROWS,), "uint8")
     done[:] = np.zeros(count, np.uint8)
     provenance = plain_array(
-        group, "provenance", (shards, _PROVENANCE_BYTES), (_MARK_SHARDS, _PROVENANCE_BYTES), "uint8"
+        group, "provenance", (shards, _PROVENANCE_BYTES), (MARK_SHARDS, _PROVENANCE_BYTES), "uint8"
     )
     provenance[:] = np.zeros((shards, _PROVENANCE_BYTES), np.uint8)
-    group.create_array(
-        "image_ids", data=encode_ids([row.image_id for row in rows]), compressors=codecs()
-    )
+    table_array(group, "image_ids", encode_ids([row.image_id for row in rows]))
     digests = np.frombuffer(bytes.fromhex("".join(row.sha256 for row in rows)), np.uint8)
-    group.create_array("image_sha256", data=digests.reshape(count, 32), compressors=codecs())
+    table_array(group, "image_sha256", digests.reshape(count, 32))
     seal(path, {"kind": "labels", "format": FORMAT, "identity": identity.model_dump()})
