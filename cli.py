@@ -153,6 +153,10 @@ def _fail(errors: Sequence[str], code: int) -> None:
         raise typer.Exit(code)
 
 
+def _can_ask() -> bool:
+    return sys.stdin.isatty()
+
+
 def _run(config: Config, name: str | None) -> RunFolder:
     from pipeline.files import is_folder_name
     from pipeline.runs import RunFolder
@@ -474,7 +478,7 @@ def cache_prune(
 
     chosen = removable(config)
     asks = bool(chosen) and not (yes or dry_run)
-    if asks and (as_json or not sys.stdin.isatty()):
+    if asks and (as_json or not _can_ask()):
         raise ConfigError("cache prune: cannot ask here; give --yes to remove, --dry-run to list")
     if not as_json:
         typer.echo("\n".join(map(str, chosen)) or "nothing to remove")

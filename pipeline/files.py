@@ -22,12 +22,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as that of a full disk, leaves the block naming ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``path`` atomically: readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -72,7 +83,8 @@ def folder_beside(final: Path) -> Iterator[Path]:
     building, retired = _building(final), _retired(final)
     building.mkdir()
     try:
-        yield building
+        with naming(final):
+            yield building
         if os.path.lexists(final):
             os.replace(final, retired)
         os.replace(building, final)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import CorruptStoreError, IdentityError, StageError
-from pipeline.files import flush, flush_tree, folder_beside, recover_folder
+from pipeline.files import flush, flush_tree, folder_beside, naming, recover_folder
 from pipeline.stores.chunks import (
     FORMAT,
     MARK_SHARDS,
@@ -185,12 +185,9 @@ class LabelStore:
     def _write(self, name: str, rows: slice, values: NDArray[Any], *, part: int) -> None:
         """Write rows of one shard or chunk, and return when they are on the disk."""
         file = chunk_file(self.path, self._arrays[name], part)
-        try:
+        with naming(file):
             self._arrays[name][rows] = values
             flush(file)
-        except OSError as error:  # a full disk does not say where
-            error.filename = error.filename or str(file)
-            raise
 
     def provenance(self) -> list[dict[str, str]]:
         """For each shard, backend, precision and versions that computed it; {} where not done."""

@@ -41,7 +41,7 @@ def _clear(path: Path, group: Any, array: Any, rows: Sequence[int]) -> None:
     """Set rows of an array to zero, in damaged chunks too, durably."""
     name = array.basename
     values = read_what_can_be(path, group, name)
-    values[np.asarray(rows)] = 0
+    values[np.asarray(rows, np.intp)] = 0
     step = array.chunks[0]
     for part in sorted({row // step for row in rows}):
         span = slice(part * step, min((part + 1) * step, array.shape[0]))
