@@ -84,8 +84,8 @@ def _store_info(
     found: dict[str, Any] = {"owner": path.stem, "path": str(path), "bytes": tree_bytes(path)}
     try:
         store = LabelStore(path)
-        done = store.done()
-        records = store.provenance()
+        done, records = store.done(), store.provenance()
+        differs = _differences(store, identity, partition)
     except StoreError as error:
         return found | {"state": "damaged", "reason": str(error)}
     shards = Counter(canonical_json(record) for record in records if record)
@@ -96,7 +96,7 @@ def _store_info(
         "done": int(done.sum()),
         "identity": store.identity.model_dump() | {"digest": store.identity.digest},
         "provenance": [{**by_record[key], "shards": count} for key, count in shards.items()],
-        "differs": _differences(store, identity, partition),
+        "differs": differs,
     }
 
 
@@ -332,10 +332,9 @@ def removable(config: Config) -> list[Removable]:
     for path in _label_stores(cache):
         found += [(partial, killed, path.stem) for partial in path.rglob("*.partial")]
     for path in cache.glob("sam/.*.zarr.*"):
-        final = path.name.removeprefix(".").removesuffix(path.suffix)
         # a retired store whose successor never came is no rubbish: the next run takes it back
-        if path.suffix == ".building" or path.with_name(final).exists():
-            found.append((path, killed, final.removesuffix(".zarr")))
+        if path.suffix == ".building" or _final(path).exists():
+            found.append((path, killed, _final(path).stem))
     return [Removable(path, why, tree_bytes(path), _lock(cache, o)) for path, why, o in found]
 
 
@@ -351,5 +350,19 @@ def prune(config: Config, chosen: Sequence[Removable]) -> list[Removable]:
         still = {each.path for each in removable(config)}
         gone = [each for each in chosen if each.path in still]
         for each in gone:
-            discard(each.path)
+            _remove(each.path)
     return gone
+
+
+def _remove(path: Path) -> None:
+    if path.suffix == ".partial":
+        path.unlink()
+    elif path.name.startswith("."):
+        recover_folder(_final(path))
+    else:
+        discard(path)
+
+
+def _final(path: Path) -> Path:
+    """What ``.<name>.building`` or ``.<name>.retired`` was to become, or had been."""
+    return path.with_name(path.name.removeprefix(".").removesuffix(path.suffix))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ LABEL_ARRAYS = ("masks", "confidences", "scores")  # written by shard, before th
 _INDEX_CRC_BYTES = 4
 
 Advance = Callable[[int], None]  # takes the bytes read since the last call
+Bad = tuple[range, str]  # rows of an array, and what is wrong with them
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def check_store(path: Path, advance: Advance = lambda read: None) -> list[Fault]
         faults = _check_labels(path, group, advance)
     else:
         faults = [
-            fault for name in sorted(group) for fault in _check_array(path, group, name, advance)
+            Fault(path, name, *bad)
+            for name in sorted(group)
+            for bad in _check_array(path, group, name, advance)
         ]
     if not any(fault.array == "image_ids" for fault in faults):
         faults += _check_ids(path, group)
@@ -95,14 +98,9 @@ def _check_labels(path: Path, group: Any, advance: Advance) -> list[Fault]:
     faults: list[Fault] = []
     for name in sorted(group):
         needed = done if name in LABEL_ARRAYS else None
-        found = _check_array(path, group, name, advance, needed=needed)
-        if name == "provenance":
-            found = [
-                replace(fault, rows=_rows_of(fault.rows, len(done)))
-                for fault in found
-                if fault.rows is not None
-            ]
-        faults += found
+        for bad, reason in _check_array(path, group, name, advance, needed=needed):
+            rows = _rows_of(bad, len(done)) if name == "provenance" else bad
+            faults.append(Fault(path, name, rows, reason))
     if not any(fault.array == "provenance" for fault in faults):
         faults += _check_provenance(path, group, done)
     return faults
@@ -119,22 +117,21 @@ def _check_array(
     advance: Advance,
     *,
     needed: NDArray[np.bool_] | None = None,
-) -> list[Fault]:
-    """Faults of one array, its rows in its own units.
+) -> list[Bad]:
+    """What is wrong with one array.
 
     Args:
         needed: (N,) which rows must be there; a part without one is read where it exists. None
             means all.
     """
     array = group[name]
-    faults: list[Fault] = []
+    bad: list[Bad] = []
     for number, span in enumerate(_parts(array)):
         file = chunk_file(path, array, number)
         if needed is None or needed[span.start : span.stop].any() or file.exists():
-            for rows, reason in _check_part(path, group, name, span, file):
-                faults.append(Fault(path, name, rows, reason))
+            bad += _check_part(path, group, name, span, file)
         advance(file.stat().st_size if file.is_file() else 0)
-    return faults
+    return bad
 
 
 def _parts(array: Any) -> Iterator[range]:
@@ -144,9 +141,7 @@ def _parts(array: Any) -> Iterator[range]:
         yield range(start, min(start + step, array.shape[0]))
 
 
-def _check_part(
-    path: Path, group: Any, name: str, span: range, file: Path
-) -> list[tuple[range, str]]:
+def _check_part(path: Path, group: Any, name: str, span: range, file: Path) -> list[Bad]:
     """The rows of a shard or chunk that cannot be read, and why; adjacent ones as one range."""
     if not file.is_file() or file.stat().st_size == 0:
         return [(span, "missing")]
@@ -175,7 +170,7 @@ def _readable(path: Path, group: Any, name: str, rows: range) -> bool:
     return True
 
 
-def _check_index(file: Path, span: range) -> list[tuple[range, str]]:
+def _check_index(file: Path, span: range) -> list[Bad]:
     """Hold a readable shard's index against its file: zarr reads a chunk not named as zeros.
 
     The index ends the file (zarr's ``sharding_indexed``): offset and length of each chunk, uint64,
