@@ -272,6 +272,37 @@ def test_repair_computes_what_failed_and_nothing_else(
     assert repair(config) == Repair()
 
 
+def test_a_killed_repair_leaves_an_unfinished_store(
+    config: Config, teacher: FakeTeacher, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No mark promises what is about to be removed."""
+    flip(store_of(config) / "masks" / "c" / "0" / "0" / "0", 9)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", stop)
+        repair(config)
+    store = LabelStore(store_of(config))
+    assert store.pending() == [0]
+    assert store.provenance() == [{}, {"backend": "fake"}]
+    precompute(config)
+    assert teacher.images == 64
+    assert content(config.cache.root / "sam") == whole
+
+
+def test_a_lack_of_memory_is_no_damage(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repair would remove good labels."""
+
+    def lack(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("zarr.Array.__getitem__", lack)
+    with pytest.raises(MemoryError):
+        verify(config)
+
+
 @pytest.mark.parametrize("key", ["base_sha256", "metadata_sha256", "attributes"])
 def test_repair_of_a_root_that_still_says_what_it_was(
     config: Config, teacher: FakeTeacher, whole: dict[str, bytes], key: str

@@ -92,6 +92,8 @@ def read_rows(path: Path, group: Any, name: str, rows: slice = slice(None)) -> A
             )
     try:
         return np.asarray(array[start:stop])
+    except MemoryError:  # says nothing about the bytes
+        raise
     except Exception as error:  # zarr and its codecs raise many kinds for damaged bytes
         raise CorruptStoreError(
             f"{path}: {name} rows {start}..{stop - 1} are damaged ({type(error).__name__}: {error})"
