@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,13 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline import __version__
-from pipeline.errors import EXIT_INTERRUPTED, EXIT_PARTIAL, ConfigError, SamfedError
+from pipeline.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_PARTIAL,
+    ConfigError,
+    CorruptStoreError,
+    SamfedError,
+)
 
 if TYPE_CHECKING:
     from pipeline.cluster import Cluster
@@ -56,6 +62,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+cache_app = typer.Typer(help="Look into, check, mend and clear the stores.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
 
 Params = Annotated[Path, typer.Option("--params", help="Settings file.")]
 Set = Annotated[
@@ -135,6 +144,18 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def _say(result: dict[str, Any], as_json: bool, text: str) -> None:
     typer.echo(json.dumps(result, sort_keys=True) if as_json else text)
+
+
+def _fail(errors: Sequence[str], code: int) -> None:
+    """Name what went wrong, a line each, and leave with ``code``; nothing if nothing did."""
+    for line in errors:
+        typer.echo(f"error: {line}", err=True)
+    if errors:
+        raise typer.Exit(code)
+
+
+def _can_ask() -> bool:
+    return sys.stdin.isatty()
 
 
 def _run(config: Config, name: str | None) -> RunFolder:
@@ -450,6 +471,79 @@ def report(
     path = runs[-1].path / "report.html"
     write_bytes(path, page.encode())
     _say({"report": str(path)}, as_json, str(path))
+
+
+@cache_app.command("info")
+def cache_info(
+    params: Params = _PARAMS, overrides: Set = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Show what the label stores hold: rows done, teacher, provenance, size."""
+    config = _settings(params, overrides, debug)
+    from pipeline.maintenance import info, info_text
+
+    found = info(config)
+    _say(found, as_json, info_text(found))
+
+
+@cache_app.command("verify")
+def cache_verify(
+    params: Params = _PARAMS, overrides: Set = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Read every store whole and name each row that is damaged; exit code 5 if there is one."""
+    config = _settings(params, overrides, debug)
+    from pipeline.maintenance import verify
+
+    with _progress() as advance:
+        result = verify(config, progress=advance)
+    found = {
+        "stores": result.stores,
+        "bytes": result.bytes,
+        "faults": [fault.as_json() for fault in result.faults],
+    }
+    _say(found, as_json, f"{result.stores} stores read, {len(result.faults)} faults")
+    _fail([str(fault) for fault in result.faults], CorruptStoreError.exit_code)
+
+
+@cache_app.command("repair")
+def cache_repair(
+    params: Params = _PARAMS, overrides: Set = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Label anew what is damaged in the label stores, and finish these stores."""
+    config = _settings(params, overrides, debug)
+    from pipeline.maintenance import repair
+
+    with _progress() as advance:
+        result = repair(config, progress=advance)
+    _say(result.as_json(), as_json, result.text())
+    code = CorruptStoreError.exit_code if result.remaining else EXIT_PARTIAL
+    _fail([*result.remaining, *result.failed], code)
+
+
+@cache_app.command("prune")
+def cache_prune(
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list.")] = False,
+    params: Params = _PARAMS,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Remove label stores that were moved aside, and what killed runs left behind."""
+    config = _settings(params, overrides, debug)
+    from pipeline.maintenance import prune, removable
+
+    chosen = removable(config)
+    asks = bool(chosen) and not (yes or dry_run)
+    if asks and (as_json or not _can_ask()):
+        raise ConfigError("cache prune: cannot ask here; give --yes to remove, --dry-run to list")
+    if not as_json:
+        typer.echo("\n".join(map(str, chosen)) or "nothing to remove")
+    if asks:
+        typer.confirm("Remove all of these?", abort=True)
+    removed = [] if dry_run else prune(config, chosen)
+    found = {"found": [each.as_json() for each in chosen], "removed": len(removed)}
+    if as_json or removed:
+        _say(found, as_json, f"{len(removed)} removed")
 
 
 if __name__ == "__main__":

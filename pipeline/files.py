@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,12 +22,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as that of a full disk, leaves the block naming ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``path`` atomically: readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -71,7 +83,8 @@ def folder_beside(final: Path) -> Iterator[Path]:
     building, retired = _building(final), _retired(final)
     building.mkdir()
     try:
-        yield building
+        with naming(final):
+            yield building
         if os.path.lexists(final):
             os.replace(final, retired)
         os.replace(building, final)
@@ -97,6 +110,41 @@ def recover_folder(final: Path) -> None:
         return
     os.replace(retired, building)  # so that a folder half removed is never taken for a whole one
     _remove(building)
+
+
+def flush(path: Path) -> None:
+    """Put a file's bytes, or a folder's entries, on the disk: a power cut then leaves them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot flush a folder; its files are flushed one by one
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(root: Path) -> None:
+    """``flush`` every file and folder below ``root``, and ``root`` itself."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            flush(Path(folder, name))
+        flush(Path(folder))
+
+
+def tree_bytes(root: Path) -> int:
+    """Bytes of all files below ``root``, or of the file ``root``."""
+    files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder or file so that, wherever a kill comes, no half of it keeps its name."""
+    doomed = _building(path)
+    _remove(doomed)
+    os.replace(path, doomed)
+    _remove(doomed)
 
 
 def _building(final: Path) -> Path:

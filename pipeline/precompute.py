@@ -54,6 +54,8 @@ def precompute(
 ) -> StageOneResult:
     """Label the images of ``clients`` (all if empty) and the server's calibration part.
 
+    The client "server" stands for the calibration part alone.
+
     Args:
         cluster: dask workers to label on; in this process if None. The same bytes either way.
 
@@ -63,13 +65,14 @@ def precompute(
     """
     cache = config.cache.root
     partition = load_partition(cache / "partition.json")
-    unknown = [client for client in clients if client not in partition.clients]
+    unknown = [client for client in clients if client not in ("server", *partition.clients)]
     if unknown:
         known = ", ".join(partition.clients)
         raise ConfigError(f"--client {unknown[0]}: no such client; expected one of {known}")
     identity = checked_card(config, partition).identity(label_size=config.data.image_size)
     owners = {"server": partition.server.calibration}
-    owners |= {name: partition.clients[name].train for name in clients or partition.clients}
+    chosen = [name for name in clients or partition.clients if name != "server"]
+    owners |= {name: partition.clients[name].train for name in chosen}
     total = sum(len(ids) for ids in owners.values())
     with torch_threads(config.precompute.threads), _Stores(config.precompute) as stores:
         teacher = load_labeller(config, partition) if cluster is None else None

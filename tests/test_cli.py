@@ -28,6 +28,7 @@ with warnings.catch_warnings():  # typer < 0.21 imports names that click 8.5 cal
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(get_command(cli.app).commands)  # type: ignore[attr-defined]
+CACHE_COMMANDS = ["cache info", "cache prune", "cache repair", "cache verify"]
 
 
 @pytest.fixture(autouse=True)
@@ -124,12 +125,19 @@ def test_help_names_every_command() -> None:
         assert name in result.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", sorted({*COMMANDS, *CACHE_COMMANDS} - {"cache"}))
 def test_every_command_has_help(command: str) -> None:
-    result = call(command, "--help")
+    result = call(*command.split(), "--help")
     assert result.exit_code == 0
     assert "--debug" in result.stdout
     assert "--json" in result.stdout
+
+
+def test_help_of_the_cache_names_its_commands() -> None:
+    group = get_command(cli.app).commands["cache"]  # type: ignore[attr-defined]
+    assert sorted(group.commands) == [command.split()[1] for command in CACHE_COMMANDS]
+    text = call("cache", "--help").stdout
+    assert all(command.split()[1] in text for command in CACHE_COMMANDS)
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -342,6 +350,65 @@ def test_a_damaged_label_store(project: Project) -> None:
     text = fails(5, "federate", *project.options, "--restart")
     assert text.startswith(f"{project.cache}/sam/site_b.zarr: masks rows 0..")
     assert " are damaged (" in text
+
+
+def test_a_damaged_store_is_verified_and_repaired(project: Project) -> None:
+    store = project.cache / "sam" / "site_b.zarr"
+    before = listing(project.cache / "sam")
+    found = answer("cache", "verify", *project.options)
+    assert (found["faults"], found["stores"]) == ([], 23)
+    shard = store / "masks" / "c" / "0" / "0" / "0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (project.cache / "images" / "site_c" / "val.zarr" / "images" / "zarr.json").unlink()
+    result = call("cache", "verify", *project.options, "--json")
+    assert result.exit_code == 5
+    rows = json.loads(result.stdout)["faults"][1].pop("rows")
+    other = f"{project.cache}/images/site_c/val.zarr: metadata: damaged (digest differs)"
+    assert result.stderr.splitlines() == [
+        f"error: {other}",
+        f"error: {store}: masks rows 0..{rows[1]}: damaged",
+    ]
+    result = call("cache", "repair", *project.options)
+    assert result.exit_code == 5
+    assert result.stdout.splitlines() == [
+        f"{store}: masks rows 0..{rows[1]}: damaged; mended",
+        f"1 faults mended, {rows[1] + 1} images labelled",
+    ]
+    assert result.stderr == f"error: {other}; run `samfed prepare` again\n"
+    assert listing(project.cache / "sam") == before
+    answer("prepare", *project.options, "--with-oracle")
+    assert answer("cache", "repair", *project.options)["remaining"] == []
+    assert answer("cache", "verify", *project.options)["faults"] == []
+
+
+def test_cache_info(project: Project) -> None:
+    found = answer("cache", "info", *project.options)
+    assert [store["state"] for store in found["stores"]] == ["complete"] * 5
+    assert found["aside"] == []
+    text = call("cache", "info", *project.options).stdout
+    assert text.count("complete; of the present teacher and partition") == 5
+
+
+def test_cache_prune_asks_first(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    prune = ("cache", "prune", *project.options)
+    assert call(*prune).stdout == "nothing to remove\n"
+    aside = project.cache / "aside" / "site_a" / "x.zarr"
+    aside.mkdir(parents=True)
+    (aside / "zarr.json").write_text("{}")
+    line = f"{aside}: 0.0 MiB, moved aside"
+    cannot = "cache prune: cannot ask here; give --yes to remove, --dry-run to list"
+    assert fails(2, *prune) == cannot
+    assert fails(2, *prune, "--json") == cannot
+    assert call(*prune, "--dry-run").stdout == f"{line}\n"
+    monkeypatch.setattr(cli, "_can_ask", lambda: True)
+    for said, code in (("n\n", 1), ("y\n", 0)):
+        assert aside.is_dir()
+        result = CliRunner().invoke(cli.app, list(map(str, prune)), input=said)
+        assert result.exit_code == code
+        assert result.stdout.startswith(f"{line}\nRemove all of these? [y/N]: ")
+    assert result.stdout.endswith("1 removed\n")
+    assert not aside.exists()
+    assert answer(*prune, "--yes") == {"found": [], "removed": 0}
 
 
 def test_a_store_that_another_process_writes(project: Project) -> None:

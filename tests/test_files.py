@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,10 +10,15 @@ import pytest
 
 from pipeline.errors import DataError, StageError
 from pipeline.files import (
+    discard,
     file_sha256,
+    flush,
+    flush_tree,
     folder_beside,
+    naming,
     read_json,
     recover_folder,
+    tree_bytes,
     write_bytes,
     write_json,
 )
@@ -132,3 +138,62 @@ def test_json_round_trip_and_errors(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
         read_json(path, stage="prepare")
+
+
+def test_a_folder_is_discarded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed half-way, it is no longer there under its name."""
+    folder = tmp_path / "out"
+    make(folder, "old")
+    assert tree_bytes(folder) == tree_bytes(folder / "file") == 3
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            discard(folder)
+    assert os.listdir(tmp_path) == [".out.building"]
+    recover_folder(folder)
+    assert os.listdir(tmp_path) == []
+    make(folder, "old")
+    discard(folder)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tree_is_flushed_from_its_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "sub", "text")
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_ino))
+    flush_tree(tmp_path)
+    paths = (tmp_path / "sub" / "file", tmp_path / "sub", tmp_path)
+    assert flushed == [path.stat().st_ino for path in paths]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_folder_that_cannot_be_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Some network file systems have no such thing; a failing disk is another matter."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    make(tmp_path / "sub", "text")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        flush(tmp_path / "sub" / "file")
+    if number == errno.EINVAL:
+        flush(tmp_path / "sub")
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            flush(tmp_path / "sub")
+
+
+def test_an_error_without_a_name_is_given_one(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full") as caught, naming(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "full")
+    assert caught.value.filename == str(tmp_path / "a")
+    with pytest.raises(FileNotFoundError) as named, naming(tmp_path / "a"):
+        (tmp_path / "b").read_text()
+    assert named.value.filename == str(tmp_path / "b")

@@ -16,15 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from pipeline.errors import CorruptStoreError
+from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.files import write_bytes
 
 FORMAT = 1
 SHARD_ROWS = 64  # one task of stage one, one file on disk
 CHUNK_ROWS = 8  # one read of stage two
+MARK_SHARDS = 64  # shards whose done marks, provenance or image ids share a chunk
 
 Bytes = NDArray[np.uint8]
 
+_ADVICE = "run `samfed cache repair`"
 _CONFIG = {"write_empty_chunks": True}  # of each array: zarr's global setting is shared by threads
 
 
@@ -60,13 +62,20 @@ def plain_array(
 
 
 def table_array(group: Any, name: str, values: Bytes) -> None:
-    """An array that is written once, whole."""
-    group.create_array(name, data=values, compressors=codecs(), config=_CONFIG)
+    """A (N, width) array that is written once, whole; a row is in one chunk, as in every array."""
+    chunks = (min(len(values), MARK_SHARDS * SHARD_ROWS), values.shape[1])
+    group.create_array(name, data=values, chunks=chunks, compressors=codecs(), config=_CONFIG)
 
 
 def open_arrays(group: Any) -> dict[str, Any]:
     """The arrays of a group, to be written to."""
     return {name: array.with_config(_CONFIG) for name, array in group.arrays()}
+
+
+def chunk_file(path: Path, array: Any, part: int) -> Path:
+    """The file of an array's shard (or chunk, where it has no shards) number ``part``."""
+    key = "/".join([str(part)] + ["0"] * (array.ndim - 1))
+    return path / str(array.basename) / "c" / key
 
 
 def read_rows(path: Path, group: Any, name: str, rows: slice = slice(None)) -> Any:
@@ -75,18 +84,20 @@ def read_rows(path: Path, group: Any, name: str, rows: slice = slice(None)) -> A
     start, stop, _ = rows.indices(array.shape[0])
     step = (array.shards or array.chunks)[0]
     for part in range(start // step, -(-stop // step)):
-        key = "/".join([str(part)] + ["0"] * (array.ndim - 1))
-        file = path / name / "c" / key
+        file = chunk_file(path, array, part)
         if not file.is_file() or file.stat().st_size == 0:  # zarr reads an empty shard as zeros
             raise CorruptStoreError(
                 f"{path}: {name} rows {part * step}..{min((part + 1) * step, stop) - 1} are "
-                "missing; remove the store and run the stage that writes it again"
+                f"missing; {_ADVICE}"
             )
     try:
         return np.asarray(array[start:stop])
+    except MemoryError:  # says nothing about the bytes
+        raise
     except Exception as error:  # zarr and its codecs raise many kinds for damaged bytes
         raise CorruptStoreError(
             f"{path}: {name} rows {start}..{stop - 1} are damaged ({type(error).__name__}: {error})"
+            f"; {_ADVICE}"
         ) from error
 
 
@@ -134,7 +145,7 @@ def check_seal(path: Path) -> dict[str, Any]:
     """The root's attributes, once the digest over all metadata agrees.
 
     Raises:
-        CorruptStoreError: a metadata file is damaged, or the format is another version's.
+        CorruptStoreError: a metadata file is damaged. StoreError: another version's format.
     """
     try:
         content = (path / "zarr.json").read_bytes()
@@ -144,16 +155,12 @@ def check_seal(path: Path) -> dict[str, Any]:
         intact = whole and attributes["metadata_sha256"] == _metadata_digest(path, document)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptStoreError(
-            f"{path}: metadata is unreadable ({type(error).__name__}); remove the store and run "
-            "the stage that writes it again"
+            f"{path}: metadata is unreadable ({type(error).__name__}); {_ADVICE}"
         ) from error
     if not intact:
-        raise CorruptStoreError(
-            f"{path}: metadata is damaged (digest differs); remove the store and run the stage "
-            "that writes it again"
-        )
+        raise CorruptStoreError(f"{path}: metadata is damaged (digest differs); {_ADVICE}")
     if attributes.get("format") != FORMAT:
-        raise CorruptStoreError(
+        raise StoreError(
             f"{path}: format {attributes.get('format')}, this samfed reads format {FORMAT}"
         )
     return attributes

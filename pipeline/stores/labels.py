@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import CorruptStoreError, IdentityError, StageError
-from pipeline.files import folder_beside, recover_folder
+from pipeline.files import flush, flush_tree, folder_beside, naming, recover_folder
 from pipeline.stores.chunks import (
     FORMAT,
+    MARK_SHARDS,
     SHARD_ROWS,
     Bytes,
     canonical_json,
     check_seal,
+    chunk_file,
     decode_ids,
     encode_ids,
     open_arrays,
@@ -35,7 +37,6 @@ from pipeline.stores.chunks import (
     table_array,
 )
 
-_MARK_SHARDS = 64  # shards whose done marks and provenance share a chunk
 _PROVENANCE_BYTES = 512
 _CONFIDENCE_CLIP = (1 / 512, 511 / 512)
 
@@ -145,7 +146,10 @@ class LabelStore:
         ]
 
     def write_shard(self, shard: int, rows: Sequence[int], labels: Labels) -> None:
-        """Write the labels of some ``rows`` of one shard; its other rows keep what they have."""
+        """Write the labels of some ``rows`` of one shard; its other rows keep what they have.
+
+        On return they are on the disk: done marks that outlive a power cut never promise more.
+        """
         span = self.shard_rows(shard)
         values = {
             "masks": labels.masks,
@@ -156,15 +160,13 @@ class LabelStore:
         begun = bool(self.done(slice(span.start, span.stop)).any())
         for name, new in values.items():
             array = self._arrays[name]
-            if len(rows) == len(span):
-                array[span.start : span.stop] = new
-                continue
             if begun:
                 whole = read_rows(self.path, self._group, name, slice(span.start, span.stop)).copy()
             else:  # what a killed run may have left is not kept: same bytes either way
+                chunk_file(self.path, array, shard).unlink(missing_ok=True)
                 whole = np.zeros((len(span), *array.shape[1:]), array.dtype)
             whole[inside] = new
-            array[span.start : span.stop] = whole
+            self._write(name, slice(span.start, span.stop), whole, part=shard)
 
     def mark_done(self, shard: int, rows: Sequence[int], provenance: dict[str, str]) -> None:
         """Record where rows of a shard came from and then, last of all, that they are complete.
@@ -178,11 +180,20 @@ class LabelStore:
             raise ValueError(f"provenance takes {len(encoded)} bytes, at most {_PROVENANCE_BYTES}")
         record = np.zeros(_PROVENANCE_BYTES, np.uint8)
         record[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-        self._arrays["provenance"][shard] = record
         span = self.shard_rows(shard)
-        marks = np.asarray(self._arrays["done"][span.start : span.stop])
+        marks = self.done(slice(span.start, span.stop)).astype(np.uint8)
         marks[np.asarray(rows) - span.start] = 1
-        self._arrays["done"][span.start : span.stop] = marks
+        read_rows(self.path, self._group, "provenance", slice(shard, shard + 1))  # zarr merges
+        part = shard // MARK_SHARDS
+        self._write("provenance", slice(shard, shard + 1), record[None], part=part)
+        self._write("done", slice(span.start, span.stop), marks, part=part)
+
+    def _write(self, name: str, rows: slice, values: NDArray[Any], *, part: int) -> None:
+        """Write rows of one shard or chunk, and return when they are on the disk."""
+        file = chunk_file(self.path, self._arrays[name], part)
+        with naming(file):
+            self._arrays[name][rows] = values
+            flush(file)
 
     def provenance(self) -> list[dict[str, str]]:
         """For each shard, backend, precision and versions that computed it; {} where not done."""
@@ -340,6 +351,7 @@ def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, in
             new.write_shard(shard, targets, _pick(read_shard, [source for _, source in pairs]))
             new.mark_done(shard, targets, provenance[pairs[0][1] // SHARD_ROWS])
             count += len(pairs)
+        flush_tree(building)  # the old store goes next
     return LabelStore(old.path), count
 
 
@@ -364,10 +376,10 @@ def _create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> No
     sharded_array(group, "confidences", (count, size, size))
     plain_array(group, "scores", (count,), (SHARD_ROWS,), "float32")
     # zarr writes a scalar fill only where told to: every mark exists on disk from the start
-    done = plain_array(group, "done", (count,), (_MARK_SHARDS * SHARD_ROWS,), "uint8")
+    done = plain_array(group, "done", (count,), (MARK_SHARDS * SHARD_ROWS,), "uint8")
     done[:] = np.zeros(count, np.uint8)
     provenance = plain_array(
-        group, "provenance", (shards, _PROVENANCE_BYTES), (_MARK_SHARDS, _PROVENANCE_BYTES), "uint8"
+        group, "provenance", (shards, _PROVENANCE_BYTES), (MARK_SHARDS, _PROVENANCE_BYTES), "uint8"
     )
     provenance[:] = np.zeros((shards, _PROVENANCE_BYTES), np.uint8)
     table_array(group, "image_ids", encode_ids([row.image_id for row in rows]))
