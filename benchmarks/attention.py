@@ -1,0 +1,103 @@
+"""One attention layer of SAM's ViT-B at 1024, three ways: segment-anything's, folded, in slices.
+
+    python benchmarks/attention.py [--device cpu] [--threads 1] [--json]
+
+The exact forms differ in speed alone, and which is fastest depends on device, precision and the
+number of tokens; ``pipeline/sam/attention.py`` chooses by what this showed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pipeline.sam  # noqa: F401  (before segment_anything imports torchvision)
+
+# isort: split
+import torch
+from segment_anything.modeling.image_encoder import Attention
+from torch import Tensor
+
+from pipeline.sam import attention
+from pipeline.sam.attention import FoldedAttention
+
+SHAPES = {"window": (25, 14, 14, 768), "global": (1, 64, 64, 768)}
+REPEATS = 3
+
+
+def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+    """The fastest of several calls."""
+    best = float("inf")
+    for _ in range(REPEATS + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def measure(device: torch.device) -> list[dict[str, Any]]:
+    rows = []
+    for name, shape in SHAPES.items():
+        torch.manual_seed(0)
+        stock = Attention(shape[-1], 12, use_rel_pos=True, input_size=shape[1:3])
+        stock = stock.to(device).eval().requires_grad_(False)
+        for table in (stock.rel_pos_h, stock.rel_pos_w):
+            torch.nn.init.normal_(table, std=0.2)
+        x = torch.randn(shape, device=device)
+        exact = stock(x)
+        folded = FoldedAttention(stock)
+        for dtype in (torch.float32, torch.bfloat16):
+            times = {}
+            for way in ("segment-anything", "folded", "slices"):
+                layer = stock if way == "segment-anything" else folded
+                attention._slices_pay = lambda q, way=way: way == "slices"
+
+                def call(layer: Any = layer, x: Tensor = x, dtype: Any = dtype) -> Tensor:
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        out: Tensor = layer(x)
+                    return out
+
+                times[way] = seconds(call, device)
+                error = float((call().float() - exact).norm() / exact.norm())
+                rows.append(
+                    {
+                        "block": name,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "way": way,
+                        "ms": 1e3 * times[way],
+                        "speedup": times["segment-anything"] / times[way],
+                        "relative_error": error,
+                    }
+                )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with torch.inference_mode():
+        rows = measure(torch.device(options.device))
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        print(
+            f"{row['block']:8} {row['dtype']:9} {row['way']:17} {row['ms']:8.1f} ms "
+            f"{row['speedup']:6.2f}x  error {row['relative_error']:.1e}"
+        )
+
+
+if __name__ == "__main__":
+    main()
