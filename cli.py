@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -332,9 +332,9 @@ def export_onnx(
 
 def _cluster(
     config: Config, scheduler: str | None, workers: int | None
-) -> AbstractContextManager[Cluster | None]:
+) -> AbstractContextManager[Cluster] | None:
     if scheduler is None and workers is None:
-        return nullcontext()
+        return None
     from pipeline.cluster import connect, local_cluster
 
     logging.getLogger("distributed").setLevel(logging.WARNING)  # its own import sets INFO
@@ -380,19 +380,16 @@ def precompute_sam(
 
     if scheduler is not None and workers is not None:
         raise ConfigError("--scheduler and --workers: give one of them")
-    with _cluster(config, scheduler, workers) as cluster, _progress() as advance:
+    cluster = _cluster(config, scheduler, workers)
+    with _progress() as advance:
         result = precompute(config, clients=tuple(client or ()), cluster=cluster, progress=advance)
     text = f"{result.labelled} images labelled, {result.kept} were labelled already"
     if result.statistics:
         text += "\n" + as_table(result.statistics)
     _say(asdict(result), as_json, text)
     if result.failed:
-        for line in result.failed:
-            typer.echo(f"error: {line}", err=True)
-        typer.echo(
-            f"error: {len(result.failed)} images have no label; the others are done", err=True
-        )
-        raise typer.Exit(EXIT_PARTIAL)
+        count = f"{len(result.failed)} images have no label; the others are done"
+        _fail([*result.failed, count], EXIT_PARTIAL)
 
 
 @app.command()

@@ -14,7 +14,8 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ log = logging.getLogger("samfed.cluster")
 _RETRIES = 3  # of a task that raised, e.g. because a file system was away for a moment
 _THREADS_PER_WORKER = 2  # one task reads and writes while another has the teacher
 _HERE = "127.0.0.1"  # a scheduler runs what it is sent: nobody else may reach a local one
+_GONE = "the dask scheduler is gone; run the same command again to continue"
 _CONNECT_SECONDS = 15
 _WORKERS_SECONDS = 120
 
@@ -53,9 +55,17 @@ _WORKERS_SECONDS = 120
 class Cluster:
     """dask workers that label; made by ``connect`` or ``local_cluster``."""
 
-    def __init__(self, client: distributed.Client, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        client: distributed.Client,
+        *,
+        threads: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        """``threads`` and ``device`` take the place of the settings' on every worker."""
         self._client = client
         self._threads = threads
+        self._device = device
 
     def label_tasks(
         self,
@@ -74,7 +84,7 @@ class Cluster:
         Raises:
             SamfedError: a worker's own, or a shard killed one worker after another.
         """
-        settings = _for_workers(config, self._threads)
+        settings = _for_workers(config, self._threads, self._device)
         running = distributed.as_completed(loop=self._client.loop)
         waiting: dict[Any, Task] = {}
 
@@ -95,6 +105,7 @@ class Cluster:
                     settings,
                     identity,
                     task,
+                    __version__,
                     key=f"{task.owner}-{task.shard}-{uuid.uuid4().hex}",
                     retries=_RETRIES,
                     pure=False,
@@ -104,7 +115,7 @@ class Cluster:
             while waiting:
                 collect()
         finally:
-            self._client.cancel(list(waiting))
+            self._cancel(list(waiting))
 
     def measure(
         self,
@@ -118,10 +129,16 @@ class Cluster:
 
         ``measured`` is called here with an owner and what returns, or raises, its statistics.
         """
-        settings = _for_workers(config, self._threads)
+        settings = _for_workers(config, self._threads, self._device)
         futures = {
             owner: self._client.submit(
-                run_statistics, settings, identity, owner, retries=_RETRIES, pure=False
+                run_statistics,
+                settings,
+                identity,
+                owner,
+                __version__,
+                retries=_RETRIES,
+                pure=False,
             )
             for owner in owners
         }
@@ -129,11 +146,25 @@ class Cluster:
             for owner, future in futures.items():
                 measured(owner, partial(_result, future, f"{owner}: statistics"))
         finally:
-            self._client.cancel(list(futures.values()))
+            self._cancel(list(futures.values()))
 
     def _window(self) -> int:
-        threads: int = sum(self._client.nthreads().values())
+        with _talking():
+            threads: int = sum(self._client.nthreads().values())
         return max(2, 2 * threads)
+
+    def _cancel(self, futures: Sequence[Any]) -> None:
+        with suppress(OSError, CancelledError):  # a scheduler that is gone runs nothing
+            self._client.cancel(futures)
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """The scheduler may go at any time, with its job or its pod."""
+    try:
+        yield
+    except (OSError, CancelledError) as error:
+        raise SamfedError(_GONE) from error
 
 
 def _result(future: Any, what: str) -> Any:
@@ -144,16 +175,18 @@ def _result(future: Any, what: str) -> Any:
             f"{what}: each worker that took them died; see the workers' logs (memory?), "
             "lower precompute.batch_size"
         ) from error
+    except CancelledError as error:
+        raise SamfedError(f"{what}: {_GONE}") from error
 
 
-def _for_workers(config: Config, threads: int | None) -> str:
+def _for_workers(config: Config, threads: int | None, device: str | None) -> str:
     """The settings as JSON, with paths that hold in any working directory."""
     data = config.data.model_copy(update={"root": config.data.root.resolve()})
     cache = config.cache.model_copy(update={"root": config.cache.root.resolve()})
     checkpoint = config.sam.checkpoint.resolve() if config.sam.checkpoint is not None else None
     sam = config.sam.model_copy(update={"checkpoint": checkpoint})
     run = config.precompute
-    run = run.model_copy(update={"threads": run.threads or threads})
+    run = run.model_copy(update={"threads": run.threads or threads, "device": device or run.device})
     changed = {"data": data, "cache": cache, "sam": sam, "precompute": run}
     return config.model_copy(update=changed).model_dump_json()
 
@@ -171,10 +204,16 @@ def connect(address: str) -> Iterator[Cluster]:
     try:
         where = {"scheduler_file": address} if Path(address).is_file() else {"address": address}
         client = distributed.Client(**where, timeout=_CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError, TimeoutError) as error:
+    except (OSError, TimeoutError) as error:
         raise ConfigError(
             f"--scheduler {address}: no dask scheduler answers within {_CONNECT_SECONDS} s; "
             "check the address, or start one with `dask scheduler`"
+        ) from error
+    except (ValueError, TypeError, AssertionError) as error:  # an address or a file that is none
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"--scheduler {address}: no address of a dask scheduler that can be used ({reason}); "
+            "expected tcp://host:port, tls:// with dask's certificates set, or a scheduler file"
         ) from error
     with client:
         _await_workers(client, address)
@@ -200,14 +239,14 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Cluster]:
     Args:
         device: as ``precompute.device``; on ``auto`` or ``cuda`` worker i sees GPU i alone.
     """
-    gpus = torch.cuda.device_count() if resolve_device(device).type == "cuda" else 0
+    gpus = _visible_gpus() if resolve_device(device).type == "cuda" else []
     spec = {
         number: {
             "cls": distributed.Nanny,
             "options": {
                 "host": _HERE,
                 "nthreads": _THREADS_PER_WORKER,
-                "env": {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {},
+                "env": {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {},
                 "memory_limit": 0,  # pausing and spilling serve dask's own data; we keep none
                 "dashboard": False,
                 "silence_logs": logging.WARNING,
@@ -221,7 +260,14 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Cluster]:
         distributed.Client(cluster, set_as_default=False) as client,
     ):
         client.wait_for_workers(workers)
-        yield Cluster(client, threads=max(1, (os.cpu_count() or 1) // workers))
+        share = max(1, (os.cpu_count() or 1) // workers)
+        yield Cluster(client, threads=share, device="cuda" if gpus else None)
+
+
+def _visible_gpus() -> list[str]:
+    """This process's GPUs by the names that it was given, e.g. by SLURM."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
 
 
 # --------------------------------------------------------------------------- on a worker
@@ -250,8 +296,8 @@ _loading = threading.Lock()
 _loaded: dict[tuple[str, str], _InTurn] = {}  # the last teacher, by settings and identity
 
 
-def run_task(settings: str, identity: Identity, task: Task, version: str = __version__) -> Outcome:
-    """Label one shard on this worker.
+def run_task(settings: str, identity: Identity, task: Task, version: str) -> Outcome:
+    """Label one shard on this worker; ``version`` is the coordinator's samfed.
 
     Raises:
         SamfedError: this worker runs another samfed, or does not see the coordinator's files.
@@ -263,9 +309,7 @@ def run_task(settings: str, identity: Identity, task: Task, version: str = __ver
     return outcomes[0]
 
 
-def run_statistics(
-    settings: str, identity: Identity, owner: str, version: str = __version__
-) -> dict[str, Any]:
+def run_statistics(settings: str, identity: Identity, owner: str, version: str) -> dict[str, Any]:
     """Statistics of one finished store; errors as ``run_task``'s."""
     config = _on_this_worker(settings, owner, version)
     teacher = _teacher(config, settings, identity)

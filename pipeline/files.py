@@ -135,8 +135,11 @@ def flush_tree(root: Path) -> None:
 
 def tree_bytes(root: Path) -> int:
     """Bytes of all files below ``root``, or of the file ``root``."""
-    files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
-    return sum(file.stat().st_size for file in files)
+    total = 0
+    for path in [root] if root.is_file() else root.rglob("*"):
+        with suppress(FileNotFoundError):  # a writer's temporary file, gone by now
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def discard(path: Path) -> None:

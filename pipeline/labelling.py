@@ -1,8 +1,9 @@
 """The work of stage one: a task is the rows of one shard that still lack a label.
 
 Threads decode and resize the next images while the teacher works, and one writes finished shards
-behind it. The same code runs in process and on a dask worker. A shard's batches do not depend on
-where a run began or who else works, so neither do its bytes.
+behind it. The same code runs in process and on a dask worker. A task's batches do not depend on
+where a run began or who else works, so neither do its bytes; a shard whose rows are labelled in two
+runs, because an image could not be read at first, had other batches.
 """
 
 from __future__ import annotations
@@ -145,7 +146,10 @@ def _write(
             scores=np.concatenate([part.scores for part in parts]),
         )
         store = LabelStore(store_path(config, outcome.task.owner))
-        check_identity(store, identity)  # a worker may come late, when another run has taken over
+        # a worker may come late, when another run has taken over
+        check_identity(store, identity)
+        digests = dict(zip(outcome.task.rows, outcome.task.files, strict=True))
+        store.check_rows(outcome.rows, [digests[row][1] for row in outcome.rows])
         store.write_shard(outcome.task.shard, outcome.rows, labels)
     finished(outcome)
 

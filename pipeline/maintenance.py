@@ -226,24 +226,30 @@ def repair(config: Config, *, progress: Progress | None = None) -> Repair:
         LockedStoreError: another process writes to a store.
     """
     cache = config.cache.root
+    from pipeline.labelling import load_labeller  # loads torch
+
     images, labels = _image_stores(cache), _label_stores(cache)
     advance = _meter([*images, *labels], progress)
     result = Repair()
     for path in images:
         faults = check_store(path, advance)
         result.remaining += [f"{fault}; run `samfed prepare` again" for fault in faults]
-    owners = []
+    owners: list[str] = []
+    able = False
     for path in labels:
         with writer_lock(_lock(cache, path.stem)):
             recover_folder(path)
             remove_partial_files(path)
             faults = check_store(path, advance)
+            if faults and not able:  # nothing is removed that could not be labelled again
+                load_labeller(config, load_partition(cache / "partition.json"))
+                able = True
             if faults and _make_honest(config, path, faults, result):
                 owners.append(path.stem)
     if owners:
         from pipeline.precompute import precompute  # loads torch
 
-        done = precompute(config, clients=owners, progress=progress)
+        done = precompute(config, owners=owners, progress=progress)
         result.labelled, result.failed = done.labelled, done.failed
         result.notices += done.notices
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.labelling import Outcome, Task, label_tasks, load_labeller, store_path
 from pipeline.locks import writer_lock
 from pipeline.partition import Partition, load_partition
+from pipeline.sam.onnx import check_model
 from pipeline.sam.statistics import doubts, measure_owner
 from pipeline.sam.teacher import checked_card
 from pipeline.stores.labels import Identity, LabelStore, RowKey, open_label_store
@@ -49,42 +50,49 @@ def precompute(
     config: Config,
     *,
     clients: Sequence[str] = (),
-    cluster: Cluster | None = None,
+    owners: Sequence[str] = (),
+    cluster: AbstractContextManager[Cluster] | None = None,
     progress: Progress | None = None,
 ) -> StageOneResult:
     """Label the images of ``clients`` (all if empty) and the server's calibration part.
 
-    The client "server" stands for the calibration part alone.
-
     Args:
-        cluster: dask workers to label on; in this process if None. The same bytes either way.
+        owners: just these instead, clients or ``server``, for a repair.
+        cluster: dask workers to label on, entered once everything has been checked; in this
+            process if None. The same bytes either way.
 
     Raises:
         StageError: no partition or no teacher yet. ConfigError: unknown client.
         LockedStoreError: another process writes to a store.
     """
-    cache = config.cache.root
-    partition = load_partition(cache / "partition.json")
-    unknown = [client for client in clients if client not in ("server", *partition.clients)]
-    if unknown:
-        known = ", ".join(partition.clients)
-        raise ConfigError(f"--client {unknown[0]}: no such client; expected one of {known}")
-    identity = checked_card(config, partition).identity(label_size=config.data.image_size)
-    owners = {"server": partition.server.calibration}
-    chosen = [name for name in clients or partition.clients if name != "server"]
-    owners |= {name: partition.clients[name].train for name in chosen}
-    total = sum(len(ids) for ids in owners.values())
-    with torch_threads(config.precompute.threads), _Stores(config.precompute) as stores:
-        teacher = load_labeller(config, partition) if cluster is None else None
-        for owner, ids in owners.items():
-            stores.open(config, owner, identity, partition.row_keys(ids))
+    partition = load_partition(config.cache.root / "partition.json")
+    images = {"server": partition.server.calibration}
+    images |= {name: part.train for name, part in partition.clients.items()}
+    for client in clients:
+        if client not in partition.clients:
+            known = ", ".join(partition.clients)
+            raise ConfigError(f"--client {client}: no such client; expected one of {known}")
+    chosen = owners or ("server", *(clients or partition.clients))
+    card = checked_card(config, partition)
+    identity = card.identity(label_size=config.data.image_size)
+    if cluster is not None and config.precompute.backend == "onnx":
+        check_model(config, card)  # else each worker would find out for itself
+    # the workers are gone before the locks are
+    with (
+        torch_threads(config.precompute.threads),
+        _Stores(config.precompute) as stores,
+        cluster or nullcontext() as workers,
+    ):
+        teacher = load_labeller(config, partition) if workers is None else None
+        for owner in chosen:
+            stores.open(config, owner, identity, partition.row_keys(images[owner]))
         counted = stores.result.kept
 
         def advance(images: int) -> None:
             nonlocal counted
             counted += images
             if progress is not None:
-                progress("labelling images", counted, total)
+                progress("labelling images", counted, sum(map(len, stores.opened.values())))
 
         advance(0)
         if teacher is not None:
@@ -95,10 +103,10 @@ def precompute(
                     measured = partial(measure_owner, config, partition, owner, teacher)
                     stores.measure(owner, measured)
                 stores.release(owner)
-        if cluster is not None:
+        if workers is not None:
             every = chain.from_iterable(_tasks(partition, *item) for item in stores.opened.items())
-            cluster.label_tasks(config, every, identity, finished=stores.finish, advance=advance)
-            cluster.measure(config, stores.unmeasured(), identity, measured=stores.measure)
+            workers.label_tasks(config, every, identity, finished=stores.finish, advance=advance)
+            workers.measure(config, stores.unmeasured(), identity, measured=stores.measure)
     return stores.result
 
 
@@ -130,8 +138,9 @@ class _Stores:
             log.warning(notice)
             self.result.notices.append(notice)
         self.opened[owner] = store
-        self.result.kept += int(store.done().sum())
-        if store.statistics is not None:
+        done = store.done()
+        self.result.kept += int(done.sum())
+        if store.statistics is not None and done.all():
             self._note(owner, store.statistics)
 
     def release(self, owner: str) -> None:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from conftest import tiny_config, write_params
 
+from pipeline import __version__
 from pipeline.cluster import connect, local_cluster, run_task
 from pipeline.config import Config
 from pipeline.errors import ConfigError, SamfedError
@@ -23,7 +25,7 @@ from pipeline.partition import load_partition
 from pipeline.precompute import precompute
 from pipeline.prepare import prepare
 from pipeline.sam.finetune import finetune
-from pipeline.stores.labels import Identity
+from pipeline.stores.labels import Identity, LabelStore
 from pipeline.synthetic import write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -119,14 +121,12 @@ def test_a_worker_killed_in_the_middle_costs_nothing_but_its_shard(
             first.send_signal(signal.SIGKILL)
             killed.append(done)
 
-    with connect(workers.address) as cluster:
-        result = precompute(config, cluster=cluster, progress=kill)
-        assert killed
-        assert first.wait(10) == -signal.SIGKILL
-        assert content(config) == content(prepared)
-        assert (result.kept, result.failed) == (0, [])
-    with connect(str(workers.file)) as cluster:
-        again = precompute(config, cluster=cluster)
+    result = precompute(config, cluster=connect(workers.address), progress=kill)
+    assert killed
+    assert first.wait(10) == -signal.SIGKILL
+    assert content(config) == content(prepared)
+    assert (result.kept, result.failed) == (0, [])
+    again = precompute(config, cluster=connect(str(workers.file)))
     assert (again.labelled, again.kept) == (0, result.labelled)
 
 
@@ -145,8 +145,8 @@ def test_the_command_with_local_workers(config: Config, prepared: Config, tmp_pa
     assert content(config) == content(prepared)
 
 
-def test_a_workers_error_is_the_commands(config: Config) -> None:
-    """An image that cannot be read is named as in process; a lost teacher ends the run."""
+def test_a_workers_error_is_the_commands(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that cannot be read is named as in process; another samfed ends the run."""
     partition = load_partition(config.cache.root / "partition.json")
     name = next(iter(partition.clients))
     image = partition.clients[name].train[0]
@@ -155,15 +155,26 @@ def test_a_workers_error_is_the_commands(config: Config) -> None:
     path = config.cache.root / "partition.json"
     path.write_text(partition.model_copy(update={"images": images}).model_dump_json())
     with local_cluster(1, device="cpu") as cluster:
-        result = precompute(config, cluster=cluster)
+        result = precompute(config, cluster=nullcontext(cluster))
         assert len(result.failed) == 1
         assert result.failed[0].startswith(f"{config.data.root / 'images/none.png'}: ")
-        shutil.rmtree(config.cache.root / "sam" / f"{name}.zarr")
-        (config.cache.root / "teacher" / "adapter.safetensors").write_bytes(b"")
-        with pytest.raises(SamfedError, match="sha256 differs from its card"):
-            precompute(config, cluster=cluster)
+        monkeypatch.setattr("pipeline.cluster.__version__", "0.0.0")  # here, not on the worker
+        with pytest.raises(SamfedError, match=r"expected 0\.0\.0; install it"):
+            precompute(config, cluster=nullcontext(cluster))
     with writer_lock(config.cache.root / "locks" / f"sam-{name}.lock"):
         pass  # nobody holds it any more
+
+
+def test_a_worker_checks_the_teacher(config: Config, prepared: Config) -> None:
+    shutil.copytree(prepared.cache.root / "sam", config.cache.root / "sam")
+    (config.cache.root / "teacher" / "adapter.safetensors").write_bytes(b"")
+    partition = load_partition(config.cache.root / "partition.json")
+    name = next(iter(partition.clients))
+    entry = partition.images[partition.clients[name].train[0]]
+    task = Task(name, 0, (0,), ((entry.image, entry.image_sha256),))
+    identity = LabelStore(store_path(config, name)).identity
+    with pytest.raises(SamfedError, match="sha256 differs from its card"):
+        run_task(config.model_dump_json(), identity, task, __version__)
 
 
 def test_a_worker_that_sees_no_files(config: Config) -> None:
@@ -178,10 +189,8 @@ def test_a_worker_that_sees_no_files(config: Config) -> None:
     )
     task = Task("client_0", 0, (0,), (("images/a.png", "0" * 64),))
     with pytest.raises(SamfedError) as caught:
-        run_task(config.model_dump_json(), identity, task)
+        run_task(config.model_dump_json(), identity, task, __version__)
     assert f"{store_path(config, 'client_0')} is not there" in str(caught.value)
-    with pytest.raises(SamfedError, match=r"expected 0\.0\.0; install it"):
-        run_task(config.model_dump_json(), identity, task, "0.0.0")
 
 
 def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +208,25 @@ def test_a_scheduler_without_workers(workers: Workers, monkeypatch: pytest.Monke
     monkeypatch.setattr("pipeline.cluster._WORKERS_SECONDS", 0.5)
     with pytest.raises(ConfigError, match=r"no worker within 0\.5 s"), connect(workers.address):
         pass
+
+
+def test_what_is_no_scheduler(tmp_path: Path) -> None:
+    (tmp_path / "no.json").write_text("{}")
+    for address in (str(tmp_path / "no.json"), "carrier-pigeon://here"):
+        with pytest.raises(ConfigError) as caught, connect(address):
+            pass
+        assert str(caught.value).startswith(f"--scheduler {address}: no ")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_scheduler_that_dies(config: Config, workers: Workers) -> None:
+    workers.add(1)
+
+    def kill(what: str, done: int, total: int) -> None:
+        workers.processes[0].kill()
+
+    with pytest.raises(SamfedError, match="scheduler is gone; run the same command again"):
+        precompute(config, cluster=connect(workers.address), progress=kill)
+    owner = next(iter(load_partition(config.cache.root / "partition.json").clients))
+    with writer_lock(config.cache.root / "locks" / f"sam-{owner}.lock"):
+        pass  # nobody holds it any more

@@ -561,3 +561,12 @@ def test_a_copied_store_is_the_same_store(path: Path, tmp_path: Path) -> None:
     fill(LabelStore.create(path, IDENTITY, keys()))
     shutil.copytree(path, tmp_path / "copy.zarr")
     same(LabelStore(tmp_path / "copy.zarr").read(), labels_of(keys()))
+
+
+def test_rows_of_other_images_are_refused(path: Path) -> None:
+    """What a late worker brings when the store was rebuilt meanwhile."""
+    rows = keys()
+    store = LabelStore.create(path, IDENTITY, rows)
+    store.check_rows([1, 3], [rows[1].sha256, rows[3].sha256])
+    with pytest.raises(IdentityError, match="row 3 is of another image by now"):
+        store.check_rows([1, 3], [rows[1].sha256, rows[2].sha256])

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from pipeline import __version__
 from pipeline.config import Config
-from pipeline.errors import ConfigError
 from pipeline.files import file_sha256, write_bytes
 from pipeline.locks import writer_lock
 from pipeline.partition import load_partition
@@ -27,6 +26,7 @@ from pipeline.sam.onnx import (
     INPUTS,
     MODEL_FORMAT,
     OUTPUTS,
+    check_exportable,
     model_path,
     onnx_precision,
     seal,
@@ -99,11 +99,7 @@ def export_teacher(
         LockedStoreError: another process exports.
     """
     cache, label_size = settings.cache.root, settings.data.image_size
-    if settings.sam.prompt != "none":
-        raise ConfigError(
-            f"sam.prompt: found '{settings.sam.prompt}', but only an adapted teacher, which needs "
-            "no prompt, can be exported; set it to none or use precompute.backend=torch"
-        )
+    check_exportable(settings)
     precision = onnx_precision(settings.precompute.precision)
     path = model_path(cache) if out is None else out
     with writer_lock(cache / "locks" / "export-onnx.lock"):

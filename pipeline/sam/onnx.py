@@ -63,6 +63,33 @@ def onnx_precision(asked: str) -> OnnxPrecision:
     return "fp16" if asked == "fp16" else "fp32"
 
 
+def check_exportable(settings: Config) -> None:
+    """Refuse a prompt, which only the torch backend can give.
+
+    Raises:
+        ConfigError: ``sam.prompt`` is not none.
+    """
+    if settings.sam.prompt != "none":
+        raise ConfigError(
+            f"sam.prompt: found '{settings.sam.prompt}', but only an adapted teacher, which needs "
+            "no prompt, can be exported; set it to none or use precompute.backend=torch"
+        )
+
+
+def check_model(settings: Config, card: TeacherCard) -> None:
+    """Refuse, without loading it, a model that ``load_onnx_teacher`` would refuse anywhere.
+
+    Raises:
+        as ``load_onnx_teacher``, what concerns the device aside.
+    """
+    check_exportable(settings)
+    if settings.precompute.precision != "auto":
+        onnx_precision(settings.precompute.precision)
+    path = model_path(settings.cache.root)
+    identity = card.identity(label_size=settings.data.image_size)
+    _check_identity(path, read_properties(path), identity)
+
+
 def seal(body: bytes) -> bytes:
     """What is appended to a serialised model so that damage shows: a property with its sha256.
 
@@ -253,6 +280,7 @@ def load_onnx_teacher(settings: Config, partition: Partition) -> OnnxTeacher:
         StageError: not fine-tuned or not exported yet. IdentityError: the card is not what
         params.yaml asks for, or the model is of another teacher. ConfigError: see ``OnnxTeacher``.
     """
+    check_exportable(settings)
     run = settings.precompute
     return OnnxTeacher(
         model_path(settings.cache.root),

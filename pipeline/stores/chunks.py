@@ -92,7 +92,7 @@ def read_rows(path: Path, group: Any, name: str, rows: slice = slice(None)) -> A
             )
     try:
         return np.asarray(array[start:stop])
-    except MemoryError:  # says nothing about the bytes
+    except (MemoryError, OSError):  # says nothing about the bytes
         raise
     except Exception as error:  # zarr and its codecs raise many kinds for damaged bytes
         raise CorruptStoreError(
@@ -153,7 +153,7 @@ def check_seal(path: Path) -> dict[str, Any]:
         attributes: dict[str, Any] = document["attributes"]
         whole = content == canonical_json(document)
         intact = whole and attributes["metadata_sha256"] == _metadata_digest(path, document)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise CorruptStoreError(
             f"{path}: metadata is unreadable ({type(error).__name__}); {_ADVICE}"
         ) from error

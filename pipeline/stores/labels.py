@@ -163,10 +163,26 @@ class LabelStore:
             if begun:
                 whole = read_rows(self.path, self._group, name, slice(span.start, span.stop)).copy()
             else:  # what a killed run may have left is not kept: same bytes either way
-                chunk_file(self.path, array, shard).unlink(missing_ok=True)
+                if len(span) < SHARD_ROWS:  # zarr would merge with it, damaged or not
+                    chunk_file(self.path, array, shard).unlink(missing_ok=True)
                 whole = np.zeros((len(span), *array.shape[1:]), array.dtype)
             whole[inside] = new
             self._write(name, slice(span.start, span.stop), whole, part=shard)
+
+    def check_rows(self, rows: Sequence[int], sha256: Sequence[str]) -> None:
+        """Refuse rows that are not of the images with these digests.
+
+        Raises:
+            IdentityError: the store was rebuilt for other images.
+        """
+        span = slice(min(rows), max(rows) + 1)
+        digests = read_rows(self.path, self._group, "image_sha256", span)
+        for row, expected in zip(rows, sha256, strict=True):
+            if digests[row - span.start].tobytes().hex() != expected:
+                raise IdentityError(
+                    f"{self.path}: row {row} is of another image by now; "
+                    "run `samfed precompute-sam`"
+                )
 
     def mark_done(self, shard: int, rows: Sequence[int], provenance: dict[str, str]) -> None:
         """Record where rows of a shard came from and then, last of all, that they are complete.

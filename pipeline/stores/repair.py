@@ -26,6 +26,9 @@ def forget_shards(path: Path, shards: Sequence[int]) -> None:
     cleared first and are on the disk before anything is removed, so that, wherever a kill comes,
     no mark promises what is gone.
     """
+    store = LabelStore(path)
+    if store.statistics is not None:  # they were of the whole store
+        store.set_statistics(None)
     group = zarr.open_group(path, mode="r+")
     arrays = open_arrays(group)
     rows = [row for shard in shards for row in range(shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS)]
