@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import dask
 import pytest
 from conftest import tiny_config, write_params
 
@@ -225,7 +226,9 @@ def test_a_scheduler_that_dies(config: Config, workers: Workers) -> None:
     def kill(what: str, done: int, total: int) -> None:
         workers.processes[0].kill()
 
-    with pytest.raises(SamfedError, match="scheduler is gone; run the same command again"):
+    quickly = dask.config.set({"distributed.comm.timeouts.connect": "1s"})
+    gone = pytest.raises(SamfedError, match="scheduler is gone; run the same command again")
+    with quickly, gone:
         precompute(config, cluster=connect(workers.address), progress=kill)
     owner = next(iter(load_partition(config.cache.root / "partition.json").clients))
     with writer_lock(config.cache.root / "locks" / f"sam-{owner}.lock"):

@@ -1,4 +1,4 @@
-"""Stage one stops anywhere, by Ctrl-C or kill -9, and goes on where it stopped: same bytes.
+"""Stage one stops anywhere, by Ctrl-C (by kill -9: test_faults.py), and goes on: same bytes.
 
 And what it is given: devices and checkpoints that cannot be used are refused in one line.
 """
@@ -6,10 +6,7 @@ And what it is given: devices and checkpoints that cannot be used are refused in
 from __future__ import annotations
 
 import os
-import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -185,39 +182,6 @@ def test_ctrl_c_and_again(config: Config, whole: dict[str, bytes], stop: int) ->
     again = FakeTeacher()
     assert run(config, again).kept == total
     assert again.batches == 0
-
-
-_CHILD = """
-import sys, time
-from pathlib import Path
-sys.path[:0] = sys.argv[1:3]
-from test_precompute import FakeTeacher, run, settings
-
-def pause(batch):
-    print("batch", flush=True)
-    time.sleep(0.03)
-
-run(settings(Path(sys.argv[3]), Path(sys.argv[4])), FakeTeacher(pause))
-"""
-
-
-def test_kill_and_again(config: Config, whole: dict[str, bytes]) -> None:
-    here = Path(__file__).parent
-    command = [sys.executable, "-c", _CHILD, str(here.parent), str(here)]
-    command += [str(config.data.root), str(config.cache.root)]
-    rng = random.Random(0)
-    for _ in range(3):
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
-            assert child.stdout is not None
-            assert child.stdout.readline() == b"batch\n"
-            time.sleep(rng.uniform(0, 0.25))
-            child.kill()
-    finished, flips = labelled_rows(config), mirrored(config)
-    teacher = FakeTeacher()
-    result = run(config, teacher)
-    assert content(config.cache.root / "sam") == whole
-    assert result.kept == finished
-    assert teacher.images == labelled_rows(config) - finished + flips
 
 
 def test_an_unreadable_image(config: Config, whole: dict[str, bytes], tmp_path: Path) -> None:
