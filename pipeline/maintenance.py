@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -225,30 +226,32 @@ def repair(config: Config, *, progress: Progress | None = None) -> Repair:
         IdentityError: the teacher is not the one that the settings ask for.
         LockedStoreError: another process writes to a store.
     """
-    cache = config.cache.root
-    from pipeline.labelling import load_labeller  # loads torch
+    # these load torch, which the other commands here do without
+    from pipeline.labelling import load_labeller
+    from pipeline.precompute import precompute
 
-    images, labels = _image_stores(cache), _label_stores(cache)
+    root = config.cache.root
+    images, labels = _image_stores(root), _label_stores(root)
     advance = _meter([*images, *labels], progress)
     result = Repair()
     for path in images:
         faults = check_store(path, advance)
         result.remaining += [f"{fault}; run `samfed prepare` again" for fault in faults]
     owners: list[str] = []
-    able = False
+
+    @cache
+    def check_teacher() -> None:
+        """Nothing may be removed that could not be labelled again; raises what is missing."""
+        load_labeller(config, load_partition(root / "partition.json"))
+
     for path in labels:
-        with writer_lock(_lock(cache, path.stem)):
+        with writer_lock(_lock(root, path.stem)):
             recover_folder(path)
             remove_partial_files(path)
             faults = check_store(path, advance)
-            if faults and not able:  # nothing is removed that could not be labelled again
-                load_labeller(config, load_partition(cache / "partition.json"))
-                able = True
-            if faults and _make_honest(config, path, faults, result):
+            if faults and _make_honest(config, path, faults, result, check_teacher):
                 owners.append(path.stem)
     if owners:
-        from pipeline.precompute import precompute  # loads torch
-
         done = precompute(config, owners=owners, progress=progress)
         result.labelled, result.failed = done.labelled, done.failed
         result.notices += done.notices
@@ -259,7 +262,13 @@ def _lock(cache: Path, owner: str) -> Path:
     return cache / "locks" / f"sam-{owner}.lock"
 
 
-def _make_honest(config: Config, path: Path, faults: list[Fault], result: Repair) -> bool:
+def _make_honest(
+    config: Config,
+    path: Path,
+    faults: list[Fault],
+    result: Repair,
+    check_teacher: Callable[[], None],
+) -> bool:
     """Leave nothing damaged in a store that the caller holds locked, only rows not done.
 
     Returns:
@@ -282,6 +291,7 @@ def _make_honest(config: Config, path: Path, faults: list[Fault], result: Repair
     except StoreError as error:
         result.remaining.append(str(error))
         return False
+    check_teacher()
     result.faults += faults
     if whole:
         restored = restore_metadata(path, identity, partition.row_keys(ids))
