@@ -1,13 +1,24 @@
-"""Combining clients' state dicts on the server."""
+"""Combining clients' state dicts on the server: the weighted mean, or the coordinate median."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+
+
+class Aggregate(Protocol):
+    """What combines updates, one at a time, in the order of the clients."""
+
+    def add(self, state: State, weight: float) -> None:
+        """Count ``state`` with ``weight`` > 0."""
+
+    def result(self) -> State:
+        """The combined state, each entry in the dtype that came in."""
 
 
 class FedAvg:
@@ -56,6 +67,49 @@ class FedAvg:
             )
             for name, value in self._sums.items()
         }
+
+
+class CoordinateMedian:
+    """Median of each entry's values, whatever the clients' weights (Yin et al., 2018).
+
+    Up to half of the clients may send anything at all without moving an entry beyond what the
+    others sent. Of an even number the two middle values are averaged; integer entries take the
+    maximum, as in ``FedAvg``. All updates are in memory at once.
+    """
+
+    def __init__(self) -> None:
+        self._states: list[State] = []
+
+    def add(self, state: State, weight: float) -> None:
+        """Count ``state``; ``weight`` is checked, but does not matter.
+
+        Raises:
+            ValueError: the entries, shapes or dtypes differ from the first one's, or bad weight.
+        """
+        if not weight > 0:
+            raise ValueError(f"weight {weight} is not positive")
+        first = self._states[0] if self._states else state
+        check_like(state, first, {name: value.dtype for name, value in first.items()})
+        self._states.append({name: value.clone() for name, value in state.items()})
+
+    def result(self) -> State:
+        """The median, each entry in the dtype that came in.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if not self._states:
+            raise ValueError("nothing to combine: no client sent a usable update")
+        return {name: self._median(name) for name in self._states[0]}
+
+    def _median(self, name: str) -> Tensor:
+        values = torch.stack([state[name] for state in self._states])
+        if not values.is_floating_point():
+            return values.amax(dim=0)
+        ordered = values.double().sort(dim=0).values
+        middle = len(ordered) // 2
+        median = (ordered[middle] + ordered[-middle - 1]) / 2
+        return median.to(values.dtype)
 
 
 def fedavg(updates: Iterable[tuple[State, float]]) -> State:

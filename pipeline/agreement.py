@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,14 +42,24 @@ class Calibration:
 
 @dataclass(frozen=True)
 class AgreementState:
-    """A client's class-wise running confidence, (K+1,) float32 in 0..1; checkpointed."""
+    """What a client knows of both sources; all that agreement carries from round to round."""
 
-    class_confidence: Tensor
+    class_confidence: Tensor  # (K+1,) float32 in 0..1, the client's running confidence by class
+    calibration: Calibration = Calibration()
 
     @classmethod
     def initial(cls, num_classes: int) -> AgreementState:
         """Nothing learnt yet: every class starts at the floor of its threshold."""
         return cls(torch.zeros(num_classes + 1))
+
+    def as_tensor(self) -> Tensor:
+        """(K+4,) float32: the class confidences and a_s, a_c, b, for a checkpoint."""
+        return torch.cat([self.class_confidence, torch.tensor(astuple(self.calibration))])
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> AgreementState:
+        """The inverse of ``as_tensor``."""
+        return cls(values[:-3].clone(), Calibration(*map(float, values[-3:])))
 
 
 @dataclass
@@ -121,7 +131,7 @@ def update_state(
     sums = torch.zeros(classes).scatter_add_(0, label.flatten().cpu(), certainty.float().cpu())
     old = state.class_confidence
     mean = sums / counts.cpu().clamp(min=1)
-    return AgreementState(config.momentum * old + (1 - config.momentum) * mean)
+    return replace(state, class_confidence=config.momentum * old + (1 - config.momentum) * mean)
 
 
 def agree(
@@ -131,7 +141,6 @@ def agree(
     *,
     config: AgreementConfig,
     state: AgreementState,
-    calibration: Calibration,
 ) -> Agreement:
     """Target and weight of every pixel under ``config.rule``.
 
@@ -156,7 +165,7 @@ def agree(
     one = torch.ones_like(c)
     if config.rule == "adaptive":
         sam_wins, weight = _adaptive(
-            sam_label, sam_probability, client_label, c, dice, same, config, state, calibration
+            sam_label, sam_probability, client_label, c, dice, same, config, state
         )
         target = torch.where(sam_wins, sam_label, client_label)
     elif config.rule == "consensus":
@@ -182,9 +191,9 @@ def _adaptive(
     same: Tensor,
     config: AgreementConfig,
     state: AgreementState,
-    calibration: Calibration,
 ) -> tuple[Tensor, Tensor]:
     """Whether SAM's label is the target, and the weight, for every pixel."""
+    calibration = state.calibration
     s_logit = calibration.sam_scale * _logit(sam_probability)
     c_logit = calibration.client_scale * _logit(c)
     trust = dice[:, None, None]

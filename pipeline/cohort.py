@@ -15,22 +15,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.card import CARD_FILE, load_card
-from pipeline.config import SAM_METHODS, Config
+from pipeline.config import SAM_METHODS, Config, NetworkConfig
 from pipeline.errors import SamfedError
 from pipeline.files import file_sha256
 from pipeline.partition import Partition, load_partition
 from pipeline.stores.images import ImageSet, read_image_store
 from pipeline.stores.labels import Identity, Labels, LabelStore, read_labels
-from pipeline.training import ClientData, ServerData
+from pipeline.views import ClientData, ServerData, as_tensor
 
 _DECIDING_MODULES = (
     "aggregation",
     "agreement",
     "augment",
+    "averaging",
+    "distillation",
+    "distillation_losses",
+    "exchange",
     "federation",
     "losses",
     "models",
+    "schedule",
     "training",
+    "views",
 )
 
 
@@ -43,6 +49,7 @@ class Cohort:
     validation: dict[str, ImageSet]  # of each client that has one; for reports only
     partition: str  # sha256 of partition.json
     fingerprint: str  # of the parameters, data and code that decide the result
+    doubts: tuple[str, ...]  # warnings about SAM's labels, by client
 
 
 def load_cohort(config: Config) -> Cohort:
@@ -77,7 +84,8 @@ def load_cohort(config: Config) -> Cohort:
         if part.val
     }
     digest = file_sha256(config.cache.root / "partition.json")
-    return Cohort(server, clients, validation, digest, _fingerprint(config, identity))
+    fingerprint = _fingerprint(config, identity)
+    return Cohort(server, clients, validation, digest, fingerprint, _doubts(config, partition))
 
 
 def _expected_identity(config: Config, partition: Partition) -> Identity:
@@ -107,22 +115,40 @@ def _read_sam(
     return read_labels(path, rows=partition.row_keys(ids), identity=identity)
 
 
+def _doubts(config: Config, partition: Partition) -> tuple[str, ...]:
+    """Clients on whose mirrored images SAM contradicted itself in stage one."""
+    floor, found = config.precompute.warn_consistency, []
+    if config.federate.method not in SAM_METHODS:
+        return ()
+    for name in partition.clients:
+        statistics = LabelStore(config.cache.root / "sam" / f"{name}.zarr").statistics
+        if statistics is not None and statistics["flip_dice"] < floor:
+            found.append(
+                f"{name}: SAM is inconsistent, its labels of mirrored images have Dice "
+                f"{statistics['flip_dice']:.2f}, below {floor:.2f}"
+            )
+    return tuple(found)
+
+
 def _load_client(
     config: Config, partition: Partition, name: str, number: int, identity: Identity | None
 ) -> ClientData:
     method, ids = config.federate.method, partition.clients[name].train
     images = as_tensor(_read_images(config, name, "train", ids))
-    if method == "oracle":
-        truth = read_image_store(
+    truth = None
+    if method == "oracle" or config.federate.audit:
+        stored = read_image_store(
             config.cache.root / "oracle" / f"{name}.zarr",
             image_ids=ids,
             size=config.data.image_size,
             num_classes=config.data.num_classes,
             stage="prepare --with-oracle",
         )
-        return ClientData(name, images, masks=_labels(truth))
+        truth = _labels(stored)
+    if method == "oracle":
+        return ClientData(name, images, masks=truth)
     if identity is None:
-        return ClientData(name, images)
+        return ClientData(name, images, truth=truth)
     labels = _read_sam(config, partition, name, ids, identity)
     rows: NDArray[np.int64] = np.arange(len(images))
     if method == "shuffled":  # the control: real labels, of the wrong images
@@ -132,12 +158,8 @@ def _load_client(
         images,
         masks=torch.from_numpy(labels.masks[rows]),
         confidences=torch.from_numpy(labels.confidences[rows]),
+        truth=truth,
     )
-
-
-def as_tensor(stored: ImageSet) -> Tensor:
-    """Stored images as (N, 3, S, S) uint8."""
-    return torch.from_numpy(stored.images).permute(0, 3, 1, 2).contiguous()
 
 
 def _labels(stored: ImageSet) -> Tensor:
@@ -151,14 +173,14 @@ def _fingerprint(config: Config, identity: Identity | None) -> str:
     settings: dict[str, Any] = json.loads(config.model_dump_json())
     chosen = {name: settings[name] for name in ("seed", "data", "model", "agreement", "federate")}
     del chosen["data"]["root"], chosen["federate"]["name"]
-    chosen["model"]["encoder_weights"] = _content(config)
+    chosen["model"] = [network_key(each) for each in (config.model, *config.model.clients)]
     chosen["partition"] = file_sha256(config.cache.root / "partition.json")
     chosen["labels"] = identity.digest if identity is not None else None
-    chosen["code"] = _code_digest()
+    chosen["code"] = code_digest()
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
-def _code_digest() -> str:
+def code_digest() -> str:
     """sha256 over the modules that decide a round: other code may not continue a run."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
@@ -167,22 +189,10 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def start_key(config: Config) -> str:
-    """sha256 over what decides the server start, first 16 hexadecimal digits."""
-    settings: dict[str, Any] = json.loads(config.model_dump_json())
-    used = ("start_steps", "labelled_batch", "learning_rate", "weight_decay", "threads", "device")
-    chosen = {
-        "seed": config.seed,
-        "data": {key: settings["data"][key] for key in ("num_classes", "image_size")},
-        "model": settings["model"] | {"encoder_weights": _content(config)},
-        "federate": {key: settings["federate"][key] for key in used},
-        "partition": file_sha256(config.cache.root / "partition.json"),
-        "code": _code_digest(),
-    }
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _content(config: Config) -> str | None:
-    """sha256 of the encoder's pretrained weights: where the file lies does not matter."""
-    path = config.model.encoder_weights
-    return file_sha256(path) if path is not None and path.is_file() else None
+def network_key(network: NetworkConfig) -> dict[str, Any]:
+    """What decides a network; of pretrained weights the content, not where the file lies."""
+    path = network.encoder_weights
+    settings: dict[str, Any] = json.loads(network.model_dump_json())
+    chosen = {name: settings[name] for name in NetworkConfig.model_fields}
+    known = path is not None and path.is_file()
+    return chosen | {"encoder_weights": file_sha256(path) if path and known else None}

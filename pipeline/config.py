@@ -27,11 +27,23 @@ from pipeline.files import is_folder_name
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
-Method = Literal["supervised", "fedavg_ssl", "sam_only", "sam_fed", "shuffled", "oracle"]
-#: Methods that read the label cache, and of these the ones that weigh SAM against the client
-#: and distil from the broadcast model.
+Method = Literal[
+    "supervised",
+    "fedavg_ssl",
+    "semifl",
+    "fedmd",
+    "rc_rf",
+    "sam_only",
+    "sam_fed",
+    "shuffled",
+    "oracle",
+]
+#: Methods that read the label cache, and of these the ones that weigh SAM against the client.
 SAM_METHODS: tuple[Method, ...] = ("sam_only", "sam_fed", "shuffled")
 AGREEMENT_METHODS: tuple[Method, ...] = ("sam_fed", "shuffled")
+#: Methods that exist only for clients with networks of their own, and only for averaged ones.
+EXCHANGE_METHODS: tuple[Method, ...] = ("fedmd", "rc_rf")
+AVERAGING_METHODS: tuple[Method, ...] = ("fedavg_ssl", "semifl")
 
 Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
 
@@ -79,6 +91,7 @@ class PartitionConfig(_Section):
     by: Literal["size", "site"] = "size"  # dirichlet: what is skewed (foreground area or site)
     alpha: PositiveFloat = 0.5  # dirichlet: concentration; smaller is more skewed
     server_images: PositiveInt = 30  # the labelled public set D_p, calibration part included
+    server_kept: PositiveInt | None = None  # use only so many of these; the others stay unused
     server_site: str | None = "site_a"  # where D_p comes from; null = anywhere
     calibration_fraction: Fraction = 0.2  # part of D_p that nothing is trained on
     calibration_min: PositiveInt = 10  # and at least so many images
@@ -132,14 +145,23 @@ class PrecomputeConfig(_Section):
     warn_empty: Fraction = 0.5  # share of empty masks above this is a warning
 
 
-class ModelConfig(_Section):
-    """The client network (segmentation-models-pytorch)."""
+class NetworkConfig(_Section):
+    """A network of segmentation-models-pytorch."""
 
-    architecture: Literal["unet", "fpn", "linknet", "deeplabv3plus"] = "unet"
+    architecture: Literal["unet", "fpn", "linknet", "deeplabv3plus", "segformer"] = "unet"
     encoder: str = "tu-mobilenetv3_small_050"  # smp encoder name; tu-<name> is timm's
     encoder_depth: Annotated[int, Field(ge=3, le=5)] = 4
-    decoder_channels: tuple[PositiveInt, ...] = (48, 32, 24, 16)  # U-Net: one per depth
+    # U-Net: one per depth; segformer: one; fpn, linknet and deeplabv3plus do not use them
+    decoder_channels: tuple[PositiveInt, ...] = (48, 32, 24, 16)
     encoder_weights: Path | None = None  # local .safetensors with the encoder's timm weights
+
+
+class ModelConfig(NetworkConfig):
+    """The global network, and the clients' own where they differ."""
+
+    # heterogeneous clients: networks in the order of the clients, from the start again where there
+    # are more clients; what is left out is NetworkConfig's default. Empty: all use the global one
+    clients: tuple[NetworkConfig, ...] = ()
 
 
 class AgreementConfig(_Section):
@@ -147,6 +169,7 @@ class AgreementConfig(_Section):
 
     rule: Rule = "adaptive"
     threshold: Fraction = 0.9  # `confident`: probability above which a source is believed
+    calibrate: bool = True  # `adaptive`: measure both sources on D_p's calibration part
     floor: Annotated[float, Field(ge=0.5, lt=1.0)] = (
         0.6  # `adaptive`: threshold of a class unlearnt
     )
@@ -168,7 +191,9 @@ class FederateConfig(_Section):
     name: Annotated[str, AfterValidator(_folder_name)] = "sam_fed"  # folder under cache/runs
     method: Method = "sam_fed"
     rounds: PositiveInt = 15
-    start_steps: Annotated[int, Field(ge=0)] = 200  # of the global model on D_p, before round 1
+    clients_per_round: PositiveInt | None = None  # drawn anew each round; null = all
+    aggregation: Literal["fedavg", "median"] = "fedavg"  # median: of each coordinate
+    start_steps: Annotated[int, Field(ge=0)] = 200  # of each first model on D_p, before round 1
     local_steps: PositiveInt = 10  # optimiser steps of each client in a round
     labelled_batch: PositiveInt = 8
     unlabelled_batch: PositiveInt = 8
@@ -178,7 +203,13 @@ class FederateConfig(_Section):
     ramp_rounds: Annotated[int, Field(ge=0)] = 2  # rounds over which lambda_u grows from 0
     kd_weight: NonNegative = 0.1  # lambda_kd
     kd_temperature: PositiveFloat = 2.0
-    confidence_threshold: Fraction = 0.95  # fedavg_ssl: FixMatch's threshold
+    confidence_threshold: Fraction = 0.95  # of a client's own pseudo-labels (FixMatch)
+    fusion_epochs: PositiveInt = 4  # heterogeneous: passes over D_p of RC, of RF, of FedMD's digest
+    fusion_weight: NonNegative = 10.0  # heterogeneous: of the KL term in RC and RF
+    fusion_warmup_rounds: Annotated[int, Field(ge=0)] = 0  # heterogeneous: rounds without that term
+    audit: bool = False  # score pseudo-labels against cache/oracle's truth, for reports only
+    link_mbit: PositiveFloat = 100.0  # Mbit/s of a client's link; slower than computing: a warning
+    warn_drift: PositiveFloat = 3.0  # times the median client's change of the model: a warning
     threads: PositiveInt = 2  # torch threads of one client update; pinned, for equal results
     device: str = "auto"
 
@@ -196,6 +227,28 @@ class Config(_Section):
     model: ModelConfig = ModelConfig()
     agreement: AgreementConfig = AgreementConfig()
     federate: FederateConfig = FederateConfig()
+
+    @_model_validator(mode="after")
+    def _check(self) -> Config:
+        method, own = self.federate.method, bool(self.model.clients)
+        if method in EXCHANGE_METHODS and not own:
+            raise ValueError(
+                f"federate.method {method} is for clients with networks of their own; "
+                "list them in model.clients"
+            )
+        if own and (method in AVERAGING_METHODS or self.federate.aggregation == "median"):
+            what = method if method in AVERAGING_METHODS else "aggregation median"
+            raise ValueError(
+                f"{what} averages weights, which clients with networks of their own (model.clients)"
+                " do not share; expected supervised, fedmd, rc_rf, sam_only, sam_fed, shuffled or "
+                "oracle, with aggregation fedavg"
+            )
+        return self
+
+    @property
+    def heterogeneous(self) -> bool:
+        """Whether clients have networks of their own and exchange predictions, not weights."""
+        return bool(self.model.clients)
 
 
 def load_config(path: Path | None, overrides: tuple[str, ...] = ()) -> Config:
@@ -243,7 +296,9 @@ def parse_config(raw: dict[str, Any], *, source: str) -> Config:
 def _known_keys(location: tuple[int | str, ...]) -> str:
     model: Any = Config
     for part in location[:-1]:
-        model = model.model_fields[str(part)].annotation
+        # a position in model.clients, the only list of sections
+        is_position = isinstance(part, int)
+        model = NetworkConfig if is_position else model.model_fields[part].annotation
     return "expected one of " + ", ".join(model.model_fields)
 
 

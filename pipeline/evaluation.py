@@ -11,36 +11,36 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cohort import as_tensor
 from pipeline.config import Config
 from pipeline.errors import StageError
 from pipeline.files import write_bytes, write_json
 from pipeline.metrics import ImageMetrics, image_metrics, summarise
-from pipeline.models import build_model, predict_masks
+from pipeline.final import FinalModels
+from pipeline.models import predict_masks
 from pipeline.partition import load_partition
 from pipeline.runs import RunFolder
 from pipeline.stores.images import read_image_store
+from pipeline.views import as_tensor
 
 Progress = Callable[[str, int, int], None]
 
 
 def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Score the run's final model; write ``metrics.json``, ``per_image.csv`` and ``rounds.csv``.
+    """Score the run's final models; write ``metrics.json``, ``per_image.csv`` and ``rounds.csv``.
 
-    The model is the one of the run's own ``params.yaml``; the images are those of ``config``'s
-    cache. Distances are in pixels at ``data.image_size``.
+    The global model answers for every client, or each client's own for itself, as the run's own
+    ``params.yaml`` says; the images are those of ``config``'s cache. Distances are in pixels at
+    ``data.image_size``.
 
     Raises:
         StageError: the run is not complete, or no client has a test part. IdentityError: the
         partition or the image stores are not the ones that the run was made on.
     """
-    weights = run.load_model()
     made = run.config()
+    models = FinalModels(run, made)
     cache = config.cache.root
     run.check_partition(cache / "partition.json")
     num_classes = made.data.num_classes
-    model = build_model(made, seed=made.seed)
-    model.load_state_dict(weights)
     partition = load_partition(cache / "partition.json")
     tested = {name: part.test for name, part in partition.clients.items() if part.test}
     if not tested:
@@ -54,7 +54,7 @@ def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None
             path, image_ids=ids, size=made.data.image_size, num_classes=num_classes
         )
         assert part.labels is not None
-        predicted = predict_masks(model, as_tensor(part)).numpy()
+        predicted = predict_masks(models.of(name), as_tensor(part)).numpy()
         for image_id, mask, truth in zip(ids, predicted, part.labels, strict=True):
             score = image_metrics(mask, truth, num_classes=num_classes)
             rows.append((name, image_id, partition.images[image_id].group, score))

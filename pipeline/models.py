@@ -14,7 +14,7 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config
+from pipeline.config import Config, NetworkConfig
 from pipeline.errors import ConfigError, DataError
 
 State = dict[str, Tensor]
@@ -24,26 +24,25 @@ _ARCHITECTURES: dict[str, Any] = {
     "fpn": smp.FPN,
     "linknet": smp.Linknet,
     "deeplabv3plus": smp.DeepLabV3Plus,
+    "segformer": smp.Segformer,
 }
 
 
-def build_model(settings: Config, *, seed: int) -> nn.Module:
-    """A client network for ``settings``, with weights drawn from ``seed``.
+def build_model(
+    settings: Config, *, seed: int, network: NetworkConfig | None = None
+) -> nn.Module:
+    """A network for ``settings``, with weights drawn from ``seed``.
 
     It maps (B, 3, S, S) float images, normalised by ``normalise``, to logits (B, K+1, S, S).
+
+    Args:
+        network: which one; the global one, ``settings.model``, if None.
 
     Raises:
         ConfigError: architecture, encoder and image size do not fit. DataError: bad weights.
     """
-    config, num_classes = settings.model, settings.data.num_classes
-    arguments: dict[str, Any] = {"encoder_depth": config.encoder_depth}
-    if config.architecture == "unet":
-        if len(config.decoder_channels) != config.encoder_depth:
-            raise ConfigError(
-                f"model.decoder_channels: found {len(config.decoder_channels)} values, expected "
-                f"one for each of model.encoder_depth={config.encoder_depth}"
-            )
-        arguments["decoder_channels"] = config.decoder_channels
+    config, num_classes = network or settings.model, settings.data.num_classes
+    arguments = _decoder_arguments(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -59,14 +58,34 @@ def build_model(settings: Config, *, seed: int) -> nn.Module:
     if config.encoder_weights is not None:
         _load_encoder(model, config.encoder_weights)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    _check_output(model, settings)
+    _check_output(model, settings, config)
     return model
 
 
+def _decoder_arguments(config: NetworkConfig) -> dict[str, Any]:
+    """Depth and widths in smp's words."""
+    depth, channels = config.encoder_depth, config.decoder_channels
+    arguments: dict[str, Any] = {"encoder_depth": depth}
+    if config.architecture == "unet":
+        if len(channels) != depth:
+            raise ConfigError(
+                f"model.decoder_channels: found {len(channels)} values, expected one for each of "
+                f"model.encoder_depth={depth}"
+            )
+        arguments["decoder_channels"] = channels
+    if config.architecture == "segformer":
+        if len(channels) != 1:
+            raise ConfigError(
+                f"model.decoder_channels: found {len(channels)} values, expected one for segformer"
+            )
+        arguments["decoder_segmentation_channels"] = channels[0]
+    return arguments
+
+
 @torch.inference_mode()
-def _check_output(model: nn.Module, settings: Config) -> None:
+def _check_output(model: nn.Module, settings: Config, config: NetworkConfig) -> None:
     """Some architectures need sizes that their strides divide, or answer at another size."""
-    size, config = settings.data.image_size, settings.model
+    size = settings.data.image_size
     try:
         found = tuple(model.eval()(torch.zeros(1, 3, size, size)).shape[1:])
     except RuntimeError as error:

@@ -119,7 +119,31 @@ def draw_partition(
     clients: dict[str, ClientPart] = {}
     for name in sorted(owners):
         clients[name] = _split_client(name, owners[name], labelled, config, rng)
-    return server, clients
+    return _thin(server, config, seed), clients
+
+
+def _thin(server: ServerPart, config: PartitionConfig, seed: int) -> ServerPart:
+    """``server_kept`` random images of the server's; what other owners hold does not change."""
+    kept, total = config.server_kept, len(server.train) + len(server.calibration)
+    if kept is None or kept >= total:
+        return server
+    least = min(config.calibration_min, len(server.calibration))
+    calibration = max(least, round(kept * len(server.calibration) / total))
+    if calibration >= kept:
+        raise ConfigError(
+            f"partition.server_kept: of {kept} images the calibration part takes {calibration}; "
+            "raise server_kept or lower calibration_min"
+        )
+    rng = np.random.default_rng([seed, 7])
+
+    def some(ids: tuple[str, ...], count: int) -> tuple[str, ...]:
+        # the first of one order, so that a smaller set is part of every larger one
+        return tuple(sorted(ids[row] for row in rng.permutation(len(ids))[:count]))
+
+    return ServerPart(
+        train=some(server.train, kept - calibration),
+        calibration=some(server.calibration, calibration),
+    )
 
 
 def _take(groups: Groups, names: Sequence[str], target: int, *, reach: bool = False) -> list[str]:

@@ -1,15 +1,15 @@
 """A run's folder, ``cache/runs/<name>/``: parameters, history, checkpoints, models.
 
 ``params.yaml`` as used, ``history.jsonl`` (one line a round), the last two of
-``checkpoints/round_NNNN.safetensors``, ``models/global.safetensors`` when the run is complete,
-``metrics.json`` from ``samfed evaluate`` and ``report.html`` from ``samfed report``.
+``checkpoints/round_NNNN.safetensors``, and when the run is complete ``models/global.safetensors``,
+or ``models/<client>.safetensors`` where clients have networks of their own. ``metrics.json`` from ``samfed evaluate`` and ``report.html`` from ``samfed report``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ class Checkpoint:
     """Everything that the next round depends on."""
 
     round: int
-    weights: State
-    client_states: State  # class confidence of each client, by name
+    weights: State  # of the global model; heterogeneous: of the server's
+    client_states: State  # each client's AgreementState.as_tensor(), by name
     partition: str  # sha256 of the partition.json that the run was made on
+    client_weights: dict[str, State] = field(default_factory=dict)  # heterogeneous: by name
 
 
 class RunFolder:
@@ -46,7 +47,10 @@ class RunFolder:
     @property
     def model_path(self) -> Path:
         """Weights of the final global model."""
-        return self.path / "models" / "global.safetensors"
+        return self._model_path("global")
+
+    def _model_path(self, name: str) -> Path:
+        return self.path / "models" / f"{name}.safetensors"
 
     def begin(self, config: Config, fingerprint: str, *, mode: str, aside: Path) -> str | None:
         """Prepare the folder for a run with ``fingerprint``; returns a sentence for the user.
@@ -88,6 +92,8 @@ class RunFolder:
         """Write a round's checkpoint atomically and drop all but the last two."""
         tensors = {f"weights/{name}": value for name, value in checkpoint.weights.items()}
         tensors |= {f"clients/{name}": value for name, value in checkpoint.client_states.items()}
+        for client, state in checkpoint.client_weights.items():
+            tensors |= {f"models/{client}/{name}": value for name, value in state.items()}
         meta = {
             "round": str(checkpoint.round),
             "fingerprint": fingerprint,
@@ -113,11 +119,16 @@ class RunFolder:
         if path is None:
             return None
         meta, tensors = _load(path)
+        models: dict[str, State] = {}
+        for name, value in _under(tensors, "models/").items():
+            client, _, entry = name.partition("/")
+            models.setdefault(client, {})[entry] = value
         return Checkpoint(
             round=int(meta["round"]),
             weights=_under(tensors, "weights/"),
             client_states=_under(tensors, "clients/"),
             partition=meta["partition"],
+            client_weights=models,
         )
 
     def append_history(self, entry: dict[str, Any]) -> None:
@@ -133,19 +144,21 @@ class RunFolder:
             return []
         return [json.loads(line) for line in path.read_text().splitlines()]
 
-    def finish(self, weights: State) -> None:
-        """Write the final model."""
-        save_state(self.model_path, weights)
+    def finish(self, models: dict[str, State]) -> None:
+        """Write the final models by name: ``global``, or each client's own."""
+        for name, weights in models.items():
+            save_state(self._model_path(name), weights)
 
-    def load_model(self) -> State:
-        """Weights of the final model.
+    def load_model(self, name: str = "global") -> State:
+        """Weights of a final model: the global one, or a client's own by its name.
 
         Raises:
             StageError: the run is missing or not complete.
         """
-        if not self.model_path.is_file():
-            raise StageError(f"{self.model_path}: not found; run `samfed federate` first")
-        return load_state(self.model_path)
+        path = self._model_path(name)
+        if not path.is_file():
+            raise StageError(f"{path}: not found; run `samfed federate` first")
+        return load_state(path)
 
     def check_partition(self, partition_file: Path) -> None:
         """Refuse another partition than the run's: its test images may be the run's own.

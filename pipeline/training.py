@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,61 +26,49 @@ from pipeline.agreement import (
     calibrate,
     update_state,
 )
-from pipeline.augment import (
-    LIGHT,
-    STRONG,
-    Geometry,
-    change_appearance,
-    random_affine,
-    warp_images,
-    warp_labels,
-)
 from pipeline.config import AGREEMENT_METHODS, SAM_METHODS, AgreementConfig, Config, FederateConfig
 from pipeline.losses import agreement_loss, distillation_loss, supervised_loss
 from pipeline.models import State, get_state, normalise, predict_probabilities
+from pipeline.views import ClientData, ServerData, Views, draw_views, labelled_batch
 
 _MAX_GRADIENT_NORM = 5.0  # far above what training shows; stops a bad batch from wrecking a round
 _LAST_RATE = 0.05  # of the learning rate, so that the last rounds still learn
 
 
-@dataclass(frozen=True)
-class ServerData:
-    """D_p, which every client holds. Images (N, 3, S, S) uint8, labels (N, S, S) uint8.
-
-    The calibration part carries the teacher's labels too where the method uses SAM.
-    """
-
-    images: Tensor
-    labels: Tensor
-    calibration_images: Tensor
-    calibration_labels: Tensor
-    calibration_groups: tuple[str, ...]
-    calibration_masks: Tensor | None = None
-    calibration_confidences: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ClientData:
-    """A client's unlabelled images (N, 3, S, S) uint8 and what labels them, (N, S, S) uint8.
-
-    ``masks`` and ``confidences`` come from the label cache (SAM methods); for ``oracle`` the masks
-    are the truth. Both are None where the method uses neither.
-    """
-
-    name: str
-    images: Tensor
-    masks: Tensor | None = None
-    confidences: Tensor | None = None
-
-
 @dataclass
 class LocalResult:
-    """What a client sends back, and what it says of its round."""
+    """What a client's round ends with; its weights are sent only where clients are averaged."""
 
     weights: State
     state: AgreementState
     images: int
     diagnostics: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the unlabelled term trains towards."""
+
+    label: Tensor  # (B, S, S) int64
+    weight: Tensor  # (B, S, S) float32 in 0..1
+
+
+@dataclass
+class _Audit:
+    """Dice of the kept pseudo-labels' foreground with the truth, pooled over a round's pixels."""
+
+    overlap: int = 0
+    total: int = 0
+
+    def add(self, target: _Target, truth: Tensor) -> None:
+        kept = target.weight > 0
+        found, true = (target.label > 0) & kept, (truth > 0) & kept
+        self.overlap += int((found & (target.label == truth)).sum())
+        self.total += int(found.sum()) + int(true.sum())
+
+    def dice(self) -> float | None:
+        """None where no kept pixel is foreground in either."""
+        return 2 * self.overlap / self.total if self.total else None
 
 
 def local_update(
@@ -95,35 +83,41 @@ def local_update(
     learning_rate: float,
     unlabelled_weight: float,
     seed: int,
+    distil: bool = True,
 ) -> LocalResult:
     """Train ``weights`` for ``config.local_steps`` steps on the client's and the server's images.
 
     Args:
         model: a network of the right shape; its own weights are overwritten.
-        weights: the broadcast model, which is also the distillation's teacher.
+        weights: what the client starts from: the broadcast model, or its own.
+        state: with the calibration of these weights (``measure_calibration``).
         unlabelled_weight: lambda_u of this round, after its ramp.
+        distil: whether ``weights`` are a broadcast model, which the client distils from.
     """
     device = next(model.parameters()).device
     model.load_state_dict(weights)
-    calibration = _measure(model, server, config, agreement)
     # f = G at the first step only, so the broadcast model needs a copy of its own
-    broadcast = _copy(model) if _distils(config) else None
+    broadcast = _copy(model) if distil and _distils(config) else None
+    if config.method == "semifl":
+        client = _label_itself(model, client)
     optimizer = make_optimizer(model, learning_rate, config.weight_decay)
     labelled = torch.Generator().manual_seed(seed)  # the same draws whatever the method
     unlabelled = torch.Generator().manual_seed(seed + 1)
-    statistics = AgreementStatistics()
+    statistics, audit = AgreementStatistics(), _Audit()
     sums = dict.fromkeys(("loss", "loss_sup", "loss_agree", "loss_kd", "gradient_norm"), 0.0)
     with seeded(seed, model):
         for _ in range(config.local_steps):
             images, truth = labelled_batch(server, config.labelled_batch, labelled, device)
-            views = None
+            views = target = None
             if config.method != "supervised":
-                views = _draw_views(client, config.unlabelled_batch, unlabelled, device)
-                views, state, counted = _set_target(
-                    views, model, config, agreement, state, calibration
-                )
+                views = draw_views(client, config.unlabelled_batch, unlabelled, device)
+                target, state, counted = _set_target(views, model, config, agreement, state)
                 statistics.add(counted)
-            terms = _losses(model, images, truth, views, broadcast, config, unlabelled_weight)
+                if views.truth is not None:
+                    audit.add(target, views.truth)
+            terms = _losses(
+                model, images, truth, views, target, broadcast, config, unlabelled_weight
+            )
             optimizer.zero_grad()
             terms["loss"].backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
@@ -134,6 +128,11 @@ def local_update(
     diagnostics: dict[str, float | None] = {k: v / config.local_steps for k, v in sums.items()}
     if config.method in SAM_METHODS:
         diagnostics |= statistics.summary()
+    if config.method in AGREEMENT_METHODS:
+        diagnostics |= vars(state.calibration)
+    if client.truth is not None and config.method != "supervised":
+        diagnostics["pseudo_label_dice"] = audit.dice()
+    diagnostics["drift"] = _relative_change(model, weights)
     return LocalResult(get_state(model), state, len(client.images), diagnostics)
 
 
@@ -142,18 +141,20 @@ def train_on_server(
     server: ServerData,
     *,
     config: FederateConfig,
+    steps: int,
+    rate: Callable[[int], float],
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> State:
-    """Server start: ``config.start_steps`` steps of ``model`` on D_p's training part alone."""
+    """``steps`` optimiser steps of ``model`` on D_p's training part alone, step i at ``rate(i)``."""
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     generator = torch.Generator().manual_seed(seed)
     with seeded(seed, model):
         model.train()
-        for step in range(config.start_steps):
+        for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * cosine(step, config.start_steps)
+                group["lr"] = rate(step)
             images, truth = labelled_batch(server, config.labelled_batch, generator, device)
             optimizer.zero_grad()
             loss = supervised_loss(model(normalise(images)), truth)
@@ -190,100 +191,56 @@ def make_optimizer(model: nn.Module, learning_rate: float, decay: float) -> torc
     return torch.optim.AdamW(groups, lr=learning_rate)
 
 
-def labelled_batch(
-    server: ServerData, size: int, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """An augmented labelled batch: images (B, 3, S, S) float 0..1, truth (B, S, S) int64."""
-    chosen = _choose(len(server.images), size, generator)
-    maps = random_affine(len(chosen), Geometry(), generator)
-    images = warp_images(server.images[chosen].float() / 255, maps)
-    images = change_appearance(images, STRONG, generator)
-    truth = warp_labels(server.labels[chosen], maps).long()
-    return images.to(device), truth.to(device)
-
-
-@dataclass(frozen=True)
-class _Views:
-    """Two views of an unlabelled batch with one geometry, and its labels under it."""
-
-    weak: Tensor  # (B, 3, S, S) float 0..1
-    strong: Tensor
-    masks: Tensor | None  # (B, S, S) int64
-    confidences: Tensor | None  # (B, S, S) float32 probabilities
-    target: Tensor | None = None  # (B, S, S) int64
-    weight: Tensor | None = None  # (B, S, S) float32
-
-
-def _draw_views(
-    client: ClientData, size: int, generator: torch.Generator, device: torch.device
-) -> _Views:
-    chosen = _choose(len(client.images), size, generator)
-    maps = random_affine(len(chosen), Geometry(), generator)
-    base = warp_images(client.images[chosen].float() / 255, maps)
-    weak = change_appearance(base, LIGHT, generator)
-    strong = change_appearance(base, STRONG, generator)
-    masks = confidences = None
-    if client.masks is not None:
-        masks = warp_labels(client.masks[chosen], maps).long().to(device)
-    if client.confidences is not None:
-        # agreement never takes a probability as certain, so 0 and 255 may stand
-        confidences = (warp_labels(client.confidences[chosen], maps).float() / 255).to(device)
-    return _Views(weak.to(device), strong.to(device), masks, confidences)
-
-
-def _choose(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """``size`` rows of ``count``, without repetition where there are enough."""
-    rounds = -(-size // count)
-    orders = [torch.randperm(count, generator=generator) for _ in range(rounds)]
-    return torch.cat(orders)[:size]
+def _label_itself(model: nn.Module, client: ClientData) -> ClientData:
+    """Pseudo-labels of the received model, fixed for the round (SemiFL, Diao et al., 2022)."""
+    parts = [predict_probabilities(model, part).max(dim=1) for part in client.images.split(32)]
+    confidences = torch.cat([part.values for part in parts])
+    return replace(
+        client,
+        masks=torch.cat([part.indices for part in parts]).to(torch.uint8),
+        confidences=(confidences * 255).round().to(torch.uint8),
+    )
 
 
 def _set_target(
-    views: _Views,
+    views: Views,
     model: nn.Module,
     config: FederateConfig,
     agreement: AgreementConfig,
     state: AgreementState,
-    calibration: Calibration,
-) -> tuple[_Views, AgreementState, AgreementStatistics]:
-    """The method's target and weight for an unlabelled batch."""
+) -> tuple[_Target, AgreementState, AgreementStatistics]:
+    """The method's target for an unlabelled batch."""
     counted = AgreementStatistics()
     if config.method == "oracle":
         assert views.masks is not None
-        target, weight = views.masks, torch.ones_like(views.masks, dtype=torch.float32)
-        return _with_target(views, target, weight), state, counted
+        return _Target(views.masks, torch.ones(views.masks.shape)), state, counted
+    if config.method == "semifl":
+        assert views.masks is not None
+        assert views.confidences is not None
+        weight = (views.confidences >= config.confidence_threshold).float()
+        return _Target(views.masks, weight), state, counted
     model.eval()
     with torch.inference_mode():
         opinion = model(normalise(views.weak)).float().softmax(dim=1)
     opinion = opinion.clone()  # a normal tensor, which the loss may use
-    if config.method == "fedavg_ssl":
-        confidence, target = opinion.max(dim=1)
+    if config.method not in SAM_METHODS:
+        confidence, label = opinion.max(dim=1)
         weight = (confidence >= config.confidence_threshold).float()
-        return _with_target(views, target, weight), state, counted
+        return _Target(label, weight), state, counted
     assert views.masks is not None
     assert views.confidences is not None
-    agreement = rule_of(config, agreement)
-    result = agree(
-        views.masks,
-        views.confidences,
-        opinion,
-        config=agreement,
-        state=state,
-        calibration=calibration,
-    )
-    state = update_state(state, opinion, agreement)
-    return _with_target(views, result.target, result.weight), state, result.statistics
-
-
-def _with_target(views: _Views, target: Tensor, weight: Tensor) -> _Views:
-    return _Views(views.weak, views.strong, views.masks, views.confidences, target, weight)
+    rule = rule_of(config, agreement)
+    result = agree(views.masks, views.confidences, opinion, config=rule, state=state)
+    state = update_state(state, opinion, rule)
+    return _Target(result.target, result.weight), state, result.statistics
 
 
 def _losses(
     model: nn.Module,
     images: Tensor,
     truth: Tensor,
-    views: _Views | None,
+    views: Views | None,
+    target: _Target | None,
     broadcast: nn.Module | None,
     config: FederateConfig,
     unlabelled_weight: float,
@@ -300,10 +257,9 @@ def _losses(
         "loss_kd": zero,
     }
     total = terms["loss_sup"]
-    if views is not None:
-        assert views.target is not None
-        assert views.weight is not None
-        terms["loss_agree"] = agreement_loss(logits[count:], views.target, views.weight)
+    if views is not None and target is not None:
+        weight = target.weight.to(logits)
+        terms["loss_agree"] = agreement_loss(logits[count:], target.label, weight)
         total = total + unlabelled_weight * terms["loss_agree"]
         if broadcast is not None:
             with torch.no_grad():
@@ -327,14 +283,13 @@ def rule_of(config: FederateConfig, agreement: AgreementConfig) -> AgreementConf
 
 
 def measure_calibration(model: nn.Module, server: ServerData, config: Config) -> Calibration:
-    """Both sources on D_p's calibration part, with the model's weights as they are."""
-    return _measure(model, server, config.federate, config.agreement)
+    """Both sources on D_p's calibration part, with the model's weights as they are.
 
-
-def _measure(
-    model: nn.Module, server: ServerData, config: FederateConfig, agreement: AgreementConfig
-) -> Calibration:
-    if config.method not in AGREEMENT_METHODS or agreement.rule != "adaptive":
+    The identity for methods and rules that do not ask for it, and with ``agreement.calibrate`` off.
+    """
+    rule = config.agreement
+    adapts = config.federate.method in AGREEMENT_METHODS and rule.rule == "adaptive"
+    if not (adapts and rule.calibrate):
         return Calibration()
     assert server.calibration_masks is not None
     assert server.calibration_confidences is not None
@@ -351,3 +306,13 @@ def _copy(model: nn.Module) -> nn.Module:
     """A frozen copy in evaluation mode."""
     frozen = copy.deepcopy(model).eval()
     return frozen.requires_grad_(False)
+
+
+def _relative_change(model: nn.Module, before: State) -> float:
+    """``|w - w_0| / |w_0|`` over the trained parameters, Euclidean norms."""
+    change = norm = 0.0
+    for name, parameter in model.named_parameters():
+        old = before[name].double()
+        change += float((parameter.detach().cpu().double() - old).square().sum())
+        norm += float(old.square().sum())
+    return math.sqrt(change / norm) if norm else math.inf

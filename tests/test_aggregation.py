@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pipeline.aggregation import FedAvg, fedavg, first_not_finite
+from pipeline.aggregation import CoordinateMedian, FedAvg, fedavg, first_not_finite
 
 
 def state(weight: float, mean: float, batches: int) -> dict[str, torch.Tensor]:
@@ -79,3 +80,49 @@ def test_nothing_to_average() -> None:
 def test_not_finite_is_named() -> None:
     assert first_not_finite({"a": torch.ones(2), "n": torch.tensor(3)}) is None
     assert first_not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])}) == "b"
+
+
+def median(*states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    combined = CoordinateMedian()
+    for each in states:
+        combined.add(each, 1)
+    return combined.result()
+
+
+def test_the_median_by_hand() -> None:
+    """Of 1, 4, 9 it is 4; of 1, 4, 9, 6 it is (4 + 6) / 2 = 5; counters take the maximum."""
+    three = [state(1.0, 2.0, 7), state(4.0, 6.0, 5), state(9.0, 4.0, 6)]
+    odd = median(*three)
+    assert odd["conv.weight"].tolist() == [[4.0, 8.0]]
+    assert odd["norm.running_mean"].tolist() == [4.0]
+    assert odd["norm.num_batches_tracked"].item() == 7
+    assert [v.dtype for v in odd.values()] == [torch.float32, torch.float16, torch.int64]
+    even = median(*three, state(6.0, 8.0, 1))
+    assert even["conv.weight"].tolist() == [[5.0, 10.0]]
+    assert even["norm.running_mean"].tolist() == [5.0]
+
+
+def test_the_median_stays_where_most_clients_are() -> None:
+    honest = [state(value, 0.0, 1) for value in (1.0, 1.1, 1.2)]
+    wild = [state(value, 0.0, 1) for value in (1e30, -1e30)]
+    found = median(honest[0], wild[0], honest[1], wild[1], honest[2])["conv.weight"][0, 0]
+    assert 1.0 <= float(found) <= 1.2
+
+
+def test_the_median_agrees_with_numpy_in_any_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = [{"x": torch.randn(3, 5, generator=generator)} for _ in range(6)]
+    expected = np.median(np.stack([s["x"].numpy() for s in states]), axis=0)
+    np.testing.assert_allclose(median(*states)["x"].numpy(), expected, rtol=1e-6)
+    assert torch.equal(median(*states)["x"], median(*states[::-1])["x"])
+
+
+def test_the_median_refuses_what_does_not_fit() -> None:
+    combined = CoordinateMedian()
+    with pytest.raises(ValueError, match="nothing to combine"):
+        combined.result()
+    combined.add(state(1.0, 2.0, 7), 1)
+    with pytest.raises(ValueError, match="is missing"):
+        combined.add({"conv.weight": torch.zeros(1, 2)}, 1)
+    with pytest.raises(ValueError, match="not positive"):
+        combined.add(state(1.0, 2.0, 7), 0)

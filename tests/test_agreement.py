@@ -34,7 +34,6 @@ def run(rule: str, **changes: object) -> Agreement:
     arguments = {
         "config": AgreementConfig(rule=rule),  # type: ignore[arg-type]
         "state": AgreementState.initial(1),
-        "calibration": Calibration(),
     } | changes
     return agree(SAM_LABEL, SAM_PROBABILITY, CLIENT, **arguments)  # type: ignore[arg-type]
 
@@ -73,7 +72,7 @@ def test_adaptive_rejects_below_the_class_threshold() -> None:
 
 
 def test_trust_moves_conflicts_only() -> None:
-    before, after = run("adaptive"), run("adaptive", calibration=Calibration(sam_trust=2.0))
+    before, after = run("adaptive"), run("adaptive", state=AgreementState(torch.zeros(2), Calibration(sam_trust=2.0)))
     assert after.target.flatten().tolist() == [1, 1, 0, 0]  # the third pixel now goes to SAM
     chance = sigmoid_of_odds(1.5 / 3 * math.exp(2.0))
     assert float(after.weight.flatten()[2]) == pytest.approx(chance, abs=1e-6)
@@ -107,8 +106,8 @@ def test_a_collapsed_client_is_rescued(trust: float) -> None:
         sam_probability,
         client,
         config=AgreementConfig(),
-        state=AgreementState(torch.tensor([1.0, 0.0])),  # sure of background, knows no foreground
-        calibration=Calibration(sam_trust=trust),
+        # sure of background, knows no foreground
+        state=AgreementState(torch.tensor([1.0, 0.0]), Calibration(sam_trust=trust)),
     )
     assert torch.equal(result.target, sam_label)
     assert bool((result.weight[sam_label == 1] > 0.9).all())
@@ -119,7 +118,7 @@ def test_a_collapse_after_learning_is_rescued_whatever_the_record() -> None:
     config = AgreementConfig()
     client = torch.zeros(1, 2, 8, 8)
     client[:, 0], client[:, 1] = 0.999, 0.001
-    state = AgreementState(torch.ones(2))
+    state = AgreementState(torch.ones(2), Calibration(sam_scale=0.41, sam_trust=-4.0))
     for _ in range(30):
         state = update_state(state, client, config)
     sam_label = torch.zeros(1, 8, 8, dtype=torch.int64)
@@ -130,7 +129,6 @@ def test_a_collapse_after_learning_is_rescued_whatever_the_record() -> None:
         client,
         config=config,
         state=state,
-        calibration=Calibration(sam_scale=0.41, sam_trust=-4.0),
     )
     assert torch.equal(result.target, sam_label)
     assert bool((result.weight[sam_label == 1] > 0.8).all())
@@ -146,7 +144,6 @@ def test_consensus_of_more_classes_by_hand() -> None:
         client,
         config=AgreementConfig(),
         state=AgreementState.initial(3),
-        calibration=Calibration(),
     )
     assert float(result.weight) == pytest.approx(4 / 7)
 
@@ -171,7 +168,6 @@ def test_a_client_wins_where_sam_is_unsure_and_the_image_agrees() -> None:
         client,
         config=AgreementConfig(),
         state=AgreementState.initial(1),
-        calibration=Calibration(),
     )
     assert int(result.target[0, 2, 2]) == 0
     assert float(result.weight[0, 2, 2]) > 0.8
@@ -193,7 +189,6 @@ def test_more_classes() -> None:
         client,
         config=AgreementConfig(),
         state=AgreementState.initial(2),
-        calibration=Calibration(),
     )
     assert result.target.flatten().tolist() == [2, 2, 1]
     assert bool((result.weight > 0).all())
@@ -216,7 +211,6 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
             CLIENT,
             config=AgreementConfig(),
             state=AgreementState.initial(1),
-            calibration=Calibration(),
         )
 
 
@@ -279,3 +273,14 @@ def test_calibration_distrusts_the_worse_source() -> None:
 
 def test_few_images_leave_calibration_alone() -> None:
     assert calibrate(SAM_LABEL, SAM_PROBABILITY, CLIENT, SAM_LABEL, groups=["a"]) == Calibration()
+
+
+def test_the_state_survives_a_checkpoint() -> None:
+    state = AgreementState(torch.tensor([0.25, 0.5, 0.75]), Calibration(0.5, 1.5, -0.25))
+    stored = state.as_tensor()
+    assert stored.tolist() == [0.25, 0.5, 0.75, 0.5, 1.5, -0.25]
+    again = AgreementState.from_tensor(stored)
+    assert torch.equal(again.class_confidence, state.class_confidence)
+    assert again.calibration == state.calibration
+    moved = update_state(again, torch.full((1, 3, 2, 2), 1 / 3), AgreementConfig())
+    assert moved.calibration == state.calibration

@@ -55,6 +55,35 @@ def test_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
     )
 
 
+def test_an_unknown_key_of_a_clients_network_lists_the_known_ones(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: {clients: [{encoder: x}, {encoder_name: y}]}\n")
+    assert message(path) == (
+        f"{path}: unknown key 'model.clients.1.encoder_name'; expected one of "
+        "architecture, encoder, encoder_depth, decoder_channels, encoder_weights"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["federate.method=rc_rf"], "rc_rf is for clients with networks of their own; list them"),
+        (["federate.method=fedmd"], "fedmd is for clients with networks of their own; list them"),
+        (
+            ["federate.method=semifl", "model.clients=[{architecture: fpn}]"],
+            "semifl averages weights, which clients with networks of their own",
+        ),
+        (
+            ["federate.aggregation=median", "model.clients=[{architecture: fpn}]"],
+            "aggregation median averages weights, which clients with networks of their own",
+        ),
+    ],
+)
+def test_a_method_that_the_clients_networks_do_not_allow(
+    overrides: list[str], expected: str
+) -> None:
+    assert expected in message(None, *overrides)
+
+
 def test_unknown_section_lists_the_sections(tmp_path: Path) -> None:
     path = write(tmp_path, "federat: {rounds: 4}\n")
     assert message(path) == (

@@ -489,3 +489,26 @@ def test_preparing_again_gives_the_same_bytes(folder: Path, tmp_path: Path) -> N
     before = listing(tmp_path / "cache")
     prepare(config)
     assert listing(tmp_path / "cache") == before
+
+
+def test_a_smaller_server_set_changes_nothing_else() -> None:
+    records = make_records([("a", 4, 0)] * 10 + [("b", 1, 0)] * 30)
+    base: dict[str, Any] = {"server_images": 20, "server_site": "a", "calibration_min": 2}
+    server, clients = draw(records, PartitionConfig(**base))
+    before: set[str] = set()
+    for kept in (5, 10, 15, 20):
+        part, same = draw(records, PartitionConfig(**base, server_kept=kept))
+        assert same == clients
+        assert len(part.train) + len(part.calibration) == kept
+        assert set(part.train) <= set(server.train)
+        assert set(part.calibration) <= set(server.calibration)
+        assert before <= {*part.train, *part.calibration}
+        before = {*part.train, *part.calibration}
+    assert part == server
+
+
+def test_a_server_set_too_small_for_calibration() -> None:
+    assert refusal(single(40), server_images=30, server_kept=8, calibration_min=10) == (
+        "partition.server_kept: of 8 images the calibration part takes 10; raise server_kept or "
+        "lower calibration_min"
+    )

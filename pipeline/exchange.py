@@ -1,0 +1,316 @@
+"""Rounds of clients with networks of their own: predictions on D_p cross the border, no weights.
+
+Order of a round (HSSF, Ma et al., IEEE TMI 2024): every client speaks, its logits on one noised copy
+of D_p; the server condenses them into its own model and answers with that model's logits; every
+client takes these in, then trains on its own images. ``fedmd`` answers with the mean of the
+clients' logits instead. ``supervised``, ``sam_only`` and ``oracle`` exchange nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.agreement import AgreementState
+from pipeline.aggregation import first_not_finite
+from pipeline.cohort import Cohort
+from pipeline.config import AGREEMENT_METHODS, EXCHANGE_METHODS, Config, NetworkConfig
+from pipeline.diagnostics import client_warnings, finite, mean_dice, report, round_warnings
+from pipeline.distillation import (
+    BestClient,
+    GradedLogits,
+    MeanLogits,
+    condense,
+    digest,
+    fuse,
+    noised_public,
+    payload_bytes,
+    public_logits,
+)
+from pipeline.errors import SamfedError
+from pipeline.models import State, build_model, get_state
+from pipeline.runs import Checkpoint
+from pipeline.schedule import (
+    Progress,
+    client_seed,
+    exchange_seed,
+    learning_rate,
+    participants,
+    server_seed,
+    unlabelled_weight,
+)
+from pipeline.starts import first_model
+from pipeline.training import LocalResult, local_update, make_optimizer, measure_calibration
+
+_SEED_BYTES = 8  # what a client needs to make the round's noised copy of D_p
+
+
+@dataclass(frozen=True)
+class Message:
+    """All that crosses the border, either way: logits on D_p (N, K+1, S, S) float16."""
+
+    logits: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Uncompressed."""
+        return payload_bytes(self.logits)
+
+
+class Site:
+    """One client: its network, its images and its labels stay in here."""
+
+    def __init__(self, config: Config, data: Cohort, index: int, model: nn.Module) -> None:
+        self._config = config
+        self._client = data.clients[index]
+        self._server = data.server
+        self._index = index
+        self._model = model
+
+    def speak(self, weights: State, *, seed: int) -> Message:
+        """Logits on the copy of D_p that ``seed`` noises.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        self._model.load_state_dict(weights)
+        return Message(public_logits(self._model, noised_public(self._server.images, seed=seed)))
+
+    def listen(
+        self, weights: State, answer: Message, number: int, *, seed: int
+    ) -> tuple[State, dict[str, float]]:
+        """Train ``weights`` on the server's answer: RF, or FedMD's digest. Also says how it went."""
+        self._model.load_state_dict(weights)
+        terms = self._take_in(answer, number, seed)
+        return get_state(self._model), {f"fusion_{name}": value for name, value in terms.items()}
+
+    def _take_in(self, answer: Message, number: int, seed: int) -> dict[str, float]:
+        settings = self._config.federate
+        inputs = noised_public(self._server.images, seed=seed)
+        rate = learning_rate(self._config, number)
+        optimizer = make_optimizer(self._model, rate, settings.weight_decay)
+        generator = torch.Generator().manual_seed(self._seed(number) + 2)
+        if settings.method == "fedmd":
+            return digest(
+                self._model,
+                inputs,
+                answer.logits,
+                optimizer=optimizer,
+                epochs=settings.fusion_epochs,
+                batch_size=settings.labelled_batch,
+                generator=generator,
+            )
+        labels = self._server.labels
+        return fuse(
+            self._model,
+            inputs,
+            labels,
+            GradedLogits.of(answer.logits, labels),
+            optimizer=optimizer,
+            epochs=settings.fusion_epochs,
+            batch_size=settings.labelled_batch,
+            kl_weight=fusion_weight(self._config, number),
+            generator=generator,
+        )
+
+    def train(self, weights: State, state: AgreementState, number: int) -> LocalResult:
+        """The local update, from the client's own weights; there is no broadcast model."""
+        config = self._config
+        self._model.load_state_dict(weights)
+        calibration = measure_calibration(self._model, self._server, config)
+        return local_update(
+            self._model,
+            weights,
+            self._client,
+            self._server,
+            replace(state, calibration=calibration),
+            config=config.federate,
+            agreement=config.agreement,
+            learning_rate=learning_rate(config, number),
+            unlabelled_weight=unlabelled_weight(config, number),
+            seed=self._seed(number),
+            distil=False,
+        )
+
+    def _seed(self, number: int) -> int:
+        return client_seed(self._config.seed, number, self._index)
+
+
+@dataclass
+class _Talk:
+    """What an exchange leaves behind; without one, nothing."""
+
+    weights: State  # of the server's model
+    answer: Message | None = None
+    spoke: dict[int, tuple[int, float]] = field(default_factory=dict)  # bytes and seconds
+    server: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Exchange:
+    """Heterogeneous clients: RC and RF, FedMD, or no exchange at all, by the method."""
+
+    def __init__(self, config: Config, data: Cohort, device: torch.device) -> None:
+        self._config = config
+        self._data = data
+        networks = [network_of(config, index) for index in range(len(data.clients))]
+        self._models = [_build(config, network).to(device) for network in networks]
+        self._global = _build(config, config.model).to(device)
+        self._sites = [Site(config, data, *each) for each in enumerate(self._models)]
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Raise ConfigError where one of the networks cannot be built."""
+        for network in (config.model, *config.model.clients):
+            _build(config, network)
+
+    def start(self, progress: Progress | None) -> Checkpoint:
+        """Every network, the server's too, trained on D_p; equal networks start equal."""
+        config, clients, server = self._config, self._data.clients, self._data.server
+
+        def first(network: NetworkConfig, model: nn.Module) -> State:
+            return first_model(config, network, model, server, progress=progress)
+
+        models = {
+            client.name: first(network_of(config, index), self._models[index])
+            for index, client in enumerate(clients)
+        }
+        weights = first(config.model, self._global)
+        initial = AgreementState.initial(config.data.num_classes).as_tensor()
+        states = {client.name: initial for client in clients}
+        return Checkpoint(0, weights, states, self._data.partition, models)
+
+    def play(self, before: Checkpoint, number: int) -> tuple[Checkpoint, dict[str, Any]]:
+        """Exchange, then every participant's local update."""
+        config = self._config
+        chosen = participants(config, len(self._sites), number)
+        exchanges = config.federate.method in (*EXCHANGE_METHODS, *AGREEMENT_METHODS)
+        talk = self._talk(before, number, chosen) if exchanges else _Talk(before.weights)
+        models, states = dict(before.client_weights), dict(before.client_states)
+        clients: dict[str, Any] = {}
+        warnings = talk.warnings
+        for index in chosen:
+            name = self._data.clients[index].name
+            result, clients[name] = self._turn(before, number, index, talk)
+            broken = first_not_finite(result.weights)
+            if broken is not None:
+                warnings.append(f"{name}: update rejected, '{broken}' is not finite")
+                continue
+            models[name], states[name] = result.weights, result.state.as_tensor()
+            warnings += client_warnings(config, name, clients[name])
+        warnings += round_warnings(config, clients)
+        entry = {
+            "round": number,
+            "unlabelled_weight": unlabelled_weight(config, number),
+            "learning_rate": learning_rate(config, number),
+            "clients": {name: finite(each) for name, each in clients.items()},
+            "server": finite(talk.server),
+            "warnings": warnings,
+        }
+        return Checkpoint(number, talk.weights, states, before.partition, models), entry
+
+    def validate(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Mean Dice of each client's own model on its own validation part."""
+        parts = {}
+        for client, model in zip(self._data.clients, self._models, strict=True):
+            if client.name in self._data.validation:
+                model.load_state_dict(checkpoint.client_weights[client.name])
+                parts[client.name] = (model, self._data.validation[client.name])
+        return mean_dice(parts, self._config)
+
+    def models(self, checkpoint: Checkpoint) -> dict[str, State]:
+        """Every client's own model."""
+        return dict(checkpoint.client_weights)
+
+    def _talk(self, before: Checkpoint, number: int, chosen: Sequence[int]) -> _Talk:
+        """Hear every participant, in order, and answer. One message is in memory at a time."""
+        settings, server = self._config.federate, self._data.server
+        seed = exchange_seed(self._config.seed, number)
+        shape = (self._config.data.num_classes + 1, *server.labels.shape[1:])
+        mean = MeanLogits((len(server.labels), *shape))
+        best = BestClient(server.labels, num_classes=self._config.data.num_classes)
+        talk = _Talk(before.weights)
+        for index in chosen:
+            name, began = self._data.clients[index].name, time.perf_counter()
+            try:
+                message = self._sites[index].speak(before.client_weights[name], seed=seed)
+                (mean if settings.method == "fedmd" else best).add(message.logits)
+            except ValueError as error:
+                talk.warnings.append(f"{name}: predictions rejected, {error}")
+                continue
+            talk.spoke[index] = message.nbytes, time.perf_counter() - began
+        if not talk.spoke:
+            raise SamfedError(
+                f"round {number}: no client sent usable predictions ({talk.warnings[0]}); "
+                "lower federate.learning_rate"
+            )
+        if settings.method == "fedmd":
+            talk.answer = Message(mean.result())
+            return talk
+        return self._condense(best.result(), number, seed, talk)
+
+    def _condense(self, best: GradedLogits, number: int, seed: int, talk: _Talk) -> _Talk:
+        """RC on the server's model, whose logits are the answer."""
+        config, settings, server = self._config, self._config.federate, self._data.server
+        inputs = noised_public(server.images, seed=seed)
+        self._global.load_state_dict(talk.weights)
+        terms = condense(
+            self._global,
+            inputs,
+            server.labels,
+            best,
+            optimizer=make_optimizer(
+                self._global, learning_rate(config, number), settings.weight_decay
+            ),
+            epochs=settings.fusion_epochs,
+            batch_size=settings.labelled_batch,
+            kl_weight=fusion_weight(config, number),
+            generator=torch.Generator().manual_seed(server_seed(config.seed, number)),
+        )
+        try:
+            answer = Message(public_logits(self._global, inputs))
+        except ValueError as error:
+            raise SamfedError(
+                f"round {number}: the server's model broke ({error}); "
+                "lower federate.learning_rate"
+            ) from error
+        return replace(talk, weights=get_state(self._global), answer=answer, server=terms)
+
+    def _turn(
+        self, before: Checkpoint, number: int, index: int, talk: _Talk
+    ) -> tuple[LocalResult, dict[str, Any]]:
+        """A participant takes in the answer, if it spoke, and trains; also its report."""
+        name, site = self._data.clients[index].name, self._sites[index]
+        sent, seconds = talk.spoke.get(index, (0, 0.0))
+        began = time.perf_counter()
+        weights, taken, received = before.client_weights[name], {}, 0
+        if talk.answer is not None and index in talk.spoke:
+            seed = exchange_seed(self._config.seed, number)
+            weights, taken = site.listen(weights, talk.answer, number, seed=seed)
+            received = talk.answer.nbytes + _SEED_BYTES
+        state = AgreementState.from_tensor(before.client_states[name])
+        result = site.train(weights, state, number)
+        result.diagnostics |= taken
+        seconds += time.perf_counter() - began
+        return result, report(result, seconds=seconds, bytes_up=sent, bytes_down=received)
+
+
+def network_of(config: Config, index: int) -> NetworkConfig:
+    """The network of the client at ``index``: ``model.clients`` in turn."""
+    own = config.model.clients
+    return own[index % len(own)] if own else config.model
+
+
+def fusion_weight(config: Config, number: int) -> float:
+    """Weight of the KL term of RC and RF in round ``number``; 0 while it warms up."""
+    settings = config.federate
+    return settings.fusion_weight if number > settings.fusion_warmup_rounds else 0.0
+
+
+def _build(config: Config, network: NetworkConfig) -> nn.Module:
+    return build_model(config, seed=config.seed, network=network)
