@@ -8,7 +8,7 @@ stages             ``synthetic`` ``prepare`` ``sam.finetune`` ``sam.evaluate`` `
                    ``federation`` ``evaluation`` ``report`` ``gallery`` ``demo`` ``maintenance``
 parts              ``partition`` ``sam`` ``labelling`` ``cluster`` ``labelled`` ``cohort``
                    ``models`` ``augment`` ``losses`` ``agreement`` ``training`` ``aggregation``
-                   ``engines`` ``metrics`` ``pages``
+                   ``distillation_losses`` ``distillation`` ``engines`` ``metrics`` ``pages``
 on disk            ``images`` (files of the user), ``stores`` (zarr), ``card``, ``runs``
 ground             ``config`` ``errors`` ``files`` ``locks`` ``devices`` ``torchvision_ops``
 =================  ==========================================================================
