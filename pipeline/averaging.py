@@ -109,7 +109,10 @@ class Averaging:
         return {"global": checkpoint.weights}
 
     def _aggregate(
-        self, before: Checkpoint, number: int, results: Iterable[tuple[int, tuple[LocalResult, float]]]
+        self,
+        before: Checkpoint,
+        number: int,
+        results: Iterable[tuple[int, tuple[LocalResult, float]]],
     ) -> tuple[Checkpoint, dict[str, Any], list[str]]:
         """Combine the usable updates; also what the clients report, and warnings."""
         config = self._config

@@ -250,6 +250,11 @@ class Config(_Section):
         """Whether clients have networks of their own and exchange predictions, not weights."""
         return bool(self.model.clients)
 
+    def network_of(self, index: int) -> NetworkConfig:
+        """The network of the client at ``index``: ``model.clients`` in turn, or the global one."""
+        own = self.model.clients
+        return own[index % len(own)] if own else self.model
+
 
 def load_config(path: Path | None, overrides: tuple[str, ...] = ()) -> Config:
     """Read ``path`` (the defaults if None) and apply ``a.b=value`` overrides, values as YAML.

@@ -14,8 +14,8 @@ import numpy as np
 from pipeline.config import Config
 from pipeline.errors import StageError
 from pipeline.files import write_bytes, write_json
-from pipeline.metrics import ImageMetrics, image_metrics, summarise
 from pipeline.final import FinalModels
+from pipeline.metrics import ImageMetrics, image_metrics, summarise
 from pipeline.models import predict_masks
 from pipeline.partition import load_partition
 from pipeline.runs import RunFolder
@@ -37,11 +37,11 @@ def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None
         partition or the image stores are not the ones that the run was made on.
     """
     made = run.config()
-    models = FinalModels(run, made)
     cache = config.cache.root
     run.check_partition(cache / "partition.json")
     num_classes = made.data.num_classes
     partition = load_partition(cache / "partition.json")
+    models = FinalModels(run, made, list(partition.clients))
     tested = {name: part.test for name, part in partition.clients.items() if part.test}
     if not tested:
         raise StageError(

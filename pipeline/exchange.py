@@ -1,6 +1,6 @@
-"""Rounds of clients with networks of their own: predictions on D_p cross the border, no weights.
+"""Rounds of clients with networks of their own: predictions on D_p cross the border, not weights.
 
-Order of a round (HSSF, Ma et al., IEEE TMI 2024): every client speaks, its logits on one noised copy
+Order of a round (HSSF, Ma et al., IEEE TMI 2024): every client speaks, its logits on a noised copy
 of D_p; the server condenses them into its own model and answers with that model's logits; every
 client takes these in, then trains on its own images. ``fedmd`` answers with the mean of the
 clients' logits instead. ``supervised``, ``sam_only`` and ``oracle`` exchange nothing.
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.agreement import AgreementState
 from pipeline.aggregation import first_not_finite
+from pipeline.agreement import AgreementState
 from pipeline.cohort import Cohort
 from pipeline.config import AGREEMENT_METHODS, EXCHANGE_METHODS, Config, NetworkConfig
 from pipeline.diagnostics import client_warnings, finite, mean_dice, report, round_warnings
@@ -84,7 +84,7 @@ class Site:
     def listen(
         self, weights: State, answer: Message, number: int, *, seed: int
     ) -> tuple[State, dict[str, float]]:
-        """Train ``weights`` on the server's answer: RF, or FedMD's digest. Also says how it went."""
+        """Train ``weights`` on the server's answer: RF, or FedMD's digest; also its terms."""
         self._model.load_state_dict(weights)
         terms = self._take_in(answer, number, seed)
         return get_state(self._model), {f"fusion_{name}": value for name, value in terms.items()}
@@ -158,7 +158,7 @@ class Exchange:
     def __init__(self, config: Config, data: Cohort, device: torch.device) -> None:
         self._config = config
         self._data = data
-        networks = [network_of(config, index) for index in range(len(data.clients))]
+        networks = [config.network_of(index) for index in range(len(data.clients))]
         self._models = [_build(config, network).to(device) for network in networks]
         self._global = _build(config, config.model).to(device)
         self._sites = [Site(config, data, *each) for each in enumerate(self._models)]
@@ -177,7 +177,7 @@ class Exchange:
             return first_model(config, network, model, server, progress=progress)
 
         models = {
-            client.name: first(network_of(config, index), self._models[index])
+            client.name: first(config.network_of(index), self._models[index])
             for index, client in enumerate(clients)
         }
         weights = first(config.model, self._global)
@@ -276,8 +276,7 @@ class Exchange:
             answer = Message(public_logits(self._global, inputs))
         except ValueError as error:
             raise SamfedError(
-                f"round {number}: the server's model broke ({error}); "
-                "lower federate.learning_rate"
+                f"round {number}: the server's model broke ({error}); lower federate.learning_rate"
             ) from error
         return replace(talk, weights=get_state(self._global), answer=answer, server=terms)
 
@@ -288,7 +287,8 @@ class Exchange:
         name, site = self._data.clients[index].name, self._sites[index]
         sent, seconds = talk.spoke.get(index, (0, 0.0))
         began = time.perf_counter()
-        weights, taken, received = before.client_weights[name], {}, 0
+        weights, received = before.client_weights[name], 0
+        taken: dict[str, float] = {}
         if talk.answer is not None and index in talk.spoke:
             seed = exchange_seed(self._config.seed, number)
             weights, taken = site.listen(weights, talk.answer, number, seed=seed)
@@ -298,12 +298,6 @@ class Exchange:
         result.diagnostics |= taken
         seconds += time.perf_counter() - began
         return result, report(result, seconds=seconds, bytes_up=sent, bytes_down=received)
-
-
-def network_of(config: Config, index: int) -> NetworkConfig:
-    """The network of the client at ``index``: ``model.clients`` in turn."""
-    own = config.model.clients
-    return own[index % len(own)] if own else config.model
 
 
 def fusion_weight(config: Config, number: int) -> float:

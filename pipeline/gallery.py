@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.agreement import AgreementState, Calibration, agree
+from pipeline.agreement import AgreementState, agree
 from pipeline.cohort import load_cohort
 from pipeline.config import Config
-from pipeline.models import build_model, predict_probabilities
+from pipeline.final import FinalModels
+from pipeline.models import predict_probabilities
 from pipeline.report import GalleryRow
 from pipeline.runs import RunFolder
 from pipeline.training import measure_calibration, rule_of
@@ -26,16 +28,17 @@ def build_gallery(config: Config, run: RunFolder) -> list[GalleryRow]:
 
     A client's training images have no truth; its rows show what the rounds worked with, under the
     run's own rule and with the final model. Runs that never used SAM have no SAM or weight panel.
+    Where clients have networks of their own, the first client's answers for the server's images.
     """
     made = run.config().model_copy(update={"cache": config.cache})
     run.check_partition(config.cache.root / "partition.json")
     cohort = load_cohort(made)
-    model = build_model(made, seed=made.seed)
-    model.load_state_dict(run.load_model())
+    models = FinalModels(run, made, [client.name for client in cohort.clients])
+    model = models.of(cohort.clients[0].name)
     checkpoint = run.load_checkpoint()
     states = checkpoint.client_states if checkpoint is not None else {}
     server = cohort.server
-    calibration = measure_calibration(model, server, made)
+    initial = AgreementState.initial(made.data.num_classes)
     shown = slice(0, _SERVER_ROWS)
     rows = _rows(
         made,
@@ -45,12 +48,14 @@ def build_gallery(config: Config, run: RunFolder) -> list[GalleryRow]:
         truth=server.calibration_labels[shown],
         masks=_part(server.calibration_masks, shown),
         confidences=_part(server.calibration_confidences, shown),
-        state=None,
-        calibration=calibration,
+        state=replace(initial, calibration=measure_calibration(model, server, made)),
     )
     for client in cohort.clients:
         shown = slice(0, _ROWS_PER_CLIENT)
         labelled = client.confidences is not None
+        known = states.get(client.name)
+        state = initial if known is None else AgreementState.from_tensor(known)
+        model = models.of(client.name)
         rows += _rows(
             made,
             model,
@@ -59,8 +64,7 @@ def build_gallery(config: Config, run: RunFolder) -> list[GalleryRow]:
             truth=None if labelled else _part(client.masks, shown),
             masks=_part(client.masks, shown) if labelled else None,
             confidences=_part(client.confidences, shown),
-            state=states.get(client.name),
-            calibration=calibration,
+            state=replace(state, calibration=measure_calibration(model, server, made)),
         )
     return rows
 
@@ -78,21 +82,18 @@ def _rows(
     truth: Tensor | None,
     masks: Tensor | None,
     confidences: Tensor | None,
-    state: Tensor | None,
-    calibration: Calibration,
+    state: AgreementState,
 ) -> list[GalleryRow]:
     """Gallery rows of some images (N, 3, S, S) uint8 of one owner."""
     opinion = predict_probabilities(model, images)
     weight: Tensor | None = None
     if masks is not None and confidences is not None:
-        initial = AgreementState.initial(made.data.num_classes)
         weight = agree(
             masks.long(),
             confidences.float() / 255,
             opinion,
             config=rule_of(made.federate, made.agreement),
-            state=initial if state is None else AgreementState(state),
-            calibration=calibration,
+            state=state,
         ).weight
     predicted = opinion.argmax(dim=1).to(torch.uint8)
 

@@ -28,9 +28,7 @@ _ARCHITECTURES: dict[str, Any] = {
 }
 
 
-def build_model(
-    settings: Config, *, seed: int, network: NetworkConfig | None = None
-) -> nn.Module:
+def build_model(settings: Config, *, seed: int, network: NetworkConfig | None = None) -> nn.Module:
     """A network for ``settings``, with weights drawn from ``seed``.
 
     It maps (B, 3, S, S) float images, normalised by ``normalise``, to logits (B, K+1, S, S).

@@ -2,7 +2,8 @@
 
 ``params.yaml`` as used, ``history.jsonl`` (one line a round), the last two of
 ``checkpoints/round_NNNN.safetensors``, and when the run is complete ``models/global.safetensors``,
-or ``models/<client>.safetensors`` where clients have networks of their own. ``metrics.json`` from ``samfed evaluate`` and ``report.html`` from ``samfed report``.
+or ``models/<client>.safetensors`` where clients have networks of their own. ``metrics.json`` comes
+from ``samfed evaluate`` and ``report.html`` from ``samfed report``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 import yaml
 from torch import Tensor
 
@@ -102,7 +104,8 @@ class RunFolder:
         meta["sha256"] = _digest(meta, tensors)
         # one entry: safetensors writes several in random order
         content = safetensors.torch.save(
-            {k: v.contiguous() for k, v in tensors.items()},
+            # copies: clients may share a tensor, which safetensors refuses
+            {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()},
             metadata={"samfed": json.dumps(meta, sort_keys=True)},
         )
         write_bytes(self._checkpoints() / f"round_{checkpoint.round:04d}.safetensors", content)

@@ -1,4 +1,4 @@
-"""The server start: first models, trained on D_p alone, kept in ``cache/starts/`` for other runs."""
+"""The server start: first models, trained on D_p alone, kept in ``cache/starts/``."""
 
 from __future__ import annotations
 

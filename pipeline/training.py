@@ -146,7 +146,7 @@ def train_on_server(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> State:
-    """``steps`` optimiser steps of ``model`` on D_p's training part alone, step i at ``rate(i)``."""
+    """``steps`` steps of ``model`` on D_p's training part alone, step i at ``rate(i)``."""
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     generator = torch.Generator().manual_seed(seed)

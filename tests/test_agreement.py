@@ -72,7 +72,10 @@ def test_adaptive_rejects_below_the_class_threshold() -> None:
 
 
 def test_trust_moves_conflicts_only() -> None:
-    before, after = run("adaptive"), run("adaptive", state=AgreementState(torch.zeros(2), Calibration(sam_trust=2.0)))
+    before, after = (
+        run("adaptive"),
+        run("adaptive", state=AgreementState(torch.zeros(2), Calibration(sam_trust=2.0))),
+    )
     assert after.target.flatten().tolist() == [1, 1, 0, 0]  # the third pixel now goes to SAM
     chance = sigmoid_of_odds(1.5 / 3 * math.exp(2.0))
     assert float(after.weight.flatten()[2]) == pytest.approx(chance, abs=1e-6)

@@ -12,6 +12,7 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
+from pipeline.averaging import Averaging
 from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError, IdentityError, SamfedError
 from pipeline.evaluation import evaluate
@@ -21,11 +22,11 @@ from pipeline.partition import load_partition
 from pipeline.precompute import precompute
 from pipeline.prepare import prepare
 from pipeline.report import load_run, render_report
-from pipeline.runs import RunFolder
+from pipeline.runs import Checkpoint, RunFolder
 from pipeline.sam.evaluate import evaluate_teacher
 from pipeline.sam.finetune import finetune
 from pipeline.stores.labels import LabelStore
-from pipeline.training import ClientData
+from pipeline.views import ClientData
 
 
 def run_all(config: Config) -> RunFolder:
@@ -91,7 +92,9 @@ def test_another_seed_gives_another_model(
     assert run_all(other).model_path.read_bytes() != run.model_path.read_bytes()
 
 
-@pytest.mark.parametrize("method", ["supervised", "fedavg_ssl", "sam_only", "shuffled", "oracle"])
+@pytest.mark.parametrize(
+    "method", ["supervised", "fedavg_ssl", "semifl", "sam_only", "shuffled", "oracle"]
+)
 def test_every_method_runs(finished: tuple[Config, RunFolder], method: str) -> None:
     config = with_method(finished[0], method)
     run = federate(config)
@@ -123,17 +126,15 @@ def test_stopping_after_any_round_changes_nothing(
     config, run = finished
     settings = config.federate.model_copy(update={"name": "stopped"})
     again = config.model_copy(update={"federate": settings})
-    from pipeline import federation
+    real, calls = Averaging.play, []
 
-    real, calls = federation._round, []
-
-    def stop_in_round_two(*arguments: object) -> object:
-        calls.append(arguments[-1])
-        if arguments[-1] == 2 and calls.count(2) == 1:
+    def stop_in_round_two(self: Averaging, before: Checkpoint, number: int) -> object:
+        calls.append(number)
+        if number == 2 and calls.count(2) == 1:
             raise KeyboardInterrupt
-        return real(*arguments)  # type: ignore[arg-type]
+        return real(self, before, number)
 
-    monkeypatch.setattr(federation, "_round", stop_in_round_two)
+    monkeypatch.setattr(Averaging, "play", stop_in_round_two)
     with pytest.raises(KeyboardInterrupt):
         federate(again)
     resumed = federate(again, mode="resume")
@@ -235,9 +236,9 @@ def test_a_client_that_sends_nan_is_rejected_and_named(
     config = finished[0].model_copy(
         update={"federate": finished[0].federate.model_copy(update={"name": "nan", "rounds": 1})}
     )
-    from pipeline import federation
+    from pipeline import averaging
 
-    real = federation.local_update
+    real = averaging.local_update
     broken = {"site_b"}
 
     def update(model: object, weights: object, client: ClientData, *rest: object, **more: object):  # type: ignore[no-untyped-def]
@@ -246,7 +247,7 @@ def test_a_client_that_sends_nan_is_rejected_and_named(
             next(iter(result.weights.values())).fill_(float("nan"))
         return result
 
-    monkeypatch.setattr(federation, "local_update", update)
+    monkeypatch.setattr(averaging, "local_update", update)
     run = federate(config)
     warnings = run.history()[0]["warnings"]
     assert any(w.startswith("site_b: update rejected, 'encoder.") for w in warnings)

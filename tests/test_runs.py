@@ -191,7 +191,7 @@ def test_the_final_model(run: RunFolder) -> None:
     with pytest.raises(StageError) as caught:
         run.load_model()
     assert str(caught.value) == f"{run.model_path}: not found; run `samfed federate` first"
-    run.finish(checkpoint(2).weights)
+    run.finish({"global": checkpoint(2).weights})
     found = run.load_model()
     assert torch.equal(found["conv.weight"], checkpoint(2).weights["conv.weight"])
 

@@ -23,7 +23,8 @@ from pipeline.config import AgreementConfig, FederateConfig, parse_config
 from pipeline.errors import ConfigError
 from pipeline.losses import IGNORE
 from pipeline.models import build_model, get_state, predict_probabilities
-from pipeline.training import ClientData, LocalResult, ServerData, local_update
+from pipeline.training import LocalResult, cosine, local_update
+from pipeline.views import ClientData, ServerData
 
 SETTINGS = parse_config(
     {
@@ -137,7 +138,7 @@ def test_models_that_do_not_fit_are_named(model: dict[str, Any], size: int, mess
     assert message in str(error.value)
 
 
-METHODS = ["supervised", "fedavg_ssl", "sam_only", "sam_fed", "oracle"]
+METHODS = ["supervised", "fedavg_ssl", "semifl", "sam_only", "sam_fed", "oracle"]
 
 
 def test_a_pure_function_of_its_arguments() -> None:
@@ -171,7 +172,7 @@ def test_every_method_sees_the_same_labelled_batches(monkeypatch: pytest.MonkeyP
 
 def test_every_unlabelled_method_sees_the_same_views(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[Tensor]] = {}
-    real = training._draw_views
+    real = training.draw_views
     for method in METHODS[1:]:
         views: list[Tensor] = []
 
@@ -180,7 +181,7 @@ def test_every_unlabelled_method_sees_the_same_views(monkeypatch: pytest.MonkeyP
             views.append(drawn.strong)
             return drawn
 
-        monkeypatch.setattr(training, "_draw_views", record)
+        monkeypatch.setattr(training, "draw_views", record)
         update(method)
         seen[method] = views
     for views in seen.values():
@@ -219,8 +220,10 @@ def test_supervised_never_touches_the_clients_images() -> None:
 def test_training_learns() -> None:
     server, _ = make_data()
     model = build_model(SETTINGS, seed=0)
-    config = FederateConfig(start_steps=60, labelled_batch=6, learning_rate=5e-3)
-    training.train_on_server(model, server, config=config, seed=0)
+    config = FederateConfig(labelled_batch=6)
+    training.train_on_server(
+        model, server, config=config, steps=60, rate=lambda step: 5e-3 * cosine(step, 60), seed=0
+    )
     images, truth = blobs(8, 9)
     predicted = predict_probabilities(model, images).argmax(dim=1)
     overlap = 2 * (predicted * truth).sum() / (predicted.sum() + truth.sum())
