@@ -447,6 +447,42 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Row (of runs ROW-seed0, ROW-seed1, ...) or run; default: all evaluated runs.",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="ROW", help="Row that differences refer to (default: sam_fed)."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.md", help="Also write the tables to this file.")
+    ] = None,
+    params: Params = _PARAMS,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Set evaluated runs side by side: means over seeds, intervals, paired tests, as Markdown."""
+    config = _settings(params, overrides, debug)
+    from pipeline.comparison import as_markdown
+    from pipeline.comparison import compare as run_compare
+    from pipeline.files import write_bytes
+
+    if output is not None and output.is_dir():
+        raise ConfigError(f"--output {output}: is a folder; expected a file to write")
+    found = run_compare(config.cache.root / "runs", names or (), reference=reference)
+    text = as_markdown(found)
+    if output is not None:
+        write_bytes(output, f"{text}\n".encode())
+    _say(found, as_json, text)
+
+
+@app.command()
 def report(
     name: Annotated[
         list[str] | None, typer.Option("--name", help="Run to show (may be repeated).")

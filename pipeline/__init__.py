@@ -5,7 +5,8 @@ Imports flow one way: ``cli`` -> stages -> parts -> stores, config, errors. Stag
 
 =================  ==========================================================================
 stages             ``synthetic`` ``prepare`` ``sam.finetune`` ``sam.evaluate`` ``precompute``
-                   ``federation`` ``evaluation`` ``report`` ``gallery`` ``demo`` ``maintenance``
+                   ``federation`` ``evaluation`` ``comparison`` ``report`` ``gallery`` ``demo``
+                   ``maintenance``
 parts              ``partition`` ``sam`` ``labelling`` ``cluster`` ``labelled`` ``cohort``
                    ``models`` ``augment`` ``losses`` ``agreement`` ``training`` ``aggregation``
                    ``distillation_losses`` ``distillation`` ``engines`` ``metrics`` ``pages``

@@ -17,6 +17,9 @@ from scipy.ndimage import distance_transform_edt
 
 BoolMask = NDArray[np.bool_]
 
+_EXACT_GROUPS = 14  # up to so many, all sign patterns are counted: 2^14 are a moment's work
+_FLIPS_AT_ONCE = 1000  # random sign patterns in memory
+
 
 @dataclass(frozen=True)
 class ImageMetrics:
@@ -96,14 +99,10 @@ def summarise(
     """
     if not rows:
         raise ValueError("no images to summarise; expected at least one row")
-    if len(groups) != len(rows):
-        raise ValueError(f"found {len(groups)} groups for {len(rows)} rows; expected one per row")
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; expected at least 1")
     names = ("dice", "iou", "hd95", "assd", "hd95_defined", "assd_defined")
     table = np.array([[getattr(row, name) for name in names] for row in rows], dtype=np.float64)
     means = [float(value) for value in table[:, :4].mean(axis=0)]
-    low, high = _group_bootstrap(table[:, [0, 2]], groups, seed=seed, resamples=resamples)
+    low, high = bootstrap_means(table[:, [0, 2]], groups, seed=seed, resamples=resamples)
     return {
         "n": len(rows),
         **dict(zip(names[:4], means, strict=True)),
@@ -112,6 +111,76 @@ def summarise(
         "hd95_defined": _mean_of_defined(table[:, 4]),
         "assd_defined": _mean_of_defined(table[:, 5]),
     }
+
+
+def bootstrap_means(
+    values: NDArray[np.float64], groups: Sequence[str], *, seed: int, resamples: int = 1000
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """95 % percentile bootstrap intervals of means over images, resampling whole groups.
+
+    All columns share the resamples, so that a column of differences is a paired comparison.
+
+    Args:
+        values: (N, M) float64, M values of each of N images.
+        groups: N group names.
+        seed: of the resamples.
+        resamples: bootstrap draws.
+
+    Returns:
+        the 2.5th and the 97.5th percentiles, (M,) float64 each.
+
+    Raises:
+        ValueError: as many groups as rows are not given, or ``resamples`` below 1.
+    """
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; expected at least 1")
+    sums, counts = _group_sums(values, groups)
+    # How often each of G groups is drawn in G draws with replacement is multinomial.
+    draws = np.random.default_rng(seed).multinomial(
+        len(sums), np.full(len(sums), 1 / len(sums)), size=resamples
+    )
+    means = (draws @ sums) / (draws @ counts)[:, None]  # (resamples, M)
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return low, high
+
+
+def sign_flip_test(
+    differences: NDArray[np.float64], groups: Sequence[str], *, seed: int, flips: int = 10_000
+) -> float:
+    """Two-sided paired permutation test: may the mean difference be 0?
+
+    If two methods are alike, the sign of a group's summed difference is chance; p is the share of
+    sign patterns whose total lies at least as far from 0 as the one found (Fisher 1935).
+    All patterns are counted for up to 14 groups; for more, ``flips`` random ones and the one
+    found: p = (1 + count) / (1 + flips), never 0 (Phipson & Smyth 2010). With G groups p cannot
+    be below 2 / 2^G.
+
+    Args:
+        differences: (N,) float64, one value for each of N images.
+        groups: N group names; a group's sign is flipped as a whole.
+        seed: of the random patterns.
+        flips: how many of them.
+
+    Returns:
+        p, above 0 and at most 1; 1 where all differences are 0.
+
+    Raises:
+        ValueError: as many groups as differences are not given, or ``flips`` below 1.
+    """
+    if flips < 1:
+        raise ValueError(f"flips is {flips}; expected at least 1")
+    sums = _group_sums(differences[:, None], groups)[0][:, 0]
+    # patterns that tie with the one found differ from it by rounding alone
+    bar = abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
+    if len(sums) <= _EXACT_GROUPS:
+        bits = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
+        return float(np.mean(np.abs((1 - 2 * bits) @ sums) >= bar))
+    rng, count = np.random.default_rng(seed), 0
+    for done in range(0, flips, _FLIPS_AT_ONCE):
+        shape = (min(_FLIPS_AT_ONCE, flips - done), len(sums))
+        signs = 1 - 2 * rng.integers(0, 2, size=shape, dtype=np.int8)
+        count += int(np.count_nonzero(np.abs(signs @ sums) >= bar))
+    return (1 + count) / (1 + flips)
 
 
 def _check_masks(prediction: NDArray[Any], truth: NDArray[Any], num_classes: int) -> None:
@@ -180,20 +249,16 @@ def _surface(mask: BoolMask) -> BoolMask:
     return surface
 
 
-def _group_bootstrap(
-    values: NDArray[np.float64], groups: Sequence[str], *, seed: int, resamples: int
+def _group_sums(
+    values: NDArray[np.float64], groups: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """2.5th and 97.5th percentiles (M,) of the means of ``values`` (N, M) over drawn groups."""
+    """Sums (G, M) of ``values`` (N, M) and numbers of rows (G,) by group, in the names' order."""
+    if len(groups) != len(values):
+        raise ValueError(f"found {len(groups)} groups for {len(values)} rows; expected one per row")
     names, group_of_row = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    sums = np.stack([np.bincount(group_of_row, weights=column) for column in values.T], axis=1)
-    counts = np.bincount(group_of_row).astype(np.float64)  # images of each group
-    # How often each of G groups is drawn in G draws with replacement is multinomial.
-    draws = np.random.default_rng(seed).multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=resamples
-    )
-    means = (draws @ sums) / (draws @ counts)[:, None]  # (resamples, M)
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    return low, high
+    sums = np.zeros((len(names), values.shape[1]))
+    np.add.at(sums, group_of_row, values)
+    return sums, np.bincount(group_of_row).astype(np.float64)
 
 
 def _mean_of_defined(values: NDArray[np.float64]) -> float | None:

@@ -163,18 +163,27 @@ class RunFolder:
             raise StageError(f"{path}: not found; run `samfed federate` first")
         return load_state(path)
 
+    def partition_sha256(self) -> str:
+        """sha256 of the ``partition.json`` that the run was made on.
+
+        Raises:
+            StageError: no checkpoint. CorruptStoreError: a damaged one.
+        """
+        checkpoint = self.load_checkpoint()
+        if checkpoint is None:
+            raise StageError(f"{self.path}: no such run; run `samfed federate` first")
+        return checkpoint.partition
+
     def check_partition(self, partition_file: Path) -> None:
         """Refuse another partition than the run's: its test images may be the run's own.
 
         Raises:
             StageError: no checkpoint, or no partition. IdentityError: the partition changed since.
         """
-        checkpoint = self.load_checkpoint()
-        if checkpoint is None:
-            raise StageError(f"{self.path}: no such run; run `samfed federate` first")
+        made_on = self.partition_sha256()
         if not partition_file.is_file():
             raise StageError(f"{partition_file}: not found; run `samfed prepare` first")
-        if checkpoint.partition != file_sha256(partition_file):
+        if made_on != file_sha256(partition_file):
             raise IdentityError(
                 f"{self.path}: made on another partition than {partition_file}; "
                 "run `samfed federate` again"

@@ -311,6 +311,50 @@ def test_unknown_run(project: Project, command: str, file: str) -> None:
     assert listing(project.cache) == before
 
 
+def test_compare(project: Project) -> None:
+    """Two seeds of one method beside one run of another; nothing but the output is written."""
+    for seed in (0, 1):
+        name = ("--name", f"supervised-seed{seed}")
+        settings = ("--set", "federate.method=supervised", "--set", f"seed={seed}")
+        answer("federate", *project.options, *settings, *name)
+        answer("evaluate", *project.options, *name)
+    before, out = listing(project.cache), project.folder / "docs" / "table.md"
+    result = call("compare", *project.options, "--output", out)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "WARNING: rows have different seeds: supervised 0, 1; sam_fed 0\n"
+    assert result.stdout == out.read_text()
+    rows = [line for line in result.stdout.splitlines() if line.startswith("| `")]
+    assert [line.split(" | ")[0] for line in rows] == ["| `supervised`", "| `sam_fed`"] * 2
+    found = answer("compare", "sam_fed", "supervised-seed1", *project.options)
+    assert [row["seeds"] for row in found["rows"]] == [[0], [1]]
+    for row, name in zip(found["rows"], ("sam_fed", "supervised-seed1"), strict=True):
+        test = json.loads((project.cache / "runs" / name / "metrics.json").read_text())["test"]
+        for key in ("dice", "hd95"):
+            assert row[key] == pytest.approx(test["pooled"][key], abs=1e-4)
+            assert row["client_mean"][key] == pytest.approx(test["client_mean"][key], abs=1e-4)
+        if row["seeds"] == [0]:  # the bootstrap's own seed, so the same resamples
+            assert row["dice_ci95"] == pytest.approx(test["pooled"]["dice_ci95"], abs=1e-4)
+    assert 0 < found["rows"][1]["difference"]["dice_p"] <= 1
+    assert listing(project.cache) == before
+
+
+def test_compare_what_is_not_there(project: Project, tmp_path: Path) -> None:
+    folder = project.cache / "runs"
+    assert fails(2, "compare", "other", *project.options) == (
+        f"other: no such row or run in {folder}; found sam_fed"
+    )
+    assert fails(2, "compare", *project.options, "--reference", "oracle") == (
+        "--reference oracle: no such row; found sam_fed"
+    )
+    assert fails(2, "compare", *project.options, "--output", tmp_path) == (
+        f"--output {tmp_path}: is a folder; expected a file to write"
+    )
+    shutil.rmtree(folder)
+    assert fails(4, "compare", *project.options) == (
+        f"{folder}: found no evaluated run; run `samfed evaluate` first"
+    )
+
+
 def test_vit_b_without_its_checkpoint(project: Project) -> None:
     before = listing(project.cache)
     settings = (*project.options, "--set", "sam.variant=vit_b")

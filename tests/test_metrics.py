@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
@@ -15,7 +16,14 @@ from medpy.metric import binary  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from pipeline.metrics import ImageMetrics, dice_score, image_metrics, summarise
+from pipeline.metrics import (
+    ImageMetrics,
+    bootstrap_means,
+    dice_score,
+    image_metrics,
+    sign_flip_test,
+    summarise,
+)
 
 
 def _mask(*boxes: tuple[int, int, int, int, int], shape: tuple[int, int]) -> NDArray[np.uint8]:
@@ -219,3 +227,100 @@ def test_summary_refuses_bad_input() -> None:
         summarise([_row(1.0)] * 2, ["a"], seed=0)
     with pytest.raises(ValueError, match="resamples is 0"):
         summarise([_row(1.0)], ["a"], seed=0, resamples=0)
+
+
+# --------------------------------------------------------------------------- pairs
+
+
+def _brute_force(sums: list[float]) -> float:
+    totals = [
+        abs(sum(sign * value for sign, value in zip(signs, sums, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(sums))
+    ]
+    return sum(total >= abs(sum(sums)) - 1e-9 for total in totals) / len(totals)
+
+
+def test_sign_flips_by_hand() -> None:
+    """Sums 3 and 1 by group: totals 4, 2, -2, -4, so that two of four lie as far out as 4."""
+    differences = np.array([1.0, 2.0, 1.0])
+    assert sign_flip_test(differences, ["a", "a", "b"], seed=0) == 0.5
+    assert sign_flip_test(differences, ["a", "b", "c"], seed=0) == 0.25  # 1 + 2 + 1, all flipped
+    assert sign_flip_test(np.array([1.0, -1.0, 1.0]), ["a", "b", "c"], seed=0) == 1
+    assert sign_flip_test(np.zeros(3), ["a", "b", "c"], seed=0) == 1
+
+
+@given(
+    sums=st.lists(st.integers(-20, 20), min_size=1, max_size=7),
+    images=st.integers(1, 3),
+    data=st.data(),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_all_sign_flips_equal_brute_force(
+    sums: list[int], images: int, data: st.DataObject
+) -> None:
+    """However a group's sum is spread over images, and in whatever order these come."""
+    values = [value / 10 / images for value in sums for _ in range(images)]
+    groups = [f"g{number}" for number in range(len(sums)) for _ in range(images)]
+    order = data.draw(st.permutations(range(len(values))))
+    got = sign_flip_test(np.array([values[i] for i in order]), [groups[i] for i in order], seed=0)
+    assert got == _brute_force([value / 10 for value in sums])
+
+
+def test_fourteen_groups_are_counted_and_fifteen_drawn() -> None:
+    """All 2^14 patterns, of which two are extreme; then 10,000 draws and the one found."""
+    groups = [str(number) for number in range(15)]
+    assert sign_flip_test(np.ones(14), groups[:14], seed=0) == 2 / 2**14
+    drawn = sign_flip_test(np.ones(15), groups, seed=0)
+    assert round(drawn * 10_001, 6) in range(1, 8)  # about 0.6 of 10,000 are extreme
+    assert drawn == sign_flip_test(np.ones(15), groups, seed=0)
+    assert sign_flip_test(np.ones(40), list(map(str, range(40))), seed=0) == 1 / 10_001
+
+
+def test_drawn_sign_flips_come_close_to_all_of_them() -> None:
+    rng = np.random.default_rng(5)
+    for shift in (0.0, 0.3, 0.6):
+        sums = rng.standard_normal(15) + shift
+        bits = np.arange(2**15)[:, None] >> np.arange(15) & 1
+        totals = np.abs((1 - 2 * bits) @ sums)
+        exact = float(np.mean(totals >= abs(sums.sum()) - 1e-9))
+        groups = [str(number) for number in range(15)]
+        drawn = [sign_flip_test(sums, groups, seed=seed) for seed in range(5)]
+        assert drawn == pytest.approx([exact] * 5, abs=0.02)
+        assert len(set(drawn)) > 1  # the seed counts
+
+
+@pytest.mark.parametrize(("number", "images"), [(10, 4), (25, 1)])
+def test_the_test_keeps_its_level(number: int, images: int) -> None:
+    """Where nothing differs p is below 0.1 in about a tenth of trials, images of a group alike."""
+    rng, trials = np.random.default_rng(6), 400
+    groups = [str(i // images) for i in range(number * images)]
+    below = 0
+    for _ in range(trials):
+        values = np.repeat(rng.standard_normal(number), images)
+        values += 0.1 * rng.standard_normal(len(values))
+        below += sign_flip_test(values, groups, seed=0, flips=500) <= 0.1
+    assert below / trials == pytest.approx(0.1, abs=0.045)  # three standard deviations
+
+
+def test_one_group_says_nothing_of_a_difference() -> None:
+    assert sign_flip_test(np.ones(100), ["p"] * 100, seed=0) == 1
+
+
+def test_columns_share_their_resamples() -> None:
+    """A difference that is the same in every image has an interval without width."""
+    rng = np.random.default_rng(7)
+    one, groups = rng.uniform(size=60), [f"g{i}" for i in rng.integers(0, 12, size=60)]
+    two = one - 0.25
+    low, high = bootstrap_means(np.stack((one, two, one - two), axis=1), groups, seed=0)
+    assert high[0] - low[0] > 0.05
+    assert [low[2], high[2]] == pytest.approx([0.25, 0.25], abs=1e-12)
+    assert [low[0] - low[1], high[0] - high[1]] == pytest.approx([0.25, 0.25], abs=1e-12)
+
+
+def test_bootstrap_and_test_refuse_bad_input() -> None:
+    with pytest.raises(ValueError, match="found 1 groups for 2 rows; expected one per row"):
+        bootstrap_means(np.zeros((2, 1)), ["a"], seed=0)
+    with pytest.raises(ValueError, match="found 3 groups for 2 rows"):
+        sign_flip_test(np.zeros(2), ["a", "b", "c"], seed=0)
+    with pytest.raises(ValueError, match="flips is 0; expected at least 1"):
+        sign_flip_test(np.zeros(2), ["a", "b"], seed=0, flips=0)
