@@ -7,9 +7,11 @@ Imports flow one way: ``cli`` -> stages -> parts -> stores, config, errors. Stag
 stages             ``synthetic`` ``prepare`` ``sam.finetune`` ``sam.evaluate`` ``precompute``
                    ``federation`` ``evaluation`` ``comparison`` ``report`` ``gallery`` ``demo``
                    ``maintenance``
-parts              ``partition`` ``sam`` ``labelling`` ``cluster`` ``labelled`` ``cohort``
-                   ``models`` ``augment`` ``losses`` ``agreement`` ``training`` ``aggregation``
-                   ``distillation_losses`` ``distillation`` ``engines`` ``metrics`` ``pages``
+parts, stage one   ``partition`` ``sam`` ``labelling`` ``cluster`` ``labelled``
+parts, stage two   ``averaging`` ``exchange`` ``starts`` ``cohort`` ``schedule`` ``diagnostics``
+                   ``training`` ``agreement`` ``views`` ``aggregation`` ``distillation``
+                   ``distillation_losses`` ``engines`` ``final``
+parts of both      ``models`` ``augment`` ``losses`` ``metrics`` ``pages``
 on disk            ``images`` (files of the user), ``stores`` (zarr), ``card``, ``runs``
 ground             ``config`` ``errors`` ``files`` ``locks`` ``devices`` ``torchvision_ops``
 =================  ==========================================================================

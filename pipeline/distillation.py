@@ -24,12 +24,11 @@ from pipeline.distillation_losses import (
     grades,
 )
 from pipeline.models import normalise
-from pipeline.training import seeded
+from pipeline.training import MAX_GRADIENT_NORM, seeded
 
 _NOISE = 0.1  # standard deviation, in the networks' range -1..1
 _NOISE_LIMIT = 2.0  # standard deviations
 _FLOAT16_MAX = torch.finfo(torch.float16).max
-_MAX_GRADIENT_NORM = 5.0  # as in ``training``
 
 
 # --------------------------------------------------------------------------- what crosses
@@ -344,7 +343,7 @@ def _train(
                 terms = batch_loss(logits, rows)
                 optimizer.zero_grad()
                 terms["loss"].backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
                 optimizer.step()
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + float(value.detach()) * len(rows)

@@ -46,6 +46,7 @@ from pipeline.schedule import (
 )
 from pipeline.starts import first_model
 from pipeline.training import LocalResult, local_update, make_optimizer, measure_calibration
+from pipeline.views import ServerData
 
 _SEED_BYTES = 8  # what a client needs to make the round's noised copy of D_p
 
@@ -62,11 +63,30 @@ class Message:
         return payload_bytes(self.logits)
 
 
+class PublicSet:
+    """D_p as its owners hold it, and the round's noised copy, made once while the seed stays."""
+
+    def __init__(self, server: ServerData) -> None:
+        self.labels = server.labels
+        self._images = server.images
+        self._seed: int | None = None
+        self._noised = torch.zeros(0)
+
+    def noised(self, seed: int) -> Tensor:
+        """``noised_public`` of the images; not to be changed."""
+        if seed != self._seed:
+            self._noised, self._seed = noised_public(self._images, seed=seed), seed
+        return self._noised
+
+
 class Site:
     """One client: its network, its images and its labels stay in here."""
 
-    def __init__(self, config: Config, data: Cohort, index: int, model: nn.Module) -> None:
+    def __init__(
+        self, config: Config, data: Cohort, public: PublicSet, index: int, model: nn.Module
+    ) -> None:
         self._config = config
+        self._public = public
         self._client = data.clients[index]
         self._server = data.server
         self._index = index
@@ -79,7 +99,7 @@ class Site:
             ValueError: they are not finite.
         """
         self._model.load_state_dict(weights)
-        return Message(public_logits(self._model, noised_public(self._server.images, seed=seed)))
+        return Message(public_logits(self._model, self._public.noised(seed)))
 
     def listen(
         self, weights: State, answer: Message, number: int, *, seed: int
@@ -91,7 +111,7 @@ class Site:
 
     def _take_in(self, answer: Message, number: int, seed: int) -> dict[str, float]:
         settings = self._config.federate
-        inputs = noised_public(self._server.images, seed=seed)
+        inputs = self._public.noised(seed)
         rate = learning_rate(self._config, number)
         optimizer = make_optimizer(self._model, rate, settings.weight_decay)
         generator = torch.Generator().manual_seed(self._seed(number) + 2)
@@ -105,7 +125,7 @@ class Site:
                 batch_size=settings.labelled_batch,
                 generator=generator,
             )
-        labels = self._server.labels
+        labels = self._public.labels
         return fuse(
             self._model,
             inputs,
@@ -161,7 +181,8 @@ class Exchange:
         networks = [config.network_of(index) for index in range(len(data.clients))]
         self._models = [_build(config, network).to(device) for network in networks]
         self._global = _build(config, config.model).to(device)
-        self._sites = [Site(config, data, *each) for each in enumerate(self._models)]
+        self._public = PublicSet(data.server)
+        self._sites = [Site(config, data, self._public, *each) for each in enumerate(self._models)]
 
     @staticmethod
     def check(config: Config) -> None:
@@ -229,11 +250,10 @@ class Exchange:
 
     def _talk(self, before: Checkpoint, number: int, chosen: Sequence[int]) -> _Talk:
         """Hear every participant, in order, and answer. One message is in memory at a time."""
-        settings, server = self._config.federate, self._data.server
-        seed = exchange_seed(self._config.seed, number)
-        shape = (self._config.data.num_classes + 1, *server.labels.shape[1:])
-        mean = MeanLogits((len(server.labels), *shape))
-        best = BestClient(server.labels, num_classes=self._config.data.num_classes)
+        settings, labels = self._config.federate, self._public.labels
+        seed, classes = exchange_seed(self._config.seed, number), self._config.data.num_classes
+        mean = MeanLogits((len(labels), classes + 1, *labels.shape[1:]))
+        best = BestClient(labels, num_classes=classes)
         talk = _Talk(before.weights)
         for index in chosen:
             name, began = self._data.clients[index].name, time.perf_counter()
@@ -256,13 +276,13 @@ class Exchange:
 
     def _condense(self, best: GradedLogits, number: int, seed: int, talk: _Talk) -> _Talk:
         """RC on the server's model, whose logits are the answer."""
-        config, settings, server = self._config, self._config.federate, self._data.server
-        inputs = noised_public(server.images, seed=seed)
+        config, settings, labels = self._config, self._config.federate, self._public.labels
+        inputs = self._public.noised(seed)
         self._global.load_state_dict(talk.weights)
         terms = condense(
             self._global,
             inputs,
-            server.labels,
+            labels,
             best,
             optimizer=make_optimizer(
                 self._global, learning_rate(config, number), settings.weight_decay

@@ -31,7 +31,7 @@ from pipeline.losses import agreement_loss, distillation_loss, supervised_loss
 from pipeline.models import State, get_state, normalise, predict_probabilities
 from pipeline.views import ClientData, ServerData, Views, draw_views, labelled_batch
 
-_MAX_GRADIENT_NORM = 5.0  # far above what training shows; stops a bad batch from wrecking a round
+MAX_GRADIENT_NORM = 5.0  # far above what training shows; stops a bad batch from wrecking a round
 _LAST_RATE = 0.05  # of the learning rate, so that the last rounds still learn
 
 
@@ -120,7 +120,7 @@ def local_update(
             )
             optimizer.zero_grad()
             terms["loss"].backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
             for name, value in terms.items():
                 sums[name] += float(value.detach())
@@ -159,7 +159,7 @@ def train_on_server(
             optimizer.zero_grad()
             loss = supervised_loss(model(normalise(images)), truth)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
             if progress is not None:
                 progress(step + 1)

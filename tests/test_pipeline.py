@@ -319,3 +319,56 @@ def test_lost_history_starts_the_run_again(finished: tuple[Config, RunFolder]) -
     again = federate(config)
     assert len(again.history()) == rounds
     assert again.model_path.read_bytes() == model
+
+
+def test_clients_that_sit_out_keep_their_state(finished: tuple[Config, RunFolder]) -> None:
+    settings = finished[0].federate.model_copy(update={"name": "some", "clients_per_round": 2})
+    run = federate(finished[0].model_copy(update={"federate": settings}))
+    assert [len(entry["clients"]) for entry in run.history()] == [2, 2]
+    assert run.model_path.read_bytes() != finished[1].model_path.read_bytes()
+    checkpoint = run.load_checkpoint()
+    assert checkpoint is not None
+    seen = {name for entry in run.history() for name in entry["clients"]}
+    for name, state in checkpoint.client_states.items():
+        assert bool(state[:2].any()) == (name in seen)  # class confidences start at 0
+
+
+def test_the_median_is_another_model(finished: tuple[Config, RunFolder]) -> None:
+    settings = finished[0].federate.model_copy(update={"name": "median", "aggregation": "median"})
+    run = federate(finished[0].model_copy(update={"federate": settings}))
+    assert run.model_path.read_bytes() != finished[1].model_path.read_bytes()
+
+
+def test_an_audit_reports_and_changes_nothing(finished: tuple[Config, RunFolder]) -> None:
+    settings = finished[0].federate.model_copy(update={"name": "audit", "audit": True})
+    run = federate(finished[0].model_copy(update={"federate": settings}))
+    assert run.model_path.read_bytes() == finished[1].model_path.read_bytes()
+    for entry in run.history():
+        for client in entry["clients"].values():
+            assert 0 <= client["pseudo_label_dice"] <= 1
+    assert "pseudo_label_dice" not in finished[1].history()[0]["clients"]["site_a"]
+
+
+def test_history_tells_what_a_round_costs(finished: tuple[Config, RunFolder]) -> None:
+    sent = sum(value.nbytes for value in finished[1].load_model().values())
+    for entry in finished[1].history():
+        for client in entry["clients"].values():
+            assert client["bytes_up"] == client["bytes_down"] == sent
+            assert 0 < client["seconds"] <= entry["seconds"]
+            assert client["gradient_norm"] > 0
+            assert client["drift"] > 0
+            assert {"sam_scale", "client_scale", "sam_trust"} <= set(client)
+
+
+def test_inconsistent_sam_is_named_in_the_first_round(finished: tuple[Config, RunFolder]) -> None:
+    config = finished[0]
+    store = LabelStore(config.cache.root / "sam" / "site_b.zarr")
+    assert store.statistics is not None
+    floor = config.precompute.model_copy(
+        update={"warn_consistency": store.statistics["flip_dice"] + 1e-6}
+    )
+    strict = config.model_copy(update={"precompute": floor})
+    named = strict.federate.model_copy(update={"name": "doubts"})
+    history = federate(strict.model_copy(update={"federate": named})).history()
+    assert any(w.startswith("site_b: SAM is inconsistent") for w in history[0]["warnings"])
+    assert not any("inconsistent" in w for w in history[1]["warnings"])

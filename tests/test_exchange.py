@@ -1,0 +1,190 @@
+"""Clients with networks of their own: what crosses the border, and that rounds are repeatable."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from pipeline import exchange
+from pipeline.averaging import Averaging
+from pipeline.config import Config
+from pipeline.errors import SamfedError
+from pipeline.evaluation import evaluate
+from pipeline.exchange import Exchange, Message, Site, fusion_weight
+from pipeline.federation import federate
+from pipeline.gallery import build_gallery
+from pipeline.partition import load_partition
+from pipeline.precompute import precompute
+from pipeline.prepare import prepare
+from pipeline.runs import RunFolder
+from pipeline.sam.finetune import finetune
+
+NETWORKS: list[dict[str, Any]] = [
+    {"architecture": "segformer", "encoder": "tu-lcnet_050", "encoder_depth": 5},
+    {"architecture": "unet", "encoder": "tu-resnet10t", "encoder_depth": 3},
+    {"architecture": "unet", "encoder": "tu-mobilenetv3_small_050", "encoder_depth": 3},
+    {"architecture": "linknet", "encoder": "tu-regnetx_002", "encoder_depth": 5},
+    {"architecture": "segformer", "encoder": "tu-mobilenetv4_conv_small_050", "encoder_depth": 5},
+]
+CHANNELS = {"segformer": [16], "unet": [16, 8, 8], "linknet": [16, 8, 8]}
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Five clients of five backbones; a sixth network serves the server."""
+    networks = [one | {"decoder_channels": CHANNELS[one["architecture"]]} for one in NETWORKS]
+    config = tiny_config(
+        tiny_images,
+        tmp_path_factory.mktemp("exchange"),
+        partition={"scheme": "iid", "clients": 5},
+        model={"clients": networks},
+        federate={"fusion_epochs": 1},
+    )
+    prepare(config, with_oracle=True)
+    finetune(config)
+    precompute(config)
+    return config
+
+
+def named(config: Config, name: str, **settings: Any) -> Config:
+    changed = config.federate.model_copy(update={"name": name, **settings})
+    return config.model_copy(update={"federate": changed})
+
+
+def models(run: RunFolder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run.path / "models").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "method", ["supervised", "sam_only", "sam_fed", "shuffled", "rc_rf", "fedmd", "oracle"]
+)
+def test_five_backbones_in_one_run(prepared: Config, method: str) -> None:
+    config = named(prepared, method, method=method)
+    run = federate(config)
+    metrics = evaluate(config, run)
+    clients = list(load_partition(config.cache.root / "partition.json").clients)
+    assert sorted(models(run)) == sorted(f"{name}.safetensors" for name in clients)
+    assert list(metrics["test"]["clients"]) == clients
+    assert len({len(content) for content in models(run).values()}) == 5  # five networks
+    shape = (len(load_partition(config.cache.root / "partition.json").server.train), 2, 32, 32)
+    logits = 2 * shape[0] * shape[1] * shape[2] * shape[3]
+    for entry in run.history():
+        for client in entry["clients"].values():
+            spoke = method in ("sam_fed", "shuffled", "rc_rf", "fedmd")
+            assert client["bytes_up"] == (logits if spoke else 0)
+            assert client["bytes_down"] == (logits + 8 if spoke else 0)
+            assert ("fusion_loss" in client) == spoke
+            assert client["loss_kd"] == 0  # there is no broadcast model
+        assert bool(entry["server"]) == (method in ("sam_fed", "shuffled", "rc_rf"))
+    assert build_gallery(config, run)
+
+
+def test_only_logits_on_the_public_set_cross_the_border(
+    prepared: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a site says is made without its images; what it hears is logits, a number and a seed."""
+    config = named(prepared, "border", rounds=1)
+    public = len(load_partition(config.cache.root / "partition.json").server.train)
+    crossed: list[Any] = []
+    speak, listen = Site.speak, Site.listen
+
+    def spy_speak(self: Site, weights: Any, *, seed: int) -> Message:
+        blind = dataclasses.replace(self._client, images=torch.zeros(0), masks=None)
+        mine, self._client = self._client, blind
+        message = speak(self, weights, seed=seed)
+        self._client = mine
+        crossed.append(message)
+        return message
+
+    def spy_listen(self: Site, weights: Any, answer: Message, number: int, *, seed: int) -> Any:
+        assert type(seed) is int
+        crossed.append(answer)
+        return listen(self, weights, answer, number, seed=seed)
+
+    monkeypatch.setattr(Site, "speak", spy_speak)
+    monkeypatch.setattr(Site, "listen", spy_listen)
+    federate(config)
+    assert len(crossed) == 10
+    assert [field.name for field in dataclasses.fields(Message)] == ["logits"]
+    for message in crossed:
+        assert isinstance(message, Message)
+        assert message.logits.shape == (public, 2, 32, 32)
+        assert message.logits.dtype == torch.float16
+
+
+def test_stopping_after_a_round_changes_nothing(
+    prepared: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = federate(named(prepared, "whole"))
+    real = Exchange.play
+
+    def stop_in_round_two(self: Exchange, before: Any, number: int) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return real(self, before, number)
+
+    monkeypatch.setattr(Exchange, "play", stop_in_round_two)
+    with pytest.raises(KeyboardInterrupt):
+        federate(named(prepared, "stopped"))
+    monkeypatch.setattr(Exchange, "play", real)
+    assert models(federate(named(prepared, "stopped"), mode="resume")) == models(whole)
+
+
+def test_who_does_not_take_part_stays_as_it_was(prepared: Config) -> None:
+    config = named(prepared, "partial", clients_per_round=2, rounds=1)
+    run = federate(config)
+    took_part = set(run.history()[0]["clients"])
+    assert len(took_part) == 2
+    started = federate(named(prepared, "idle", clients_per_round=2, rounds=1, local_steps=1))
+    for name, content in models(run).items():
+        same = content == models(started)[name]
+        assert same == (name.removesuffix(".safetensors") not in took_part)
+
+
+def test_a_client_that_predicts_nan_is_rejected_and_named(
+    prepared: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = named(prepared, "nan", rounds=1)
+    real, broken = exchange.public_logits, [2]
+    calls: list[int] = []
+
+    def maybe_broken(model: Any, inputs: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) - 1 in broken:
+            raise ValueError("logits of public image 0 hold NaN")
+        return real(model, inputs)
+
+    monkeypatch.setattr(exchange, "public_logits", maybe_broken)
+    entry = federate(config).history()[0]
+    rejected = "client_02: predictions rejected, logits of public image 0 hold NaN"
+    assert rejected in entry["warnings"]
+    assert entry["clients"]["client_02"]["bytes_up"] == 0
+    assert "fusion_loss" not in entry["clients"]["client_02"]
+    assert entry["clients"]["client_01"]["bytes_up"] > 0
+
+    calls.clear()
+    broken[:] = range(5)
+    with pytest.raises(SamfedError, match="round 1: no client sent usable predictions"):
+        federate(named(prepared, "all_nan"))
+
+
+def test_rc_and_rf_wait_for_their_warm_up(prepared: Config) -> None:
+    config = named(prepared, "warm", fusion_warmup_rounds=2, fusion_weight=7.0)
+    assert [fusion_weight(config, number) for number in (1, 2, 3)] == [0.0, 0.0, 7.0]
+
+
+def test_the_first_model_is_shared_with_runs_that_average(prepared: Config) -> None:
+    """A start is a network's, not a method's: the folder holds one file for each network."""
+    federate(named(prepared, "again", rounds=1))
+    starts = prepared.cache.root / "starts"
+    before = sorted(starts.iterdir())
+    homogeneous = prepared.model.model_copy(update={"clients": ()})
+    alone = named(prepared, "alone", rounds=1).model_copy(update={"model": homogeneous})
+    federate(alone)
+    assert sorted(starts.iterdir()) == before
+    Averaging.check(alone)
