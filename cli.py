@@ -110,7 +110,7 @@ def _settings(params: Path | None, overrides: list[str] | None, debug: bool) -> 
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress() -> Iterator[Callable[..., None]]:
     """A progress bar per step, on stderr."""
     from rich.console import Console
     from rich.progress import (
@@ -128,16 +128,17 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     bars: dict[str, Any] = {}
     console = Console(stderr=True)
     # where nobody watches, stderr holds warnings and errors alone
     with Progress(*columns, console=console, disable=not console.is_terminal) as display:
 
-        def advance(what: str, done: int, total: int) -> None:
+        def advance(what: str, done: int, total: int, note: str = "") -> None:
             if what not in bars:
-                bars[what] = display.add_task(what, total=total)
-            display.update(bars[what], completed=done, total=total)
+                bars[what] = display.add_task(what, total=total, note="")
+            display.update(bars[what], completed=done, total=total, note=note)
 
         yield advance
 

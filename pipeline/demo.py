@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from pipeline.precompute import precompute
 from pipeline.prepare import prepare
 from pipeline.report import load_run, render_report
 from pipeline.sam.finetune import finetune
+from pipeline.schedule import Progress
 from pipeline.synthetic import write_dataset
 
 METHODS: tuple[Method, ...] = ("supervised", "fedavg_ssl", "sam_fed")
-
-Progress = Callable[[str, int, int], None]
 
 
 def demo_config(base: Config, out: Path) -> Config:

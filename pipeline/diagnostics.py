@@ -81,6 +81,15 @@ def round_warnings(config: Config, clients: dict[str, Report]) -> list[str]:
     ]
 
 
+def round_note(entry: dict[str, Any]) -> str:
+    """A round in a few words for a progress display: means over its clients."""
+    shown = [("Dice", entry["val"]["dice"])]
+    for key in ("agreement", "kept", "pseudo_label_dice"):
+        values = [c[key] for c in entry["clients"].values() if c.get(key) is not None]
+        shown.append((key.replace("_", " "), float(np.mean(values)) if values else None))
+    return ", ".join(f"{name} {value:.2f}" for name, value in shown if value is not None)
+
+
 def mean_dice(parts: dict[str, tuple[nn.Module, ImageSet]], config: Config) -> dict[str, Any]:
     """Mean Dice over the images of all parts, and of each; one model may serve several parts."""
     clients: dict[str, float] = {}

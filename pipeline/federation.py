@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from pipeline.averaging import Averaging
 from pipeline.cohort import Cohort, load_cohort
 from pipeline.config import Config
 from pipeline.devices import resolve_device, torch_threads
+from pipeline.diagnostics import round_note
 from pipeline.exchange import Exchange
 from pipeline.locks import writer_lock
 from pipeline.runs import Checkpoint, RunFolder, State
+from pipeline.schedule import Progress
 
 log = logging.getLogger("samfed.federation")
-
-Progress = Callable[[str, int, int], None]
 
 
 class Rounds(Protocol):
@@ -84,7 +83,7 @@ def _run(
         for warning in entry["warnings"]:
             log.warning("round %d: %s", number, warning)
         if progress is not None:
-            progress(f"{settings.method}: rounds", number, settings.rounds)
+            progress(f"{settings.method}: rounds", number, settings.rounds, round_note(entry))
     run.finish(rounds.models(checkpoint))
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from pipeline.config import Config
 from pipeline.training import cosine
 
-Progress = Callable[[str, int, int], None]
+
+class Progress(Protocol):
+    """Who is told how far a run is: ``done`` of ``total`` rounds or steps, and a note on it."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "", /) -> None:
+        """Show it."""
 
 
 def learning_rate(config: Config, number: int) -> float:

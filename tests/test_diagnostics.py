@@ -10,7 +10,7 @@ import torch
 
 from pipeline.agreement import AgreementState
 from pipeline.config import Config, parse_config
-from pipeline.diagnostics import client_warnings, finite, report, round_warnings
+from pipeline.diagnostics import client_warnings, finite, report, round_note, round_warnings
 from pipeline.schedule import client_seed, participants, unlabelled_weight
 from pipeline.training import LocalResult, _Audit, _Target
 
@@ -111,3 +111,10 @@ def test_schedules_by_hand() -> None:
     assert [unlabelled_weight(config, n) for n in (1, 2, 4, 9)] == [0.5, 1.0, 2.0, 2.0]
     assert unlabelled_weight(settings(ramp_rounds=0), 1) == 1.0
     assert len({client_seed(0, n, i) for n in range(20) for i in range(20)}) == 400
+
+
+def test_a_round_in_a_few_words() -> None:
+    clients = {"a": {"agreement": 0.5, "kept": 0.8}, "b": {"agreement": 0.7, "kept": None}}
+    entry = {"val": {"dice": 0.654}, "clients": clients}
+    assert round_note(entry) == "Dice 0.65, agreement 0.60, kept 0.80"
+    assert round_note({"val": {"dice": None}, "clients": {"a": {"loss": 1.0}}}) == ""
