@@ -87,7 +87,7 @@ class RunFolder:
         """The parameters that the run was made with."""
         path = self.path / "params.yaml"
         if not path.is_file():
-            raise StageError(f"{self.path}: no such run; run `samfed federate` first")
+            raise StageError(f"{path}: not found; run `samfed federate` first")
         return parse_config(yaml.safe_load(path.read_text()), source=str(path))
 
     def save_checkpoint(self, checkpoint: Checkpoint, fingerprint: str) -> None:

@@ -241,7 +241,7 @@ def test_a_store_made_by_another_teacher_is_moved_aside(project: Project) -> Non
         ("evaluate-sam", "teacher", "teacher/card.json", "finetune-sam"),
         ("precompute-sam", "teacher", "teacher/card.json", "finetune-sam"),
         ("federate", "sam", "sam/server.zarr", "precompute-sam"),
-        ("evaluate", "runs", "runs/sam_fed/models/global.safetensors", "federate"),
+        ("evaluate", "runs", "runs/sam_fed/params.yaml", "federate"),
         ("report", "runs", "runs/sam_fed/history.jsonl", "federate"),
         ("report", "runs/sam_fed/metrics.json", "runs/sam_fed/metrics.json", "evaluate"),
     ],
@@ -301,7 +301,7 @@ def test_unknown_client(project: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "file"), [("evaluate", "models/global.safetensors"), ("report", "history.jsonl")]
+    ("command", "file"), [("evaluate", "params.yaml"), ("report", "history.jsonl")]
 )
 def test_unknown_run(project: Project, command: str, file: str) -> None:
     before = listing(project.cache)

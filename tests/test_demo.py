@@ -49,7 +49,7 @@ def finished_stages(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("computed a second time")
 
     monkeypatch.setattr("pipeline.sam.teacher.Teacher.label", again)
-    monkeypatch.setattr("pipeline.federation._round", again)
+    monkeypatch.setattr("pipeline.averaging.Averaging.play", again)
 
 
 def test_three_methods_and_a_report(first: tuple[Path, dict[str, Any]]) -> None:

@@ -199,4 +199,6 @@ def test_the_final_model(run: RunFolder) -> None:
 def test_settings_of_a_run_that_is_not_there(run: RunFolder) -> None:
     with pytest.raises(StageError) as caught:
         run.config()
-    assert str(caught.value) == f"{run.path}: no such run; run `samfed federate` first"
+    assert (
+        str(caught.value) == f"{run.path / 'params.yaml'}: not found; run `samfed federate` first"
+    )
