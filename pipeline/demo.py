@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, Method
+from pipeline.config import Config, Method, parse_config
 from pipeline.evaluation import evaluate
 from pipeline.federation import federate
 from pipeline.files import write_bytes
@@ -41,6 +41,7 @@ def run_demo(
     Returns:
         for each method its pooled test metrics, and under ``report`` the report's path.
     """
+    configs = {method: _with_method(config, method) for method in methods}  # refuses bad ones first
     write_dataset(
         config.data.root,
         images_per_site=config.synth.images_per_site,
@@ -52,9 +53,7 @@ def run_demo(
     precompute(config, progress=progress)
     results: dict[str, Any] = {}
     runs = []
-    for method in methods:
-        settings = config.federate.model_copy(update={"method": method, "name": method})
-        one = config.model_copy(update={"federate": settings})
+    for method, one in configs.items():
         run = federate(one, progress=progress)
         results[method] = evaluate(one, run, progress=progress)["test"]["pooled"]
         runs.append(run)
@@ -65,3 +64,9 @@ def run_demo(
     write_bytes(path, page.encode())
     results["report"] = str(path)
     return results
+
+
+def _with_method(config: Config, method: Method) -> Config:
+    raw = config.model_dump()
+    raw["federate"] |= {"method": method, "name": method}
+    return parse_config(raw, source=f"--method {method}")
