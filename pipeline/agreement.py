@@ -7,11 +7,13 @@ target, a weight in [0, 1] and statistics. The rules and their reasons are in do
 * both probabilities are calibrated on D_p's calibration part: ``s' = a_s logit(s)``,
   ``c' = a_c logit(c)``;
 * consensus: the label, with ``w = sigmoid(s' + c' + ln K)``, two independent witnesses;
-* conflict: ``p = sigmoid(s' - d c' + b)`` is the chance that SAM is right, ``b`` being what the
-  calibration part says of conflicts and ``d = Dice(y_s, y_c)`` of the image how far the client's
-  side counts, which holds for a negative ``b`` too. The likelier source wins if its chance reaches
-  the class's threshold; else w = 0. At d = 0 (a client collapsed to background) SAM's calibrated
-  word alone decides, against the floor of the threshold, once the class has gone unpredicted.
+* conflict: ``p = sigmoid(s' - d c' + b +- g)`` is the chance that SAM is right, ``b`` being what
+  the calibration part says of conflicts, ``g`` a prior for whoever says foreground, and ``d`` how
+  far the client's side counts, which holds for a negative ``b`` too: fully where the client says
+  foreground, by ``Dice(y_s, y_c)`` of the image where it says background. The likelier source wins
+  if its chance reaches the class's threshold; else w = 0. At d = 0 (a client collapsed to
+  background) SAM's calibrated word alone decides, against the floor of the threshold, once the
+  class has gone unpredicted.
 """
 
 from __future__ import annotations
@@ -196,19 +198,32 @@ def _adaptive(
     calibration = state.calibration
     s_logit = calibration.sam_scale * _logit(sam_probability)
     c_logit = calibration.client_scale * _logit(c)
-    trust = dice[:, None, None]
-    # what speaks for the client, its confidence and its record, counts as far as the image agrees
+    trust = _trust(client_label, dice)
     bias = max(calibration.sam_trust, 0.0) + trust * min(calibration.sam_trust, 0.0)
-    chance = torch.sigmoid(s_logit - trust * c_logit + bias)
+    prior = _foreground(sam_label, client_label, config)
+    chance = torch.sigmoid(s_logit - trust * c_logit + bias + prior)
     sam_wins = same | (chance >= 0.5)
     winner = torch.where(sam_wins, sam_label, client_label)
     posterior = torch.maximum(chance, 1 - chance)
     accepted = posterior >= thresholds(state, config).to(c)[winner]
-    # the client's wins count as far as its image agrees with SAM at all
     conflict = posterior * accepted * torch.where(sam_wins, torch.ones_like(trust), trust)
     # Bayes with a uniform prior: two wrong witnesses must also hit the same one of K classes
-    prior = math.log(len(state.class_confidence) - 1)
-    return sam_wins, torch.where(same, torch.sigmoid(s_logit + c_logit + prior), conflict)
+    classes = math.log(len(state.class_confidence) - 1)
+    return sam_wins, torch.where(same, torch.sigmoid(s_logit + c_logit + classes), conflict)
+
+
+def _trust(client_label: Tensor, dice: Tensor) -> Tensor:
+    """How far a client's word counts, 0..1: its foreground fully, its background by the Dice.
+
+    A network that fails says background. So what speaks for the client there, its confidence and
+    its record, counts as far as its image agrees with SAM at all; its foreground needs no proof.
+    """
+    return torch.where(client_label == 0, dice[:, None, None], torch.ones_like(dice)[:, None, None])
+
+
+def _foreground(sam_label: Tensor, client_label: Tensor, config: AgreementConfig) -> Tensor:
+    """Log-odds for the source that says foreground where the other says background."""
+    return config.foreground_prior * ((sam_label > 0).float() - (client_label > 0).float())
 
 
 def _mixture(sam_label: Tensor, sam_probability: Tensor, client_probability: Tensor) -> Tensor:
@@ -250,6 +265,7 @@ def calibrate(
     truth: Tensor,
     *,
     groups: Sequence[str],
+    config: AgreementConfig,
 ) -> Calibration:
     """Fit the three scalars on labelled images that neither source was trained on.
 
@@ -266,15 +282,16 @@ def calibrate(
     if len(groups) < 4 or not all(len(half) for half in halves):
         return Calibration()
     c, client_label = client_probability.max(dim=1)
+    trusted = _trust(client_label, foreground_dice(sam_label, client_label))
+    prior = _foreground(sam_label, client_label, config)
     fits = []
     for fit, rest in (halves, halves[::-1]):
         sam_scale = fit_scale(sam_probability[fit], sam_label[fit], truth[fit])
         client_scale = fit_scale(c[fit], client_label[fit], truth[fit])
         evidence = (
             sam_scale * _logit(sam_probability[rest])
-            - client_scale
-            * _logit(c[rest])
-            * foreground_dice(sam_label[rest], client_label[rest])[:, None, None]
+            - client_scale * _logit(c[rest]) * trusted[rest]
+            + prior[rest]
         )
         trust = fit_trust(evidence, sam_label[rest], client_label[rest], truth[rest])
         fits.append((sam_scale, client_scale, trust))

@@ -299,6 +299,7 @@ def measure_calibration(model: nn.Module, server: ServerData, config: Config) ->
         predict_probabilities(model, server.calibration_images),
         server.calibration_labels.long(),
         groups=server.calibration_groups,
+        config=rule,
     )
 
 

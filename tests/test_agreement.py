@@ -43,12 +43,13 @@ def sigmoid_of_odds(odds: float) -> float:
 
 
 def test_adaptive_by_hand() -> None:
-    """d = 2*1/(2+2) = 0.5; threshold 0.6 for both classes at the start."""
+    """d = 2*1/(2+2) = 0.5; threshold 0.6 for both classes at the start; g = 1 for foreground."""
     result = run("adaptive")
     expected = [
         sigmoid_of_odds(9 * (7 / 3)),  # consensus: odds multiply, 21/22
-        sigmoid_of_odds(4 / math.sqrt(1.5)),  # SAM's odds 4 against the client's 1.5 at half weight
-        0.5 * sigmoid_of_odds(math.sqrt(9) / 1.5),  # client wins 3 : 1.5, counts half
+        # SAM says foreground, odds 4 e, against the client's background, 1.5 at half weight
+        sigmoid_of_odds(4 * math.e / math.sqrt(1.5)),
+        sigmoid_of_odds(9 * math.e / 1.5),  # the client says foreground and counts fully
         sigmoid_of_odds(19 * 4),
     ]
     assert result.target.flatten().tolist() == [1, 1, 1, 0]
@@ -65,8 +66,9 @@ def test_adaptive_by_hand() -> None:
 
 
 def test_adaptive_rejects_below_the_class_threshold() -> None:
-    """At full confidence the threshold is 0.9: SAM's 0.766 and the client's 0.667 both fall."""
-    result = run("adaptive", state=AgreementState(torch.ones(2)))
+    """At full confidence the threshold is 0.9: SAM's 0.766 and the client's 0.857 both fall."""
+    strict = AgreementConfig(ceiling=0.9, foreground_prior=0.0)
+    result = run("adaptive", config=strict, state=AgreementState(torch.ones(2)))
     assert result.weight.flatten()[1:3].tolist() == [0.0, 0.0]
     assert result.statistics.summary()["kept"] == 0.5
 
@@ -74,10 +76,10 @@ def test_adaptive_rejects_below_the_class_threshold() -> None:
 def test_trust_moves_conflicts_only() -> None:
     before, after = (
         run("adaptive"),
-        run("adaptive", state=AgreementState(torch.zeros(2), Calibration(sam_trust=2.0))),
+        run("adaptive", state=AgreementState(torch.zeros(2), Calibration(sam_trust=4.0))),
     )
     assert after.target.flatten().tolist() == [1, 1, 0, 0]  # the third pixel now goes to SAM
-    chance = sigmoid_of_odds(1.5 / 3 * math.exp(2.0))
+    chance = sigmoid_of_odds(1.5 / (9 * math.e) * math.exp(4.0))
     assert float(after.weight.flatten()[2]) == pytest.approx(chance, abs=1e-6)
     assert torch.equal(after.weight.flatten()[[0, 3]], before.weight.flatten()[[0, 3]])
 
@@ -260,7 +262,12 @@ def test_calibration_distrusts_the_worse_source() -> None:
     c = torch.where(client == 1, 0.9, 0.1)
     groups = [str(i) for i in range(20)]
     fitted = calibrate(
-        sam, torch.full(sam.shape, 0.9), torch.stack([1 - c, c], 1), truth, groups=groups
+        sam,
+        torch.full(sam.shape, 0.9),
+        torch.stack([1 - c, c], 1),
+        truth,
+        groups=groups,
+        config=AgreementConfig(),
     )
     assert fitted.sam_scale == pytest.approx(1.0, rel=0.15)
     assert fitted.client_scale < 0.6
@@ -270,12 +277,45 @@ def test_calibration_distrusts_the_worse_source() -> None:
         torch.stack([torch.where(sam == 1, 0.1, 0.9), torch.where(sam == 1, 0.9, 0.1)], 1),
         truth,
         groups=groups,
+        config=AgreementConfig(),
     )
     assert fitted.sam_trust > swapped.sam_trust
 
 
 def test_few_images_leave_calibration_alone() -> None:
-    assert calibrate(SAM_LABEL, SAM_PROBABILITY, CLIENT, SAM_LABEL, groups=["a"]) == Calibration()
+    fitted = calibrate(
+        SAM_LABEL, SAM_PROBABILITY, CLIENT, SAM_LABEL, groups=["a"], config=AgreementConfig()
+    )
+    assert fitted == Calibration()
+
+
+def test_a_clients_foreground_counts_whatever_its_image_agrees() -> None:
+    """SAM sees nothing, d = 0; the client's foreground wins by its own odds, 3 e : 1.5."""
+    client = torch.tensor([[[[0.25]], [[0.75]]]])
+    result = agree(
+        torch.zeros(1, 1, 1, dtype=torch.int64),
+        torch.full((1, 1, 1), 0.6),
+        client,
+        config=AgreementConfig(),
+        state=AgreementState.initial(1),
+    )
+    assert result.target.item() == 1
+    assert result.weight.item() == pytest.approx(sigmoid_of_odds(3 * math.e / 1.5), abs=1e-6)
+
+
+def test_two_foregrounds_have_no_prior() -> None:
+    """Classes 1 and 2 in conflict: 4 : 9 for the client, with any prior for foreground."""
+    client = torch.tensor([[[[0.05]], [[0.05]], [[0.9]]]])
+    for prior in (0.0, 5.0):
+        result = agree(
+            torch.ones(1, 1, 1, dtype=torch.int64),
+            torch.full((1, 1, 1), 0.8),
+            client,
+            config=AgreementConfig(foreground_prior=prior),
+            state=AgreementState.initial(2),
+        )
+        assert result.target.item() == 2
+        assert result.weight.item() == pytest.approx(9 / 13, abs=1e-6)
 
 
 def test_the_state_survives_a_checkpoint() -> None:
