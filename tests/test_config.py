@@ -10,6 +10,7 @@ import yaml
 
 from pipeline.config import Config, load_config, parse_config
 from pipeline.errors import ConfigError
+from pipeline.models import build_model
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 
@@ -40,6 +41,26 @@ def test_the_repositorys_params_are_the_defaults() -> None:
 
 def test_the_repositorys_params_spell_out_every_key() -> None:
     assert leaves(yaml.safe_load(PARAMS.read_text())) == leaves(Config().model_dump())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted((PARAMS.parent / "benchmarks").glob("*.yaml")) if p.name != "dvc.yaml"],
+    ids=lambda path: path.name,
+)
+def test_the_benchmarks_settings_are_valid_and_their_networks_exist(path: Path) -> None:
+    config = load_config(path)
+    without = config.model.model_copy(update={"encoder_weights": None})
+    build_model(config, seed=0, network=without)
+
+
+def test_the_benchmarks_own_networks_are_valid() -> None:
+    stages = yaml.safe_load((PARAMS.parent / "benchmarks" / "dvc.yaml").read_text())
+    (networks,) = (entry["networks"] for entry in stages["vars"] if "networks" in entry)
+    config = load_config(None, (f"model.clients={networks}", "data.image_size=128"))
+    assert len(config.model.clients) == 4
+    for network in config.model.clients:
+        build_model(config, seed=0, network=network.model_copy(update={"encoder_weights": None}))
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
