@@ -293,7 +293,13 @@ def calibrate(
             - client_scale * _logit(c[rest]) * trusted[rest]
             + prior[rest]
         )
-        trust = fit_trust(evidence, sam_label[rest], client_label[rest], truth[rest])
+        trust = fit_trust(
+            evidence,
+            sam_label[rest],
+            client_label[rest],
+            truth[rest],
+            trusted=trusted[rest],
+        )
         fits.append((sam_scale, client_scale, trust))
     means = [sum(values) / len(fits) for values in zip(*fits, strict=True)]
     return Calibration(*means)
@@ -336,27 +342,48 @@ def fit_scale(probability: Tensor, label: Tensor, truth: Tensor) -> float:
     return float(_SCALES[(loss + prior).argmin()])
 
 
-def fit_trust(evidence: Tensor, sam_label: Tensor, client_label: Tensor, truth: Tensor) -> float:
-    """The ``b`` for which ``sigmoid(evidence + b)`` best predicts that SAM wins a conflict.
+def fit_trust(
+    evidence: Tensor, sam_label: Tensor, client_label: Tensor, truth: Tensor, *, trusted: Tensor
+) -> float:
+    """The ``b`` for which ``sigmoid(evidence + max(b, 0) + h min(b, 0))`` best predicts conflicts.
 
-    Each image with conflicts weighs one, whatever its number of pixels, and b has a Gaussian prior
+    That is how ``agree`` uses it: a record that favours the client counts by ``trusted``, h. Each
+    image with conflicts weighs one, whatever its number of pixels, and b has a Gaussian prior
     around 0; pixels on which both are wrong say nothing.
+
+    Args:
+        evidence, trusted: (N, H, W) float32. sam_label, client_label, truth: (N, H, W) int64.
     """
     decided = (sam_label != client_label) & ((sam_label == truth) | (client_label == truth))
     per_image = decided.flatten(1).sum(dim=1)
     if not decided.any():
         return 0.0
-    weight = (decided / per_image.clamp(min=1)[:, None, None])[decided]
-    value = evidence[decided].double()
+    weight = (decided / per_image.clamp(min=1)[:, None, None])[decided].double()
+    value, slope = evidence[decided].double(), trusted[decided].double()
     won = (sam_label == truth)[decided].double()
-    weight = weight.double()
-    trust = torch.zeros((), dtype=torch.float64)
-    for _ in range(50):  # Newton on a strictly convex function of one variable
-        chance = torch.sigmoid(value + trust)
-        gradient = (weight * (chance - won)).sum() + trust / _TRUST_PRIOR**2
-        curvature = (weight * chance * (1 - chance)).sum() + 1 / _TRUST_PRIOR**2
+    # the two signs of b are two convex problems that meet at 0
+    above = _minimise(value, torch.ones_like(slope), weight, won).clamp(min=0)
+    below = _minimise(value, slope, weight, won).clamp(max=0)
+    losses = [
+        _conflict_loss(value + factor * b, weight, won) + b.square() / 2 / _TRUST_PRIOR**2
+        for b, factor in ((above, 1.0), (below, slope))
+    ]
+    return float(above if losses[0] <= losses[1] else below)
+
+
+def _conflict_loss(logit: Tensor, weight: Tensor, won: Tensor) -> Tensor:
+    return (weight * (torch.nn.functional.softplus(logit) - won * logit)).sum()
+
+
+def _minimise(value: Tensor, slope: Tensor, weight: Tensor, won: Tensor) -> Tensor:
+    """The b that minimises the loss of ``value + slope b`` with the prior, by Newton's method."""
+    b = torch.zeros((), dtype=torch.float64)
+    for _ in range(50):
+        chance = torch.sigmoid(value + slope * b)
+        gradient = (weight * slope * (chance - won)).sum() + b / _TRUST_PRIOR**2
+        curvature = (weight * slope.square() * chance * (1 - chance)).sum() + 1 / _TRUST_PRIOR**2
         step = (gradient / curvature).clamp(-1, 1)
-        trust = trust - step
+        b = b - step
         if abs(float(step)) < 1e-9:
             break
-    return float(trust)
+    return b

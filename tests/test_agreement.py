@@ -244,12 +244,36 @@ def test_trust_is_recovered() -> None:
     sam_label = torch.ones(400, 8, 8, dtype=torch.int64)
     client_label = torch.zeros_like(sam_label)
     won = torch.rand(evidence.shape, generator=generator) < torch.sigmoid(evidence + 1.5)
-    assert fit_trust(evidence, sam_label, client_label, won.long()) == pytest.approx(1.5, abs=0.05)
+    fitted = fit_trust(
+        evidence, sam_label, client_label, won.long(), trusted=torch.full_like(evidence, 0.2)
+    )
+    assert fitted == pytest.approx(1.5, abs=0.05)  # a record for SAM counts fully
+
+
+def test_a_record_for_the_client_is_fitted_as_it_is_used() -> None:
+    """With h = 0 in half of the images, b = -1.5 is what the other half says, not half of it."""
+    generator = torch.Generator().manual_seed(1)
+    evidence = torch.randn((800, 8, 8), generator=generator)
+    trusted = torch.ones_like(evidence)
+    trusted[::2] = 0.0
+    sam_label = torch.ones(800, 8, 8, dtype=torch.int64)
+    client_label = torch.zeros_like(sam_label)
+    chance = torch.sigmoid(evidence - 1.5 * trusted)
+    won = (torch.rand(evidence.shape, generator=generator) < chance).long()
+    fitted = fit_trust(evidence, sam_label, client_label, won, trusted=trusted)
+    assert fitted == pytest.approx(-1.5, abs=0.08)
+    # the best of all b, by brute force
+    grid = torch.linspace(-3, 3, 121, dtype=torch.float64)
+    logit = evidence.double() + grid[:, None, None, None].clamp(max=0) * trusted
+    logit = logit + grid[:, None, None, None].clamp(min=0)
+    loss = (torch.nn.functional.softplus(logit) - won * logit).mean(dim=(2, 3)).sum(dim=1)
+    assert fitted == pytest.approx(float(grid[(loss + grid.square() / 2).argmin()]), abs=0.03)
 
 
 def test_trust_without_conflicts_is_none() -> None:
     same = torch.ones(3, 4, 4, dtype=torch.int64)
-    assert fit_trust(torch.zeros(3, 4, 4), same, same, same) == 0.0
+    none = torch.zeros(3, 4, 4)
+    assert fit_trust(none, same, same, same, trusted=none) == 0.0
 
 
 def test_calibration_distrusts_the_worse_source() -> None:
