@@ -21,7 +21,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -50,12 +50,15 @@ WARM_STEPS, BATCH = 30, 8  # three rounds of the default settings: the state is 
 
 SOURCES = ("SAM", "client", "both")
 RULES: tuple[Rule, ...] = ("adaptive", "consensus", "confident", "soft", "sam_only", "client_only")
+NO_PRIOR = "g = 0"  # `adaptive` without its prior for foreground
 UNCALIBRATED = "a = 1, b = 0"  # `adaptive` without its calibration
-COLUMNS = (*RULES, UNCALIBRATED)
+VARIANTS = (UNCALIBRATED, NO_PRIOR)  # of `adaptive`
+COLUMNS = (*RULES, *VARIANTS)
 # colour and dash of a line
-STYLES: dict[str, tuple[str, Literal["solid", "dotted"]]] = {
+STYLES: dict[str, tuple[str, Literal["solid", "dotted", "dashed"]]] = {
     **{rule: (COLOURS[i], "solid") for i, rule in enumerate(RULES)},
     UNCALIBRATED: (COLOURS[0], "dotted"),
+    NO_PRIOR: (COLOURS[0], "dashed"),
 }
 
 
@@ -224,9 +227,11 @@ def measure(sources: Sources, case: Case) -> dict[str, dict[str, float]]:
         sources.client(case.calibrated or case.client, calibration=True),
         torch.from_numpy(sources.truth.calibration).long(),
         groups=sources.truth.groups,
+        config=AgreementConfig(),
     )
     configs: dict[str, AgreementConfig] = {rule: AgreementConfig(rule=rule) for rule in RULES}
     configs[UNCALIBRATED] = AgreementConfig()
+    configs[NO_PRIOR] = AgreementConfig(foreground_prior=0)
     scores = {}
     for column, config in configs.items():
         result = agree(
@@ -234,8 +239,7 @@ def measure(sources: Sources, case: Case) -> dict[str, dict[str, float]]:
             sam_probability,
             client,
             config=config,
-            state=state,
-            calibration=Calibration() if column == UNCALIBRATED else fitted,
+            state=replace(state, calibration=Calibration() if column == UNCALIBRATED else fitted),
         )
         scores[column] = score(result.target, result.weight, truth)
     scores["adaptive"] |= {
@@ -282,7 +286,7 @@ def measure_all(*, quick: bool) -> list[dict[str, Any]]:
 
 def table(rows: Iterable[dict[str, Any]], cell: Callable[[dict[str, float]], str]) -> str:
     """A Markdown table; ``cell`` writes one column's scores."""
-    heads = ("corruption", "level", "wrong", *(f"`{rule}`" for rule in RULES), UNCALIBRATED)
+    heads = ("corruption", "level", "wrong", *(f"`{rule}`" for rule in RULES), *VARIANTS)
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [cell(row["scores"][column]) for column in COLUMNS]
@@ -307,7 +311,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
             for r in rows
         )
         cells = [f"{value:.3f}" for value in (np.mean(means), *means, short)]
-        name = column if column == UNCALIBRATED else f"`{column}`"
+        name = column if column in VARIANTS else f"`{column}`"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import agreement_noise
 import noise
-from agreement_noise import CORRUPTIONS, FAIR, RULES, UNCALIBRATED, Sources, Truth, measure, score
+from agreement_noise import COLUMNS, CORRUPTIONS, FAIR, Sources, Truth, measure, score
 from noise import Errors, Masks, predict
 
 SIDE = 32
@@ -193,7 +193,7 @@ def test_a_source_without_errors_gives_perfect_labels() -> None:
     truth = Truth(squares(8), squares(6), tuple("abcdef"))
     case = CORRUPTIONS[0].case(0.3, "client")
     scores = measure(Sources(truth, 0), case)
-    assert list(scores) == [*RULES, UNCALIBRATED]
+    assert list(scores) == list(COLUMNS)
     assert scores["sam_only"]["dice"] == 1.0
     assert scores["consensus"]["precision"] == 1.0
     assert scores["consensus"]["foreground_recall"] == pytest.approx(0.7, abs=0.05)
