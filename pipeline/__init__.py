@@ -6,6 +6,7 @@ Imports flow one way: ``cli`` -> stages -> parts -> stores, config, errors. Stag
 =================  ==========================================================================
 stages             ``synthetic`` ``prepare`` ``sam.finetune`` ``sam.evaluate`` ``precompute``
                    ``federation`` ``evaluation`` ``report`` ``gallery`` ``demo`` ``maintenance``
+                   ``repair``
 parts              ``partition`` ``sam`` ``labelling`` ``cluster`` ``labelled`` ``cohort``
                    ``models`` ``augment`` ``losses`` ``agreement`` ``training`` ``aggregation``
                    ``engines`` ``metrics`` ``pages``

@@ -151,6 +151,21 @@ class Cluster:
         finally:
             self._cancel(list(futures.values()))
 
+    def check(self, config: Config, owner: str, identity: Identity) -> None:
+        """Let some worker do all that comes before labelling images of ``owner``.
+
+        Raises:
+            SamfedError: its own, e.g. because it does not see the teacher.
+        """
+        settings = _for_workers(config, self._threads, self._device)
+        future = self._client.submit(
+            run_check, settings, identity, owner, __version__, retries=_RETRIES, pure=False
+        )
+        try:
+            self._result(future, f"{owner}: the teacher")
+        finally:
+            self._cancel([future])
+
     def _window(self) -> int:
         with _talking():
             threads: int = sum(self._client.nthreads().values())
@@ -359,6 +374,11 @@ def run_task(settings: str, identity: Identity, task: Task, version: str) -> Out
     teacher = _teacher(config, settings, identity)
     label_tasks(config, [task], teacher, finished=outcomes.append)
     return outcomes[0]
+
+
+def run_check(settings: str, identity: Identity, owner: str, version: str) -> None:
+    """Load the teacher as ``run_task`` would; errors as ``run_task``'s."""
+    _teacher(_on_this_worker(settings, owner, version), settings, identity)
 
 
 def run_statistics(settings: str, identity: Identity, owner: str, version: str) -> dict[str, Any]:

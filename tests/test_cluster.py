@@ -27,6 +27,7 @@ from pipeline.locks import writer_lock
 from pipeline.partition import load_partition
 from pipeline.precompute import StageOneResult, precompute
 from pipeline.prepare import prepare
+from pipeline.repair import repair
 from pipeline.sam.finetune import finetune
 from pipeline.stores.labels import Identity, LabelStore
 from pipeline.synthetic import write_dataset
@@ -349,6 +350,30 @@ def test_a_tasks_own_timeout_is_not_the_clusters(threads: Threads) -> None:
     future = threads.client.submit(slow)
     with pytest.raises(TimeoutError, match="the file system is away"):
         threads.cluster._result(future, "a task")
+
+
+# --------------------------------------------------------------------------- repair
+
+
+def test_repair_on_workers(config: Config, prepared: Config, threads: Threads) -> None:
+    shutil.copytree(prepared.cache.root / "sam", config.cache.root / "sam")
+    name = next(iter(load_partition(config.cache.root / "partition.json").clients))
+    shard = store_path(config, name) / "masks" / "c" / "1" / "0" / "0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    before = content(config)
+    adapter = config.cache.root / "teacher" / "adapter.safetensors"
+    good = adapter.read_bytes()
+    adapter.write_bytes(b"")
+    with pytest.raises(SamfedError, match="sha256 differs from its card"):  # a worker's finding
+        repair(config, cluster=nullcontext(threads.cluster))
+    assert content(config) == before
+    adapter.write_bytes(good)
+    result = repair(config, cluster=nullcontext(threads.cluster))
+    assert result.labelled == len(LabelStore(store_path(config, name))) - 64
+    assert content(config) == content(prepared)
+
+
+# --------------------------------------------------------------------------- local workers
 
 
 class Mute(distributed.deploy.ProcessInterface):
