@@ -26,12 +26,10 @@ import torch
 from distributed.scheduler import KilledWorker
 
 from pipeline import __version__
-from pipeline.card import TeacherCard
 from pipeline.config import Config
 from pipeline.devices import resolve_device
 from pipeline.errors import ConfigError, SamfedError
 from pipeline.labelling import (
-    Image,
     Labeller,
     Outcome,
     Task,
@@ -41,7 +39,7 @@ from pipeline.labelling import (
 )
 from pipeline.partition import load_partition
 from pipeline.sam.statistics import measure_owner
-from pipeline.stores.labels import Identity, Labels
+from pipeline.stores.labels import Identity
 
 log = logging.getLogger("samfed.cluster")
 
@@ -340,27 +338,8 @@ def _visible_gpus() -> list[str]:
 # --------------------------------------------------------------------------- on a worker
 
 
-class _InTurn:
-    """A teacher that several threads of a worker share, one batch at a time."""
-
-    def __init__(self, teacher: Labeller) -> None:
-        self._teacher = teacher
-        self._lock = threading.Lock()
-
-    @property
-    def card(self) -> TeacherCard:
-        return self._teacher.card
-
-    def label(self, images: Sequence[Image], size: int) -> Labels:
-        with self._lock:
-            return self._teacher.label(images, size)
-
-    def provenance(self) -> dict[str, str]:
-        return self._teacher.provenance()
-
-
 _loading = threading.Lock()
-_loaded: dict[tuple[str, str], _InTurn] = {}  # the last teacher, by settings and identity
+_loaded: dict[tuple[str, str], Labeller] = {}  # the last teacher, by settings and identity
 
 
 def run_task(settings: str, identity: Identity, task: Task, version: str) -> Outcome:
@@ -406,11 +385,11 @@ def _on_this_worker(settings: str, owner: str, version: str) -> Config:
     return config
 
 
-def _teacher(config: Config, settings: str, identity: Identity) -> _InTurn:
+def _teacher(config: Config, settings: str, identity: Identity) -> Labeller:
     key = (settings, identity.digest)
     with _loading:
         if key not in _loaded:
             _loaded.clear()
             partition = load_partition(config.cache.root / "partition.json")
-            _loaded[key] = _InTurn(load_labeller(config, partition))
+            _loaded[key] = load_labeller(config, partition)
         return _loaded[key]
