@@ -73,6 +73,14 @@ Set = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Label on the workers of this dask scheduler (or file)."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Label in so many processes here: one per GPU, or sharing the cores."),
+]
 Name = Annotated[str | None, typer.Option("--name", help="Run (default: federate.name).")]
 
 _PARAMS = Path("params.yaml")
@@ -334,8 +342,11 @@ def export_onnx(
 def _cluster(
     config: Config, scheduler: str | None, workers: int | None
 ) -> AbstractContextManager[Cluster] | None:
+    """Where ``--scheduler`` or ``--workers`` label; None is this process."""
     if scheduler is None and workers is None:
         return None
+    if scheduler is not None and workers is not None:
+        raise ConfigError("--scheduler and --workers: give one of them")
     from pipeline.cluster import connect, local_cluster
 
     logging.getLogger("distributed").setLevel(logging.WARNING)  # its own import sets INFO
@@ -351,18 +362,8 @@ def precompute_sam(
     client: Annotated[
         list[str] | None, typer.Option(help="Only this client (may be repeated).")
     ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS", help="Label on the workers of this dask scheduler (or file)."
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Label in so many processes here: one per GPU, or sharing the cores."
-        ),
-    ] = None,
+    scheduler: Scheduler = None,
+    workers: Workers = None,
     backend: Annotated[
         str | None, typer.Option(help="torch or onnx (default: precompute.backend).")
     ] = None,
@@ -379,8 +380,6 @@ def precompute_sam(
     from pipeline.precompute import precompute
     from pipeline.sam.statistics import as_table
 
-    if scheduler is not None and workers is not None:
-        raise ConfigError("--scheduler and --workers: give one of them")
     cluster = _cluster(config, scheduler, workers)
     with _progress() as advance:
         result = precompute(config, clients=tuple(client or ()), cluster=cluster, progress=advance)
@@ -540,14 +539,20 @@ def cache_verify(
 
 @cache_app.command("repair")
 def cache_repair(
-    params: Params = _PARAMS, overrides: Set = None, as_json: Json = False, debug: Debug = False
+    scheduler: Scheduler = None,
+    workers: Workers = None,
+    params: Params = _PARAMS,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Label anew what is damaged in the label stores, and finish these stores."""
     config = _settings(params, overrides, debug)
-    from pipeline.maintenance import repair
+    from pipeline.repair import repair
 
+    cluster = _cluster(config, scheduler, workers)
     with _progress() as advance:
-        result = repair(config, progress=advance)
+        result = repair(config, cluster=cluster, progress=advance)
     _say(result.as_json(), as_json, result.text())
     code = CorruptStoreError.exit_code if result.remaining else EXIT_PARTIAL
     _fail([*result.remaining, *result.failed], code)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,10 @@ import torch
 from distributed.scheduler import KilledWorker
 
 from pipeline import __version__
-from pipeline.card import TeacherCard
 from pipeline.config import Config
 from pipeline.devices import resolve_device
 from pipeline.errors import ConfigError, SamfedError
 from pipeline.labelling import (
-    Image,
     Labeller,
     Outcome,
     Task,
@@ -40,7 +39,7 @@ from pipeline.labelling import (
 )
 from pipeline.partition import load_partition
 from pipeline.sam.statistics import measure_owner
-from pipeline.stores.labels import Identity, Labels
+from pipeline.stores.labels import Identity
 
 log = logging.getLogger("samfed.cluster")
 
@@ -49,7 +48,8 @@ _THREADS_PER_WORKER = 2  # one task reads and writes while another has the teach
 _HERE = "127.0.0.1"  # a scheduler runs what it is sent: nobody else may reach a local one
 _GONE = "the dask scheduler is gone; run the same command again to continue"
 _CONNECT_SECONDS = 15
-_WORKERS_SECONDS = 120
+_WORKERS_SECONDS = 120  # without any worker, at the start or later, before a run gives up
+_LOOK_SECONDS = 5  # without news of a task, before asking whether there is a worker at all
 
 
 class Cluster:
@@ -82,17 +82,18 @@ class Cluster:
         images there are.
 
         Raises:
-            SamfedError: a worker's own, or a shard killed one worker after another.
+            SamfedError: a worker's own, a shard killed one worker after another, or there was
+            no worker left for a while.
         """
         settings = _for_workers(config, self._threads, self._device)
-        running = distributed.as_completed(loop=self._client.loop)
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         waiting: dict[Any, Task] = {}
 
         def collect() -> None:
-            future = next(running)
+            future = self._patiently(done.get)
             task = waiting.pop(future)
             what = f"{task.owner} rows {task.rows[0]}..{task.rows[-1]}"
-            outcome: Outcome = _result(future, what)
+            outcome: Outcome = self._result(future, what)
             finished(outcome)
             advance(len(outcome.rows))
 
@@ -111,7 +112,7 @@ class Cluster:
                     pure=False,
                 )
                 waiting[future] = task
-                running.add(future)
+                future.add_done_callback(done.put)
             while waiting:
                 collect()
         finally:
@@ -144,14 +145,77 @@ class Cluster:
         }
         try:
             for owner, future in futures.items():
-                measured(owner, partial(_result, future, f"{owner}: statistics"))
+                measured(owner, partial(self._result, future, f"{owner}: statistics"))
         finally:
             self._cancel(list(futures.values()))
+
+    def check(self, config: Config, owner: str, identity: Identity) -> None:
+        """Let some worker do all that comes before labelling images of ``owner``.
+
+        Raises:
+            SamfedError: its own, e.g. because it does not see the teacher.
+        """
+        settings = _for_workers(config, self._threads, self._device)
+        future = self._client.submit(
+            run_check, settings, identity, owner, __version__, retries=_RETRIES, pure=False
+        )
+        try:
+            self._result(future, f"{owner}: the teacher")
+        finally:
+            self._cancel([future])
 
     def _window(self) -> int:
         with _talking():
             threads: int = sum(self._client.nthreads().values())
         return max(2, 2 * threads)
+
+    def _result(self, future: Any, what: str) -> Any:
+        def result(*, timeout: float) -> Any:
+            try:
+                return future.result(timeout=timeout)
+            except TimeoutError as error:
+                if future.status == "error":
+                    raise  # the task's own
+                raise queue.Empty from error
+
+        try:
+            return self._patiently(result)  # it is still with the worker that made it
+        except KilledWorker as error:
+            raise SamfedError(
+                f"{what}: each worker that took them died; see the workers' logs (memory?), "
+                "lower precompute.batch_size"
+            ) from error
+        except CancelledError as error:
+            raise SamfedError(f"{what}: {_GONE}") from error
+
+    def _patiently(self, get: Callable[..., Any]) -> Any:
+        """What ``get(timeout=seconds)`` returns once it no longer raises ``queue.Empty``.
+
+        dask itself waits for ever for workers that are gone.
+
+        Raises:
+            SamfedError: the scheduler is gone, or it had no worker for ``_WORKERS_SECONDS``.
+        """
+        while True:
+            try:
+                return get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                self._await_worker()
+
+    def _await_worker(self) -> None:
+        with _talking():
+            if self._client.nthreads():
+                return
+            where = f"the dask scheduler at {self._client.scheduler_info()['address']}"
+            log.warning("%s has no worker left; waiting up to %d s", where, _WORKERS_SECONDS)
+            try:
+                self._client.wait_for_workers(1, timeout=_WORKERS_SECONDS)
+            except TimeoutError as error:
+                raise SamfedError(
+                    f"{where} lost its last worker and found no other within {_WORKERS_SECONDS} s; "
+                    "finished shards are kept: see why workers stop, and run the same command again"
+                ) from error
+            log.warning("%s has a worker again", where)
 
     def _cancel(self, futures: Sequence[Any]) -> None:
         with suppress(OSError, CancelledError):  # a scheduler that is gone runs nothing
@@ -165,18 +229,6 @@ def _talking() -> Iterator[None]:
         yield
     except (OSError, CancelledError) as error:
         raise SamfedError(_GONE) from error
-
-
-def _result(future: Any, what: str) -> Any:
-    try:
-        return future.result()
-    except KilledWorker as error:
-        raise SamfedError(
-            f"{what}: each worker that took them died; see the workers' logs (memory?), "
-            "lower precompute.batch_size"
-        ) from error
-    except CancelledError as error:
-        raise SamfedError(f"{what}: {_GONE}") from error
 
 
 def _for_workers(config: Config, threads: int | None, device: str | None) -> str:
@@ -238,6 +290,9 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Cluster]:
 
     Args:
         device: as ``precompute.device``; on ``auto`` or ``cuda`` worker i sees GPU i alone.
+
+    Raises:
+        SamfedError: a worker does not start.
     """
     gpus = _visible_gpus() if resolve_device(device).type == "cuda" else []
     spec = {
@@ -255,11 +310,21 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Cluster]:
         for number in range(workers)
     }
     scheduler = {"cls": distributed.Scheduler, "options": {"host": _HERE, "dashboard": False}}
-    with (
-        distributed.SpecCluster(workers=spec, scheduler=scheduler) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
-    ):
-        client.wait_for_workers(workers)
+    with ExitStack() as started:
+        try:
+            cluster = started.enter_context(
+                distributed.SpecCluster(workers=spec, scheduler=scheduler)
+            )
+            client = started.enter_context(distributed.Client(cluster, set_as_default=False))
+            client.wait_for_workers(workers, timeout=_WORKERS_SECONDS)
+        except (
+            RuntimeError,
+            TimeoutError,
+        ) as error:  # a nanny's worker died; or lives, but is mute
+            raise SamfedError(
+                f"--workers {workers}: not all of them started ({error}); see above what stopped "
+                "them (memory?), or give fewer"
+            ) from error
         share = max(1, (os.cpu_count() or 1) // workers)
         yield Cluster(client, threads=share, device="cuda" if gpus else None)
 
@@ -273,27 +338,8 @@ def _visible_gpus() -> list[str]:
 # --------------------------------------------------------------------------- on a worker
 
 
-class _InTurn:
-    """A teacher that several threads of a worker share, one batch at a time."""
-
-    def __init__(self, teacher: Labeller) -> None:
-        self._teacher = teacher
-        self._lock = threading.Lock()
-
-    @property
-    def card(self) -> TeacherCard:
-        return self._teacher.card
-
-    def label(self, images: Sequence[Image], size: int) -> Labels:
-        with self._lock:
-            return self._teacher.label(images, size)
-
-    def provenance(self) -> dict[str, str]:
-        return self._teacher.provenance()
-
-
 _loading = threading.Lock()
-_loaded: dict[tuple[str, str], _InTurn] = {}  # the last teacher, by settings and identity
+_loaded: dict[tuple[str, str], Labeller] = {}  # the last teacher, by settings and identity
 
 
 def run_task(settings: str, identity: Identity, task: Task, version: str) -> Outcome:
@@ -307,6 +353,11 @@ def run_task(settings: str, identity: Identity, task: Task, version: str) -> Out
     teacher = _teacher(config, settings, identity)
     label_tasks(config, [task], teacher, finished=outcomes.append)
     return outcomes[0]
+
+
+def run_check(settings: str, identity: Identity, owner: str, version: str) -> None:
+    """Load the teacher as ``run_task`` would; errors as ``run_task``'s."""
+    _teacher(_on_this_worker(settings, owner, version), settings, identity)
 
 
 def run_statistics(settings: str, identity: Identity, owner: str, version: str) -> dict[str, Any]:
@@ -334,11 +385,11 @@ def _on_this_worker(settings: str, owner: str, version: str) -> Config:
     return config
 
 
-def _teacher(config: Config, settings: str, identity: Identity) -> _InTurn:
+def _teacher(config: Config, settings: str, identity: Identity) -> Labeller:
     key = (settings, identity.digest)
     with _loading:
         if key not in _loaded:
             _loaded.clear()
             partition = load_partition(config.cache.root / "partition.json")
-            _loaded[key] = _InTurn(load_labeller(config, partition))
+            _loaded[key] = load_labeller(config, partition)
         return _loaded[key]

@@ -9,6 +9,7 @@ runs, because an image could not be read at first, had other batches.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,7 +51,7 @@ class Labeller(Protocol):
         ...
 
     def provenance(self) -> dict[str, str]:
-        """What computes: backend, precision, device, versions."""
+        """What computed this thread's last batch: backend, precision, device, versions."""
         ...
 
 
@@ -204,12 +205,15 @@ class BackingOff:
     """A labeller that halves its batches when memory runs out, and says so.
 
     The smaller size stays for the rest of the run and is recorded with every shard that it made:
-    kernels may round differently at another batch size.
+    kernels may round differently at another batch size. Threads that share it take turns, a batch
+    at a time, and each is told the size of its own.
     """
 
     def __init__(self, teacher: Labeller, batch_size: int) -> None:
         self._teacher = teacher
         self._limit = self._asked = batch_size
+        self._turn = threading.Lock()
+        self._last = threading.local()  # .limit of this thread's last batch
 
     @property
     def card(self) -> TeacherCard:
@@ -222,23 +226,24 @@ class BackingOff:
         Raises:
             SamfedError: memory does not suffice for one image.
         """
-        while True:
-            limit = self._limit
-            try:
-                parts = [
-                    self._teacher.label(images[start : start + limit], size)
-                    for start in range(0, len(images), limit)
-                ]
-            except Exception as error:
-                if not _out_of_memory(error):
-                    raise
-                self._back_off(error)
-                continue
-            return Labels(
-                masks=np.concatenate([part.masks for part in parts]),
-                confidences=np.concatenate([part.confidences for part in parts]),
-                scores=np.concatenate([part.scores for part in parts]),
-            )
+        with self._turn:
+            while True:
+                try:
+                    parts = [
+                        self._teacher.label(images[start : start + self._limit], size)
+                        for start in range(0, len(images), self._limit)
+                    ]
+                    break
+                except Exception as error:
+                    if not _out_of_memory(error):
+                        raise
+                    self._back_off(error)
+            self._last.limit = self._limit
+        return Labels(
+            masks=np.concatenate([part.masks for part in parts]),
+            confidences=np.concatenate([part.confidences for part in parts]),
+            scores=np.concatenate([part.scores for part in parts]),
+        )
 
     def _back_off(self, error: Exception) -> None:
         if self._limit == 1:
@@ -258,7 +263,8 @@ class BackingOff:
     def provenance(self) -> dict[str, str]:
         """The teacher's, with the batch size where it is not the one asked for."""
         record = self._teacher.provenance()
-        return record if self._limit == self._asked else record | {"batch_size": str(self._limit)}
+        limit = getattr(self._last, "limit", self._asked)
+        return record if limit == self._asked else record | {"batch_size": str(limit)}
 
 
 def _out_of_memory(error: Exception) -> bool:

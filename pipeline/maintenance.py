@@ -1,37 +1,38 @@
-"""``samfed cache``: what the stores hold, whether they are whole, making them whole, and space."""
+"""``samfed cache``: what the stores hold, whether they are whole, and space."""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.card import CARD_FILE, load_card
 from pipeline.config import Config
-from pipeline.errors import IdentityError, StageError, StoreError
+from pipeline.errors import StageError, StoreError
 from pipeline.files import discard, recover_folder, tree_bytes
 from pipeline.locks import writer_lock
 from pipeline.partition import Partition, load_partition
-from pipeline.stores.chunks import SHARD_ROWS, canonical_json, remove_partial_files
-from pipeline.stores.labels import Identity, LabelStore, check_identity
-from pipeline.stores.repair import forget_shards, restore_metadata
-from pipeline.stores.verify import FORMAT_FAULT, METADATA, Advance, Fault, check_store
+from pipeline.stores.chunks import canonical_json
+from pipeline.stores.labels import Identity, LabelStore
+from pipeline.stores.verify import Advance, Fault, check_store
 
 Progress = Callable[[str, int, int], None]
 
-_WHOLE = (METADATA, "image_ids", "image_sha256")  # without these no row of a store means anything
+
+def store_lock(cache: Path, owner: str) -> Path:
+    """Held by whoever writes to the owner's label store."""
+    return cache / "locks" / f"sam-{owner}.lock"
 
 
-def _label_stores(cache: Path) -> list[Path]:
+def label_stores(cache: Path) -> list[Path]:
+    """The label stores in use, finished or not."""
     return sorted(cache.glob("sam/[!.]*.zarr"))
 
 
-def _image_stores(cache: Path) -> list[Path]:
+def image_stores(cache: Path) -> list[Path]:
     """The image stores, which ``samfed prepare`` can write again at any time."""
     return sorted([*cache.glob("images/*/[!.]*.zarr"), *cache.glob("oracle/[!.]*.zarr")])
 
@@ -41,7 +42,7 @@ def _aside(cache: Path) -> list[Path]:
     return sorted(cache.glob("aside/*/[!.]*.zarr"))
 
 
-def _owner_ids(partition: Partition) -> dict[str, Sequence[str]]:
+def owner_ids(partition: Partition) -> dict[str, Sequence[str]]:
     """Whose images stage one labels."""
     clients = {name: part.train for name, part in partition.clients.items()}
     return {"server": partition.server.calibration, **clients}
@@ -68,9 +69,9 @@ def info(config: Config) -> dict[str, Any]:
     identity = None
     if (cache / "teacher" / CARD_FILE).is_file():
         identity = load_card(cache / "teacher").identity(label_size=config.data.image_size)
-    stores = [_store_info(path, identity, partition) for path in _label_stores(cache)]
+    stores = [_store_info(path, identity, partition) for path in label_stores(cache)]
     if partition is not None:
-        owners = _owner_ids(partition)
+        owners = owner_ids(partition)
         for owner in sorted(set(owners) - {store["owner"] for store in stores}):
             path = str(cache / "sam" / f"{owner}.zarr")
             rows = len(owners[owner])
@@ -109,7 +110,7 @@ def _differences(
         return None
     wanted = identity.model_dump()
     fields = [name for name, value in store.identity.model_dump().items() if value != wanted[name]]
-    ids = _owner_ids(partition).get(store.path.stem, ())
+    ids = owner_ids(partition).get(store.path.stem, ())
     return fields if store.rows == partition.row_keys(ids) else [*fields, "images"]
 
 
@@ -170,15 +171,15 @@ def verify(config: Config, *, progress: Progress | None = None) -> Verification:
         StageError: there is no store.
     """
     cache = config.cache.root
-    stores = [*_image_stores(cache), *_label_stores(cache)]
+    stores = [*image_stores(cache), *label_stores(cache)]
     if not stores:
         raise StageError(f"{cache}: found no store; run `samfed prepare` first")
-    advance = _meter(stores, progress)
+    advance = meter(stores, progress)
     faults = [fault for path in stores for fault in check_store(path, advance)]
     return Verification(len(stores), sum(map(tree_bytes, stores)), faults)
 
 
-def _meter(stores: Sequence[Path], progress: Progress | None) -> Advance:
+def meter(stores: Sequence[Path], progress: Progress | None) -> Advance:
     total = sum(map(tree_bytes, stores))
     read = 0
 
@@ -189,131 +190,6 @@ def _meter(stores: Sequence[Path], progress: Progress | None) -> Advance:
             progress("reading stores, KiB", read // 1024, total // 1024)
 
     return advance
-
-
-# --------------------------------------------------------------------------- repair
-
-
-@dataclass
-class Repair:
-    """What ``repair`` found and did."""
-
-    faults: list[Fault] = field(default_factory=list)  # in label stores; mended
-    notices: list[str] = field(default_factory=list)  # metadata written again, stores moved aside
-    remaining: list[str] = field(default_factory=list)  # what it cannot mend, and what can
-    labelled: int = 0  # rows
-    failed: list[str] = field(default_factory=list)  # images that have no label, as in stage one
-
-    def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return vars(self) | {"faults": [fault.as_json() for fault in self.faults]}
-
-    def text(self) -> str:
-        """For a person."""
-        lines = [f"{fault}; mended" for fault in self.faults] + self.notices
-        summary = f"{len(self.faults)} faults mended, {self.labelled} images labelled"
-        return "\n".join([*lines, summary])
-
-
-def repair(config: Config, *, progress: Progress | None = None) -> Repair:
-    """Label anew the shards of label stores that fail verification, and finish these stores.
-
-    Metadata and image ids are written again where it can be shown what they were; if not, the
-    store is moved to ``cache/aside/<owner>/damaged-<n>.zarr`` and all its rows are labelled anew.
-
-    Raises:
-        StageError: something is damaged, but there is no partition or no teacher to label with.
-        IdentityError: the teacher is not the one that the settings ask for.
-        LockedStoreError: another process writes to a store.
-    """
-    # these load torch, which the other commands here do without
-    from pipeline.labelling import load_labeller
-    from pipeline.precompute import precompute
-
-    root = config.cache.root
-    images, labels = _image_stores(root), _label_stores(root)
-    advance = _meter([*images, *labels], progress)
-    result = Repair()
-    for path in images:
-        faults = check_store(path, advance)
-        result.remaining += [f"{fault}; run `samfed prepare` again" for fault in faults]
-    owners: list[str] = []
-
-    @cache
-    def check_teacher() -> None:
-        """Nothing may be removed that could not be labelled again; raises what is missing."""
-        load_labeller(config, load_partition(root / "partition.json"))
-
-    for path in labels:
-        with writer_lock(_lock(root, path.stem)):
-            recover_folder(path)
-            remove_partial_files(path)
-            faults = check_store(path, advance)
-            if faults and _make_honest(config, path, faults, result, check_teacher):
-                owners.append(path.stem)
-    if owners:
-        done = precompute(config, owners=owners, progress=progress)
-        result.labelled, result.failed = done.labelled, done.failed
-        result.notices += done.notices
-    return result
-
-
-def _lock(cache: Path, owner: str) -> Path:
-    return cache / "locks" / f"sam-{owner}.lock"
-
-
-def _make_honest(
-    config: Config,
-    path: Path,
-    faults: list[Fault],
-    result: Repair,
-    check_teacher: Callable[[], None],
-) -> bool:
-    """Leave nothing damaged in a store that the caller holds locked, only rows not done.
-
-    Returns:
-        whether stage one can now finish the store; if not, it is untouched.
-    """
-    cache, owner = config.cache.root, path.stem
-    partition = load_partition(cache / "partition.json")
-    card = load_card(cache / "teacher")
-    card.check(config, partition, path=cache / "teacher")
-    identity = card.identity(label_size=config.data.image_size)
-    ids = _owner_ids(partition).get(owner)
-    whole = any(fault.array in _WHOLE for fault in faults)
-    try:
-        if ids is None:
-            raise IdentityError(f"{path}: '{owner}' is no client of the partition; remove it")
-        if faults[0].array == FORMAT_FAULT:
-            raise StoreError(str(faults[0]))
-        if not whole:  # labels of another teacher cannot be made again
-            check_identity(LabelStore(path), identity)
-    except StoreError as error:
-        result.remaining.append(str(error))
-        return False
-    check_teacher()
-    result.faults += faults
-    if whole:
-        restored = restore_metadata(path, identity, partition.row_keys(ids))
-        faults = check_store(path)
-        if not restored or any(fault.array in _WHOLE for fault in faults):
-            result.notices.append(_move_aside(path, cache / "aside" / owner))
-            return True
-        result.notices.append(f"{path}: wrote metadata and image ids again as they were")
-        result.faults += faults
-    forget_shards(path, sorted({row // SHARD_ROWS for f in faults for row in f.rows or ()}))
-    return True
-
-
-def _move_aside(path: Path, aside: Path) -> str:
-    names = (aside / f"damaged-{number}.zarr" for number in itertools.count(1))
-    target = next(name for name in names if not name.exists())
-    aside.mkdir(parents=True, exist_ok=True)
-    path.rename(target)
-    return (
-        f"{path}: cannot tell whose labels these are; moved them to {target}, and labelled every "
-        "image anew"
-    )
 
 
 # --------------------------------------------------------------------------- prune
@@ -345,13 +221,13 @@ def removable(config: Config) -> list[Removable]:
     cache, killed = config.cache.root, "left by a killed run"
     found = [(path, "moved aside", path.parent.name) for path in _aside(cache)]
     found += [(path, killed, path.parent.name) for path in cache.glob("aside/*/.*.zarr.building")]
-    for path in _label_stores(cache):
+    for path in label_stores(cache):
         found += [(partial, killed, path.stem) for partial in path.rglob("*.partial")]
     for path in cache.glob("sam/.*.zarr.*"):
         # a retired store whose successor never came is no rubbish: the next run takes it back
         if path.suffix == ".building" or _final(path).exists():
             found.append((path, killed, _final(path).stem))
-    return [Removable(path, why, tree_bytes(path), _lock(cache, o)) for path, why, o in found]
+    return [Removable(path, why, tree_bytes(path), store_lock(cache, o)) for path, why, o in found]
 
 
 def prune(config: Config, chosen: Sequence[Removable]) -> list[Removable]:

@@ -414,6 +414,10 @@ def test_a_damaged_store_is_verified_and_repaired(project: Project) -> None:
         f"error: {other}",
         f"error: {store}: masks rows 0..{rows[1]}: damaged",
     ]
+    damaged = listing(project.cache / "sam")
+    text = fails(2, "cache", "repair", "--scheduler", "no.json", *project.options)
+    assert text.startswith("--scheduler no.json: no address of a dask scheduler")
+    assert listing(project.cache / "sam") == damaged
     result = call("cache", "repair", *project.options)
     assert result.exit_code == 5
     assert result.stdout.splitlines() == [
@@ -425,6 +429,13 @@ def test_a_damaged_store_is_verified_and_repaired(project: Project) -> None:
     answer("prepare", *project.options, "--with-oracle")
     assert answer("cache", "repair", *project.options)["remaining"] == []
     assert answer("cache", "verify", *project.options)["faults"] == []
+
+
+@pytest.mark.parametrize("command", ["precompute-sam", "cache repair"])
+def test_one_place_to_label(project: Project, command: str) -> None:
+    where = ("--scheduler", "tcp://127.0.0.1:1", "--workers", "2")
+    text = fails(2, *command.split(), *where, *project.options)
+    assert text == "--scheduler and --workers: give one of them"
 
 
 def test_cache_info(project: Project) -> None:

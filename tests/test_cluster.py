@@ -11,20 +11,23 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import dask
+import distributed
 import pytest
 from conftest import tiny_config, write_params
 
 from pipeline import __version__
-from pipeline.cluster import connect, local_cluster, run_task
+from pipeline.cluster import Cluster, connect, local_cluster, run_task
 from pipeline.config import Config
 from pipeline.errors import ConfigError, SamfedError
 from pipeline.labelling import Task, store_path
 from pipeline.locks import writer_lock
 from pipeline.partition import load_partition
-from pipeline.precompute import precompute
+from pipeline.precompute import StageOneResult, precompute
 from pipeline.prepare import prepare
+from pipeline.repair import repair
 from pipeline.sam.finetune import finetune
 from pipeline.stores.labels import Identity, LabelStore
 from pipeline.synthetic import write_dataset
@@ -233,3 +236,172 @@ def test_a_scheduler_that_dies(config: Config, workers: Workers) -> None:
     owner = next(iter(load_partition(config.cache.root / "partition.json").clients))
     with writer_lock(config.cache.root / "locks" / f"sam-{owner}.lock"):
         pass  # nobody holds it any more
+
+
+# --------------------------------------------------------------------------- no worker left
+
+
+class Threads:
+    """A scheduler and workers that are threads of this process: they come and go in no time."""
+
+    def __init__(self, client: distributed.Client) -> None:
+        self.client = client
+        self.cluster = Cluster(client)
+        self.where = f"the dask scheduler at {client.scheduler_info()['address']}"
+        self.lost = (
+            f"{self.where} lost its last worker and found no other within 0.2 s; finished shards "
+            "are kept: see why workers stop, and run the same command again"
+        )
+
+    def lose(self) -> None:
+        """All workers go, and what they hold with them."""
+        for name, worker in list(self.client.cluster.workers.items()):
+            self.client.sync(worker.close, executor_wait=False)
+            del self.client.cluster.workers[name]
+        self._await(0)
+
+    def add(self) -> None:
+        self.client.cluster.scale(1)
+        self._await(1)
+
+    def _await(self, count: int) -> None:
+        while len(self.client.nthreads()) != count:
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
+    monkeypatch.setattr("pipeline.cluster._LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.cluster._WORKERS_SECONDS", 0.2)
+    options: dict[str, Any] = {"processes": False, "dashboard_address": None}
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, **options) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        yield Threads(client)
+
+
+def half(config: Config, threads: Threads, **options: Any) -> StageOneResult:
+    """Label one of the two clients, and the server's part."""
+    name = next(iter(load_partition(config.cache.root / "partition.json").clients))
+    return precompute(config, clients=[name], cluster=nullcontext(threads.cluster), **options)
+
+
+def test_the_last_worker_goes_for_good(config: Config, prepared: Config, threads: Threads) -> None:
+    finished: list[int] = []
+
+    def lose(what: str, done: int, total: int) -> None:
+        if done and not finished:
+            finished.append(done)
+            threads.lose()
+
+    with pytest.raises(SamfedError) as caught:
+        half(config, threads, progress=lose)
+    assert str(caught.value) == threads.lost
+    threads.add()
+    again = half(config, threads)
+    assert again.kept == finished[0]
+    assert content(config).items() <= content(prepared).items()
+
+
+def test_a_worker_comes_back_in_time(
+    config: Config,
+    prepared: Config,
+    threads: Threads,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wait = threads.client.wait_for_workers
+
+    def add_and_wait(count: int, timeout: float) -> None:
+        threads.add()
+        wait(count, timeout)
+
+    monkeypatch.setattr(threads.client, "wait_for_workers", add_and_wait)
+
+    def lose(what: str, done: int, total: int) -> None:
+        if not done:
+            threads.lose()
+
+    result = half(config, threads, progress=lose)
+    assert (result.kept, result.failed) == (0, [])
+    assert content(config).items() <= content(prepared).items()
+    assert [record.getMessage() for record in caplog.records if "samfed" in record.name] == [
+        f"{threads.where} has no worker left; waiting up to 0 s",
+        f"{threads.where} has a worker again",
+    ]
+
+
+def test_the_last_worker_takes_its_results_with_it(threads: Threads) -> None:
+    """A result stays with its worker until it is asked for."""
+    future = threads.client.submit(str, 7)
+    while not future.done():
+        time.sleep(0.01)
+    threads.lose()
+    with pytest.raises(SamfedError) as caught:
+        threads.cluster._result(future, "a task")
+    assert str(caught.value) == threads.lost
+
+
+def test_a_tasks_own_timeout_is_not_the_clusters(threads: Threads) -> None:
+    def slow() -> None:
+        raise TimeoutError("the file system is away")
+
+    future = threads.client.submit(slow)
+    with pytest.raises(TimeoutError, match="the file system is away"):
+        threads.cluster._result(future, "a task")
+
+
+# --------------------------------------------------------------------------- repair
+
+
+def test_repair_on_workers(config: Config, prepared: Config, threads: Threads) -> None:
+    shutil.copytree(prepared.cache.root / "sam", config.cache.root / "sam")
+    name = next(iter(load_partition(config.cache.root / "partition.json").clients))
+    shard = store_path(config, name) / "masks" / "c" / "1" / "0" / "0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    before = content(config)
+    adapter = config.cache.root / "teacher" / "adapter.safetensors"
+    good = adapter.read_bytes()
+    adapter.write_bytes(b"")
+    with pytest.raises(SamfedError, match="sha256 differs from its card"):  # a worker's finding
+        repair(config, cluster=nullcontext(threads.cluster))
+    assert content(config) == before
+    adapter.write_bytes(good)
+    result = repair(config, cluster=nullcontext(threads.cluster))
+    assert result.labelled == len(LabelStore(store_path(config, name))) - 64
+    assert content(config) == content(prepared)
+
+
+# --------------------------------------------------------------------------- local workers
+
+
+class Mute(distributed.deploy.ProcessInterface):
+    """In the place of a worker's nanny: the worker died before anybody heard of it."""
+
+    def __init__(self, scheduler: str, **options: object) -> None:
+        super().__init__(scheduler=scheduler)
+
+
+class Refused(Mute):
+    """No process can be started."""
+
+    async def start(self) -> None:
+        raise RuntimeError("Nanny failed to start.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(Mute, "Only 0/1 workers arrived after 0.2"), (Refused, "Nanny failed to start.")],
+)
+def test_local_workers_that_do_not_start(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Mute], reason: str
+) -> None:
+    monkeypatch.setattr("pipeline.cluster._WORKERS_SECONDS", 0.2)
+    monkeypatch.setattr(distributed, "Nanny", kind)
+    with pytest.raises(SamfedError) as caught, local_cluster(1, device="cpu"):
+        pass
+    assert str(caught.value) == (
+        f"--workers 1: not all of them started ({reason}); see above what stopped them (memory?), "
+        "or give fewer"
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,16 @@ from PIL import Image
 from test_precompute import FakeTeacher, content, stand_in
 
 from pipeline.card import TeacherCard
+from pipeline.cluster import Cluster
 from pipeline.config import Config
-from pipeline.errors import IdentityError, LockedStoreError, StageError
+from pipeline.errors import ConfigError, IdentityError, LockedStoreError, StageError
 from pipeline.files import write_json
 from pipeline.locks import writer_lock
-from pipeline.maintenance import Repair, info, info_text, prune, removable, repair, verify
+from pipeline.maintenance import info, info_text, prune, removable, verify
 from pipeline.partition import load_partition
 from pipeline.precompute import precompute
 from pipeline.prepare import prepare
+from pipeline.repair import Repair, repair
 from pipeline.stores.chunks import seal
 from pipeline.stores.labels import LabelStore
 from pipeline.stores.verify import check_store
@@ -296,6 +299,25 @@ def test_a_killed_repair_leaves_an_unfinished_store(
     assert content(config.cache.root / "sam") == whole
 
 
+def test_a_repair_that_stops_while_it_labels(
+    config: Config, teacher: FakeTeacher, whole: dict[str, bytes]
+) -> None:
+    """Nothing is damaged any more; that something is missing is said."""
+    flip(store_of(config) / "masks" / "c" / "0" / "0" / "0", 9)
+
+    def stop(batch: int) -> None:
+        raise KeyboardInterrupt
+
+    teacher.on_batch = stop
+    with pytest.raises(KeyboardInterrupt):
+        repair(config)
+    advice = f"{store_of(config)}: some rows are not labelled yet; run `samfed precompute-sam`"
+    assert repair(config) == Repair(notices=[advice])
+    teacher.on_batch = lambda batch: None
+    precompute(config)
+    assert content(config.cache.root / "sam") == whole
+
+
 def test_a_lack_of_memory_is_no_damage(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Repair would remove good labels."""
 
@@ -418,6 +440,20 @@ def test_repair_without_a_teacher(config: Config) -> None:
     assert card.variant == "other"
     with pytest.raises(IdentityError):
         repair(config)
+    assert content(store_of(config)) == before
+
+
+def test_repair_asks_for_workers_before_it_removes_anything(config: Config) -> None:
+    @contextmanager
+    def refuse() -> Iterator[Cluster]:
+        raise ConfigError("no scheduler")
+        yield
+
+    assert repair(config, cluster=refuse()) == Repair()  # nothing to label
+    flip(store_of(config) / "masks" / "c" / "0" / "0" / "0", 9)
+    before = content(store_of(config))
+    with pytest.raises(ConfigError, match="no scheduler"):
+        repair(config, cluster=refuse())
     assert content(store_of(config)) == before
 
 

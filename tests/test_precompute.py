@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -266,6 +267,28 @@ def test_batches_shrink_when_memory_runs_out(
     assert np.array_equal(ours.masks, whole.masks)
     assert np.array_equal(ours.confidences, whole.confidences)
     assert [store.provenance()[0].get("batch_size") for store in stores] == ["3", None]
+
+
+def test_a_shard_records_its_own_batches(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of one dask worker share its teacher: one backs off while another is at its end."""
+    teacher = Hungry(10, MemoryError())
+    shared = labelling.BackingOff(teacher, 10)
+    monkeypatch.setattr(stage, "load_labeller", lambda *args: shared)
+    server = len(load_partition(config.cache.root / "partition.json").server.calibration)
+
+    def other(what: str, done: int, total: int) -> None:
+        if done == server + 64:  # the first shard is labelled, not written yet
+            teacher.capacity = 3
+            images = [np.zeros((32, 32, 3), np.uint8)] * 10
+            task = threading.Thread(target=shared.label, args=(images, 32))
+            task.start()
+            task.join()
+
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch, teacher)
+        precompute(config, progress=other)
+    store = LabelStore(config.cache.root / "sam" / "site.zarr")
+    assert [record.get("batch_size") for record in store.provenance()] == [None, "3", "3"]
 
 
 def test_memory_for_no_image_at_all(config: Config) -> None:
