@@ -6,9 +6,9 @@ Imports flow one way: ``cli`` -> stages -> parts -> stores, config, errors. Stag
 =================  ==========================================================================
 stages             ``synthetic`` ``prepare`` ``sam.finetune`` ``sam.evaluate`` ``precompute``
                    ``federation`` ``evaluation`` ``report`` ``gallery`` ``demo`` ``maintenance``
-parts              ``partition`` ``sam`` ``labelling`` ``cluster`` ``labelled`` ``cohort``
-                   ``models`` ``augment`` ``losses`` ``agreement`` ``training`` ``aggregation``
-                   ``engines`` ``metrics`` ``pages``
+parts              ``partition`` ``sam`` ``labeller`` ``labelling`` ``cluster`` ``labelled``
+                   ``cohort`` ``models`` ``augment`` ``losses`` ``agreement`` ``training``
+                   ``aggregation`` ``engines`` ``metrics`` ``pages``
 on disk            ``images`` (files of the user), ``stores`` (zarr), ``card``, ``runs``
 ground             ``config`` ``errors`` ``files`` ``locks`` ``devices`` ``torchvision_ops``
 =================  ==========================================================================

@@ -29,9 +29,8 @@ from pipeline.card import TeacherCard
 from pipeline.config import Config
 from pipeline.devices import resolve_device
 from pipeline.errors import ConfigError, SamfedError
+from pipeline.labeller import Image, Labeller
 from pipeline.labelling import (
-    Image,
-    Labeller,
     Outcome,
     Task,
     label_tasks,
