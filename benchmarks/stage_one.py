@@ -39,7 +39,8 @@ from pipeline.card import TeacherCard
 from pipeline.config import Config, parse_config
 from pipeline.devices import resolve_device
 from pipeline.files import file_sha256
-from pipeline.labelling import Labeller, Outcome, Task, label_tasks, store_path
+from pipeline.labeller import Labeller
+from pipeline.labelling import Outcome, Task, label_tasks, store_path
 from pipeline.sam import teacher as teaching
 from pipeline.sam.build import build_sam
 from pipeline.sam.export import EXTERNAL_ABOVE, TeacherNetwork, trace, write_model

@@ -7,7 +7,7 @@ Imports flow one way: ``cli`` -> stages -> parts -> stores, config, errors. Stag
 stages             ``synthetic`` ``prepare`` ``sam.finetune`` ``sam.evaluate`` ``precompute``
                    ``federation`` ``evaluation`` ``comparison`` ``report`` ``gallery`` ``demo``
                    ``maintenance`` ``repair``
-parts, stage one   ``partition`` ``sam`` ``labelling`` ``cluster`` ``labelled``
+parts, stage one   ``partition`` ``sam`` ``labeller`` ``labelling`` ``cluster`` ``labelled``
 parts, stage two   ``averaging`` ``exchange`` ``starts`` ``cohort`` ``schedule`` ``diagnostics``
                    ``training`` ``agreement`` ``views`` ``aggregation`` ``distillation``
                    ``distillation_losses`` ``engines`` ``final``

@@ -29,8 +29,8 @@ from pipeline import __version__
 from pipeline.config import Config
 from pipeline.devices import resolve_device
 from pipeline.errors import ConfigError, SamfedError
+from pipeline.labeller import Labeller
 from pipeline.labelling import (
-    Labeller,
     Outcome,
     Task,
     label_tasks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pipeline.sam  # noqa: F401  (before segment_anything imports torchvision)
 # isort: split
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_config
 from test_report import _pngs, _Reader
 
@@ -23,7 +25,8 @@ from pipeline.prepare import prepare
 from pipeline.sam.evaluate import EXAMPLES, TEACHERS, as_table, evaluate_teacher
 from pipeline.sam.evaluation_page import Example, render_evaluation
 from pipeline.sam.finetune import finetune
-from pipeline.sam.teacher import load_teacher
+from pipeline.sam.teacher import Teacher, load_teacher
+from pipeline.stores.labels import Labels
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,56 @@ def test_the_same_bytes_again(adapted: tuple[Config, dict[str, Any]]) -> None:
     before = path.read_bytes()
     assert evaluate_teacher(config) == result
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(1, [1, 1, 1, 1]), (8, [4])])
+def test_batches_and_threads_are_those_of_stage_one(
+    adapted: tuple[Config, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    batches: list[int],
+) -> None:
+    """The same result but for kernels' rounding."""
+    config, expected = adapted  # batches of 3 and 1
+    run = config.precompute.model_copy(update={"batch_size": batch_size, "threads": 1})
+    label, calls = Teacher.label, []
+
+    def record(self: Teacher, images: Sequence[Any], size: int) -> Labels:
+        calls.append((len(images), torch.get_num_threads()))
+        return label(self, images, size)
+
+    monkeypatch.setattr(Teacher, "label", record)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = evaluate_teacher(config.model_copy(update={"precompute": run}))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert calls == [(count, 1) for count in batches * 2]  # adapted, points
+    for name in ("adapted", "points"):
+        old, new = expected["teachers"][name], found["teachers"][name]
+        for key in ("dice", "iou", "hd95", "ece", "empty"):
+            assert new[key] == pytest.approx(old[key], rel=1e-3, abs=1e-4), (name, key)
+
+
+def test_memory_that_does_not_suffice_for_a_batch(
+    adapted: tuple[Config, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config, expected = adapted
+    label = Teacher.label
+
+    def lack(self: Teacher, images: Sequence[Any], size: int) -> Labels:
+        if len(images) > 1:
+            raise MemoryError
+        return label(self, images, size)
+
+    monkeypatch.setattr(Teacher, "label", lack)
+    found = evaluate_teacher(config)
+    assert "going on with batches of 1 (precompute.batch_size: 3)" in caplog.text
+    assert found["dice"] == pytest.approx(expected["dice"], rel=1e-3, abs=1e-4)
 
 
 def test_a_configured_box(tiny_images: Path, tmp_path: Path) -> None:

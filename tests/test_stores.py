@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from numcodecs.blosc import compress
 from numpy.typing import NDArray
 
 from pipeline.errors import CorruptStoreError, IdentityError, StageError
 from pipeline.stores import labels as labels_module
 from pipeline.stores.chunks import SHARD_ROWS, chunk_file, read_rows, table_array
+from pipeline.stores.decode import ChunkError, read_file
 from pipeline.stores.images import read_image_store, write_image_store
 from pipeline.stores.labels import (
     Identity,
@@ -189,6 +192,18 @@ def test_label_store_round_trip(path: Path) -> None:
     same(found, expected)
 
 
+@pytest.mark.parametrize("start", [0, 3, 8, 63, 64, 69])
+@pytest.mark.parametrize("stop", [1, 8, 37, 64, 66, COUNT])
+def test_rows_are_those_that_zarr_reads(path: Path, start: int, stop: int) -> None:
+    """Of every array: shards and chunks with a file each, whole, in part and past the end."""
+    store = fill(LabelStore.create(path, IDENTITY, keys()))
+    for name, array in store._arrays.items():
+        found = read_rows(path, array, rows=slice(start, stop))
+        expected = array[start:stop]
+        assert found.dtype == expected.dtype, name
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
 def test_pending_and_provenance(path: Path) -> None:
     store = LabelStore.create(path, IDENTITY, keys())
     assert store.pending() == [0, 1]
@@ -288,7 +303,7 @@ def test_a_long_table_keeps_each_row_in_one_chunk(tmp_path: Path) -> None:
     assert array.chunks == (4096, 32)
     chunk_file(tmp_path / "x.zarr", array, 7).unlink()
     with pytest.raises(CorruptStoreError, match=r"image_ids rows 28672\.\.32767 are missing"):
-        read_rows(tmp_path / "x.zarr", group, "image_ids")
+        read_rows(tmp_path / "x.zarr", array)
 
 
 def test_shard_order_does_not_change_the_bytes(tmp_path: Path) -> None:
@@ -412,9 +427,9 @@ def test_carrying_over_reads_each_old_shard_once(
     reads: list[str] = []
     real = labels_module.read_rows
 
-    def count(path: Path, group: object, name: str, rows: slice = slice(None)) -> object:
-        reads.append(name)
-        return real(path, group, name, rows)
+    def count(path: Path, array: Any, *, rows: slice = slice(None)) -> object:
+        reads.append(array.basename)
+        return real(path, array, rows=rows)
 
     monkeypatch.setattr(labels_module, "read_rows", count)
     open_label_store(path, IDENTITY, old[1:], aside=aside)
@@ -541,6 +556,65 @@ def test_a_chunk_of_another_store_is_no_zeros(path: Path, tmp_path: Path) -> Non
     shard.write_bytes(b"")
     with pytest.raises(CorruptStoreError):
         read_everything(path)
+
+
+def test_a_damaged_chunk_names_its_rows(path: Path) -> None:
+    store = fill(LabelStore.create(path, IDENTITY, keys()))
+    shard = path / "masks" / "c" / "1" / "0" / "0"
+    damaged = bytearray(shard.read_bytes())
+    damaged[20] ^= 1
+    shard.write_bytes(bytes(damaged))
+    with pytest.raises(CorruptStoreError) as caught:
+        store.read()
+    assert str(caught.value) == (
+        f"{path}: masks rows 64..69 are damaged (crc32c differs); run `samfed cache repair`"
+    )
+
+
+def test_a_chunk_that_a_shard_leaves_out_is_missing(path: Path) -> None:
+    """zarr reads it as zeros, and an empty mask is a valid label."""
+    store = fill(LabelStore.create(path, IDENTITY, keys()))
+    masks = store.read().masks[:SHARD_ROWS]
+    masks[8:16] = 0
+    store._arrays["masks"].with_config({"write_empty_chunks": False})[:SHARD_ROWS] = masks
+    assert not store._arrays["masks"][8:16].any()
+    with pytest.raises(CorruptStoreError) as caught:
+        store.read(slice(12, 20))
+    assert str(caught.value) == (
+        f"{path}: masks rows 12..15 are missing; run `samfed cache repair`"
+    )
+    np.testing.assert_array_equal(store.read(slice(16, 20)).masks, masks[16:20])
+
+
+def checked(content: bytes) -> bytes:
+    return content + google_crc32c.value(content).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (compress(b"x" * 63, b"zstd", 5), "holds 63 bytes, expected 64"),
+        (compress(b"x" * 65, b"zstd", 5), "holds 65 bytes, expected 64"),
+        (compress(b"x" * 64, b"zstd", 5)[:-3], "takes 80 bytes, found 77"),
+        (b"\0" * 4 + b"\x40\0\0\0" * 3, "takes 64 bytes, found 16"),
+        (b"\xff" * 4 + b"\x40\0\0\0" * 15, "error during blosc decompression: -1"),
+        (b"", "holds 0 bytes, expected 64"),
+    ],
+)
+def test_a_chunk_that_only_its_crc_speaks_for(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "0").write_bytes(checked(content))
+    with pytest.raises(ChunkError) as caught:
+        read_file(tmp_path / "0", np.zeros(64, np.uint8), first=0, chunk_rows=64, chunks=None)
+    assert caught.value.reason == f"damaged ({reason})"
+    assert caught.value.rows == range(64)
+
+
+@pytest.mark.parametrize("entry", [(0, 65), (65, 0), (2**64 - 2, 1), (2**63, 2**63)])
+def test_an_index_that_points_outside(tmp_path: Path, entry: tuple[int, int]) -> None:
+    index = np.array([(0, 64), entry], "<u8").tobytes()
+    (tmp_path / "0").write_bytes(b"x" * 64 + checked(index))
+    with pytest.raises(ChunkError, match="its index points outside"):
+        read_file(tmp_path / "0", np.zeros(8, np.uint8), first=0, chunk_rows=8, chunks=2)
 
 
 def test_no_store(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 
 from pipeline.card import TeacherCard
 from pipeline.config import Config
+from pipeline.devices import torch_threads
 from pipeline.files import write_bytes, write_json
 from pipeline.images import resize_image, resize_mask
 from pipeline.labelled import load_labelled
+from pipeline.labeller import BackingOff
 from pipeline.metrics import image_metrics, summarise
 from pipeline.partition import Partition, load_partition
 from pipeline.sam.evaluation_page import Example, render_evaluation
+from pipeline.sam.frame import fit_longest_side
 from pipeline.sam.prompts import why_not_prompted
 from pipeline.sam.teacher import Teacher, load_teacher, load_zero_shot
 from pipeline.stores.labels import confidence_to_probability
@@ -77,6 +80,7 @@ class Measured:
 def evaluate_teacher(config: Config, *, progress: Progress | None = None) -> dict[str, Any]:
     """Label the server's calibration part as stage one would, and compare with the truth.
 
+    In torch, whatever ``precompute.backend`` says: ONNX Runtime has the configured teacher alone.
     Beside the teacher that ``sam.prompt`` asks for, every other one that can be had at once.
     Writes ``cache/evaluate-sam.json`` and the page ``cache/evaluate-sam.html``.
 
@@ -89,6 +93,11 @@ def evaluate_teacher(config: Config, *, progress: Progress | None = None) -> dic
     Raises:
         StageError: no partition or no teacher yet. IdentityError: another teacher's card.
     """
+    with torch_threads(config.precompute.threads):
+        return _evaluate(config, progress)
+
+
+def _evaluate(config: Config, progress: Progress | None) -> dict[str, Any]:
     cache = config.cache.root
     partition = load_partition(cache / "partition.json")
     own = load_teacher(config, partition)
@@ -132,27 +141,44 @@ def _other_teacher(name: str, config: Config, card: TeacherCard) -> Teacher | st
 def _measure(
     config: Config, partition: Partition, teacher: Teacher, progress: Progress | None
 ) -> Measured:
-    size, ids = config.data.image_size, partition.server.calibration
+    count = len(partition.server.calibration)
     masks, scores, groups, reliability = [], [], [], Reliability()
-    for number, item in enumerate(load_labelled(config, partition, ids), start=1):
-        labels = teacher.label([item.image], size)
-        mask, truth = labels.masks[0], resize_mask(item.mask, size)
+    for image_id, truth, mask, confidences in _label(config, partition, teacher):
         masks.append(mask)
         scores.append(image_metrics(mask, truth, num_classes=teacher.card.num_classes))
-        groups.append(partition.images[item.image_id].group)
-        confidence = confidence_to_probability(labels.confidences[0])
-        reliability.add(confidence.ravel(), (mask == truth).ravel())
+        groups.append(partition.images[image_id].group)
+        reliability.add(confidence_to_probability(confidences).ravel(), (mask == truth).ravel())
         if progress is not None:
-            progress(f"evaluating the teacher (prompt {teacher.card.prompt})", number, len(ids))
+            progress(f"evaluating the teacher (prompt {teacher.card.prompt})", len(masks), count)
     summary = {
         "variant": teacher.card.variant,
         "prompt": teacher.card.prompt,
         **summarise(scores, groups, seed=config.seed),
         "ece": reliability.error(),
         "reliability": reliability.bins(),
-        "empty": sum(not mask.any() for mask in masks) / len(ids),
+        "empty": sum(not mask.any() for mask in masks) / count,
     }
     return Measured(summary, masks, [score.dice for score in scores])
+
+
+def _label(
+    config: Config, partition: Partition, teacher: Teacher
+) -> Iterator[tuple[str, Mask, Mask, Mask]]:
+    """Of each calibration image its id and, (S, S) uint8, the truth, the label, its confidences.
+
+    In stage one's batches, which shrink as there when memory runs out.
+    """
+    size, step = config.data.image_size, config.precompute.batch_size
+    labeller, ids = BackingOff(teacher, step), partition.server.calibration
+    for start in range(0, len(ids), step):
+        batch = ids[start : start + step]
+        pairs = [  # shrunk one by one: a batch of originals may not fit into memory
+            (fit_longest_side(item.image, teacher.card.input_size), resize_mask(item.mask, size))
+            for item in load_labelled(config, partition, batch)
+        ]
+        labels = labeller.label([image for image, _ in pairs], size)
+        truths = [truth for _, truth in pairs]
+        yield from zip(batch, truths, labels.masks, labels.confidences, strict=True)
 
 
 def _examples(

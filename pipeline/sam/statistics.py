@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config, PrecomputeConfig
 from pipeline.images import load_image
-from pipeline.labelling import Image, Labeller, store_path
+from pipeline.labeller import Image, Labeller
+from pipeline.labelling import store_path
 from pipeline.metrics import dice_score
 from pipeline.partition import Partition
 from pipeline.stores.labels import LabelStore, RowKey, confidence_to_probability

@@ -1,4 +1,4 @@
 """The zarr stores (docs/formats.md): ``images`` and ``labels``, over the shared ``chunks``.
 
-The only package that imports zarr.
+The only package that imports zarr and numcodecs.
 """

@@ -18,6 +18,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.files import write_bytes
+from pipeline.stores.decode import ChunkError, read_file
 
 FORMAT = 1
 SHARD_ROWS = 64  # one task of stage one, one file on disk
@@ -78,27 +79,33 @@ def chunk_file(path: Path, array: Any, part: int) -> Path:
     return path / str(array.basename) / "c" / key
 
 
-def read_rows(path: Path, group: Any, name: str, rows: slice = slice(None)) -> Any:
+def read_rows(path: Path, array: Any, *, rows: slice = slice(None)) -> Any:
     """Values of one array, each chunk checked against its crc32c and for being there at all."""
-    array = group[name]
     start, stop, _ = rows.indices(array.shape[0])
-    step = (array.shards or array.chunks)[0]
+    chunk_rows = array.chunks[0]
+    step = array.shards[0] if array.shards else chunk_rows
+    chunks = step // chunk_rows if array.shards else None
+    values = np.empty((max(stop - start, 0), *array.shape[1:]), array.dtype.newbyteorder("<"))
     for part in range(start // step, -(-stop // step)):
-        file = chunk_file(path, array, part)
-        if not file.is_file() or file.stat().st_size == 0:  # zarr reads an empty shard as zeros
-            raise CorruptStoreError(
-                f"{path}: {name} rows {part * step}..{min((part + 1) * step, stop) - 1} are "
-                f"missing; {_ADVICE}"
+        offset, file = part * step, chunk_file(path, array, part)
+        first, last = max(start, offset), min(stop, offset + step)
+        try:
+            if not file.is_file() or file.stat().st_size == 0:
+                raise ChunkError(None, "missing")
+            read_file(
+                file,
+                values[first - start : last - start],
+                first=first - offset,
+                chunk_rows=chunk_rows,
+                chunks=chunks,
             )
-    try:
-        return np.asarray(array[start:stop])
-    except (MemoryError, OSError):  # says nothing about the bytes
-        raise
-    except Exception as error:  # zarr and its codecs raise many kinds for damaged bytes
-        raise CorruptStoreError(
-            f"{path}: {name} rows {start}..{stop - 1} are damaged ({type(error).__name__}: {error})"
-            f"; {_ADVICE}"
-        ) from error
+        except ChunkError as error:
+            bad = error.rows or range(step)
+            raise CorruptStoreError(
+                f"{path}: {array.basename} rows {max(first, offset + bad.start)}.."
+                f"{min(last, offset + bad.stop) - 1} are {error.reason}; {_ADVICE}"
+            ) from error
+    return values
 
 
 def remove_partial_files(path: Path) -> None:

@@ -103,8 +103,8 @@ def read_image_store(
         raise StageError(f"{path}: not found; run `samfed {stage}` first")
     attributes = check_seal(path)
     group = zarr.open_group(path, mode="r")
-    labels = read_rows(path, group, "labels") if "labels" in group else None
-    ids = decode_ids(read_rows(path, group, "image_ids"))
+    labels = read_rows(path, group["labels"]) if "labels" in group else None
+    ids = decode_ids(read_rows(path, group["image_ids"]))
     every: Any = group["images"]
     found: int = every.shape[1]
     if found != size:
@@ -119,4 +119,4 @@ def read_image_store(
         )
     if ids != tuple(image_ids):
         raise IdentityError(f"{path}: holds other images than the partition; run `samfed {stage}`")
-    return ImageSet(ids, read_rows(path, group, "images"), labels)
+    return ImageSet(ids, read_rows(path, every), labels)

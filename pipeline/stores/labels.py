@@ -98,8 +98,7 @@ class LabelStore:
             raise CorruptStoreError(f"{path}: not a label store; remove it and rerun")
         self.identity = Identity.model_validate(attributes["identity"])
         self._attributes = attributes
-        self._group = zarr.open_group(path, mode="r+")
-        self._arrays = open_arrays(self._group)
+        self._arrays = open_arrays(zarr.open_group(path, mode="r+"))
 
     @classmethod
     def create(cls, path: Path, identity: Identity, rows: Sequence[RowKey]) -> LabelStore:
@@ -115,8 +114,8 @@ class LabelStore:
     @cached_property
     def rows(self) -> tuple[RowKey, ...]:
         """The image behind each row; read when first asked for, which no writer of a shard does."""
-        ids = decode_ids(read_rows(self.path, self._group, "image_ids"))
-        digests = read_rows(self.path, self._group, "image_sha256")
+        ids = decode_ids(self._values("image_ids"))
+        digests = self._values("image_sha256")
         return tuple(
             RowKey(image_id, digest.tobytes().hex())
             for image_id, digest in zip(ids, digests, strict=True)
@@ -133,7 +132,7 @@ class LabelStore:
 
     def done(self, rows: slice = slice(None)) -> NDArray[np.bool_]:
         """Which of ``rows`` are complete, bool, as on disk now."""
-        marks: NDArray[np.bool_] = read_rows(self.path, self._group, "done", rows) == 1
+        marks: NDArray[np.bool_] = self._values("done", rows) == 1
         return marks
 
     def pending(self) -> list[int]:
@@ -161,7 +160,7 @@ class LabelStore:
         for name, new in values.items():
             array = self._arrays[name]
             if begun:
-                whole = read_rows(self.path, self._group, name, slice(span.start, span.stop)).copy()
+                whole = self._values(name, slice(span.start, span.stop))
             else:  # what a killed run may have left is not kept: same bytes either way
                 if len(span) < SHARD_ROWS:  # zarr would merge with it, damaged or not
                     chunk_file(self.path, array, shard).unlink(missing_ok=True)
@@ -176,7 +175,7 @@ class LabelStore:
             IdentityError: the store was rebuilt for other images.
         """
         span = slice(min(rows), max(rows) + 1)
-        digests = read_rows(self.path, self._group, "image_sha256", span)
+        digests = self._values("image_sha256", span)
         for row, expected in zip(rows, sha256, strict=True):
             if digests[row - span.start].tobytes().hex() != expected:
                 raise IdentityError(
@@ -199,7 +198,7 @@ class LabelStore:
         span = self.shard_rows(shard)
         marks = self.done(slice(span.start, span.stop)).astype(np.uint8)
         marks[np.asarray(rows) - span.start] = 1
-        read_rows(self.path, self._group, "provenance", slice(shard, shard + 1))  # zarr merges
+        self._values("provenance", slice(shard, shard + 1))  # zarr merges
         part = shard // MARK_SHARDS
         self._write("provenance", slice(shard, shard + 1), record[None], part=part)
         self._write("done", slice(span.start, span.stop), marks, part=part)
@@ -213,7 +212,7 @@ class LabelStore:
 
     def provenance(self) -> list[dict[str, str]]:
         """For each shard, backend, precision and versions that computed it; {} where not done."""
-        records = read_rows(self.path, self._group, "provenance")[: self.shards]
+        records = self._values("provenance")[: self.shards]
         texts = [bytes(record).rstrip(b"\0") for record in records]
         return [json.loads(text) if text else {} for text in texts]
 
@@ -253,11 +252,14 @@ class LabelStore:
         span = self.shard_rows(shard)
         return self._read(slice(span.start, span.stop))
 
+    def _values(self, name: str, rows: slice = slice(None)) -> Any:
+        return read_rows(self.path, self._arrays[name], rows=rows)
+
     def _read(self, rows: slice) -> Labels:
         return Labels(
-            masks=read_rows(self.path, self._group, "masks", rows),
-            confidences=read_rows(self.path, self._group, "confidences", rows),
-            scores=read_rows(self.path, self._group, "scores", rows),
+            masks=self._values("masks", rows),
+            confidences=self._values("confidences", rows),
+            scores=self._values("scores", rows),
         )
 
 

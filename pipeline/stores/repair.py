@@ -50,7 +50,7 @@ def _clear(path: Path, group: Any, array: Any, rows: Sequence[int]) -> None:
         span = slice(part * step, min((part + 1) * step, array.shape[0]))
         file = chunk_file(path, array, part)
         try:
-            read_rows(path, group, name, span)
+            read_rows(path, array, rows=span)
         except CorruptStoreError:
             file.unlink(missing_ok=True)  # zarr would merge with it, and cannot
         array[span] = values[span]

@@ -22,11 +22,11 @@ from pipeline.stores.chunks import (
     decode_ids,
     read_rows,
 )
+from pipeline.stores.decode import ChunkError, index_bytes, is_held, read_index
 
 METADATA = "metadata"  # the zarr.json files, where a fault names an array
 FORMAT_FAULT = "format"  # whole, but of another samfed
 LABEL_ARRAYS = ("masks", "confidences", "scores")  # written by shard, before the done marks
-_INDEX_CRC_BYTES = 4
 
 Advance = Callable[[int], None]  # takes the bytes read since the last call
 Bad = tuple[range, str]  # rows of an array, and what is wrong with them
@@ -85,9 +85,8 @@ def read_what_can_be(path: Path, group: Any, name: str) -> Bytes:
     values = np.zeros(array.shape, array.dtype)
     for span in _parts(array):
         try:
-            values[span.start : span.stop] = read_rows(
-                path, group, name, slice(span.start, span.stop)
-            )
+            rows = slice(span.start, span.stop)
+            values[rows] = read_rows(path, array, rows=rows)
         except CorruptStoreError:
             continue  # its zeros are the answer
     return values
@@ -129,7 +128,7 @@ def _check_array(
     for number, span in enumerate(_parts(array)):
         file = chunk_file(path, array, number)
         if needed is None or needed[span.start : span.stop].any() or file.exists():
-            bad += _check_part(path, group, name, span, file)
+            bad += _check_part(path, array, span, file)
         advance(file.stat().st_size if file.is_file() else 0)
     return bad
 
@@ -141,58 +140,49 @@ def _parts(array: Any) -> Iterator[range]:
         yield range(start, min(start + step, array.shape[0]))
 
 
-def _check_part(path: Path, group: Any, name: str, span: range, file: Path) -> list[Bad]:
-    """The rows of a shard or chunk that cannot be read, and why; adjacent ones as one range."""
+def _check_part(path: Path, array: Any, span: range, file: Path) -> list[Bad]:
+    """The rows of a shard or chunk that cannot be read, and why."""
     if not file.is_file() or file.stat().st_size == 0:
         return [(span, "missing")]
-    sharded = group[name].shards is not None
-    if _readable(path, group, name, span):
-        return _check_index(file, span) if sharded else []
-    if not sharded:
-        return [(span, "damaged")]
-    bad: list[range] = []
-    for start in range(span.start, span.stop, CHUNK_ROWS):
-        rows = range(start, min(start + CHUNK_ROWS, span.stop))
-        if _readable(path, group, name, rows):
-            continue
-        if bad and bad[-1].stop == rows.start:
-            bad[-1] = range(bad[-1].start, rows.stop)
-        else:
-            bad.append(rows)
-    return [(rows, "damaged") for rows in bad or [span]]
+    if array.shards is not None:
+        return _check_shard(path, array, span, file)
+    return [] if _readable(path, array, span) else [(span, "damaged")]
 
 
-def _readable(path: Path, group: Any, name: str, rows: range) -> bool:
+def _check_shard(path: Path, array: Any, span: range, file: Path) -> list[Bad]:
+    """Chunk by chunk, adjacent rows with one fault as one range; then for bytes of no chunk."""
+    chunks = SHARD_ROWS // CHUNK_ROWS
     try:
-        read_rows(path, group, name, slice(rows.start, rows.stop))
+        with file.open("rb") as stream:
+            index = read_index(stream, chunks)
+    except ChunkError:
+        return [(span, "damaged")]
+    bad: list[Bad] = []
+    for number, start in enumerate(range(span.start, span.stop, CHUNK_ROWS)):
+        rows = range(start, min(start + CHUNK_ROWS, span.stop))
+        held = is_held(index)[number]
+        if held and _readable(path, array, rows):
+            continue
+        reason = "damaged" if held else "missing"
+        if bad and (bad[-1][0].stop, bad[-1][1]) == (rows.start, reason):
+            rows = range(bad.pop()[0].start, rows.stop)
+        bad.append((rows, reason))
+    used = int(index[is_held(index), 1].sum()) + index_bytes(chunks)
+    if not bad and used != file.stat().st_size:
+        return [(span, "damaged (bytes that belong to no chunk)")]
+    return bad
+
+
+def _readable(path: Path, array: Any, rows: range) -> bool:
+    try:
+        read_rows(path, array, rows=slice(rows.start, rows.stop))
     except CorruptStoreError:
         return False
     return True
 
 
-def _check_index(file: Path, span: range) -> list[Bad]:
-    """Hold a readable shard's index against its file: zarr reads a chunk not named as zeros.
-
-    The index ends the file (zarr's ``sharding_indexed``): offset and length of each chunk, uint64,
-    all ones for none, and a crc32c that reading has checked.
-    """
-    chunks = SHARD_ROWS // CHUNK_ROWS
-    with file.open("rb") as stream:
-        size = stream.seek(-(chunks * 16 + _INDEX_CRC_BYTES), 2)
-        index = np.frombuffer(stream.read(chunks * 16), "<u8").reshape(chunks, 2)
-    named = (index != np.iinfo(np.uint64).max).all(axis=1)
-    faults = [
-        (range(start, min(start + CHUNK_ROWS, span.stop)), "missing")
-        for start in range(span.start, span.stop, CHUNK_ROWS)
-        if not named[(start - span.start) // CHUNK_ROWS]
-    ]
-    if not faults and int(index[named, 1].sum()) != size:
-        return [(span, "damaged (bytes that belong to no chunk)")]
-    return faults
-
-
 def _check_ids(path: Path, group: Any) -> list[Fault]:
-    table = read_rows(path, group, "image_ids")
+    table = read_rows(path, group["image_ids"])
     try:
         ids = decode_ids(table)
     except UnicodeDecodeError:
@@ -205,7 +195,7 @@ def _check_ids(path: Path, group: Any) -> list[Fault]:
 def _check_provenance(path: Path, group: Any, done: NDArray[np.bool_]) -> list[Fault]:
     """Each shard with a done row says in JSON what computed it."""
     faults: list[Fault] = []
-    for shard, record in enumerate(read_rows(path, group, "provenance")):
+    for shard, record in enumerate(read_rows(path, group["provenance"])):
         rows = _rows_of(range(shard, shard + 1), len(done))
         if not done[rows.start : rows.stop].any():
             continue
