@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import tiny_config, write_params
 from PIL import Image
 
 from pipeline.averaging import Averaging
@@ -140,6 +144,32 @@ def test_stopping_after_any_round_changes_nothing(
     resumed = federate(again, mode="resume")
     assert calls == [1, 2, 2]  # round 1 was not computed again
     assert resumed.model_path.read_bytes() == run.model_path.read_bytes()
+
+
+def test_kill_9_between_rounds_changes_nothing(
+    finished: tuple[Config, RunFolder], tmp_path: Path
+) -> None:
+    """Killed twice, wherever it then is, and continued: the bytes of a run that never stopped."""
+
+    def named(name: str) -> Config:
+        settings = finished[0].federate.model_copy(update={"name": name, "rounds": 12})
+        return finished[0].model_copy(update={"federate": settings})
+
+    whole = federate(named("whole"))
+    params = write_params(tmp_path / "params.yaml", named("killed"))
+    killed = RunFolder(whole.path.parent / "killed")
+    for number in (2, 5):
+        command = [sys.executable, "-m", "cli", "federate", "--params", str(params)]
+        with subprocess.Popen(command, cwd=Path(__file__).parent.parent) as process:
+            while len(killed.history()) < number and process.poll() is None:
+                time.sleep(0.01)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        assert not killed.model_path.exists()
+    assert federate(named("killed"), mode="resume").model_path.read_bytes() == (
+        whole.model_path.read_bytes()
+    )
+    assert [entry["round"] for entry in killed.history()] == [*range(1, 13)]
 
 
 def test_labels_are_computed_once(finished: tuple[Config, RunFolder]) -> None:
