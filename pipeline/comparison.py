@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config, Method
+from pipeline.config import AGREEMENT_METHODS, Config, Method
 from pipeline.errors import ConfigError, DataError, IdentityError, StageError
 from pipeline.files import read_json
 from pipeline.metrics import bootstrap_means, sign_flip_test
@@ -34,7 +34,17 @@ _DASH = "\N{EM DASH}"
 # What runs of one row may differ in: where, how fast and under which name they were made. The
 # partition and the images are compared as such; ``sam`` and ``precompute`` are stage one's.
 _FREE_SECTIONS = {"seed", "cache", "synth", "partition", "sam", "precompute"}
-_FREE_KEYS = {"data.root", "federate.name", "federate.threads", "federate.device"}
+_FREE_KEYS = {
+    "data.root",
+    "agreement.warn_agreement",
+    "agreement.warn_kept",
+    "federate.name",
+    "federate.threads",
+    "federate.device",
+    "federate.audit",
+    "federate.link_mbit",
+    "federate.warn_drift",
+}
 
 
 @dataclass(frozen=True)
@@ -273,10 +283,12 @@ def _settings(config: Config) -> dict[str, Any]:
     raw = json.loads(config.model_dump_json())
     weights = config.model.encoder_weights
     raw["model"]["encoder_weights"] = weights and weights.name  # where they lie does not matter
+    weighs = config.federate.method in AGREEMENT_METHODS
+    free = _FREE_SECTIONS if weighs else _FREE_SECTIONS | {"agreement"}
     return {
         f"{section}.{key}": value
         for section, keys in raw.items()
-        if section not in _FREE_SECTIONS
+        if section not in free
         for key, value in keys.items()
         if f"{section}.{key}" not in _FREE_KEYS
     }
@@ -306,7 +318,11 @@ def _check_row(row: str, runs: Sequence[EvaluatedRun]) -> None:
     first, settings = runs[0], _settings(runs[0].config)
     for run in runs[1:]:
         other = _settings(run.config)
-        differ = [f"{k} ({v}, {other[k]})" for k, v in settings.items() if v != other[k]]
+        differ = [
+            f"{k} ({v}, {other[k]})"
+            for k, v in settings.items()
+            if k in other and v != other[k]  # another method may have fewer
+        ]
         if differ:
             raise ConfigError(
                 f"row {row}: {first.name} and {run.name} differ in {', '.join(differ)}; only runs "

@@ -338,6 +338,17 @@ def test_runs_of_one_row_may_differ_in_where_and_how_fast_they_were_made() -> No
         table([SAM_FED[0], longer])
 
 
+def test_agreement_matters_to_the_methods_that_weigh_alone() -> None:
+    def with_ceiling(method: str) -> EvaluatedRun:
+        made = run(f"{method}-seed2", dice(0.1, 0.2, 0.3), method=method, seed=2)
+        strict = made.config.agreement.model_copy(update={"ceiling": 0.95})
+        return replace(made, config=made.config.model_copy(update={"agreement": strict}))
+
+    assert table([*SUPERVISED, with_ceiling("supervised")])["supervised"]["seeds"] == [0, 1, 2]
+    with pytest.raises(ConfigError, match=r"differ in agreement\.ceiling"):
+        table([*SAM_FED, with_ceiling("sam_fed")])
+
+
 def test_runs_of_different_partitions(runs: Path) -> None:
     write(runs, "oracle", dice(0.1, 0.2, 0.3), method="oracle", partition="b" * 64)
     with pytest.raises(IdentityError) as caught:
