@@ -48,7 +48,8 @@ def run_demo(
         size_px=config.synth.size_px,
         seed=config.synth.seed,
     )
-    prepare(config, with_oracle="oracle" in methods, progress=progress)
+    needs_truth = "oracle" in methods or config.federate.audit
+    prepare(config, with_oracle=needs_truth, progress=progress)
     card = finetune(config, progress=progress)
     precompute(config, progress=progress)
     results: dict[str, Any] = {}

@@ -91,7 +91,10 @@ class RunFolder:
         return parse_config(yaml.safe_load(path.read_text()), source=str(path))
 
     def save_checkpoint(self, checkpoint: Checkpoint, fingerprint: str) -> None:
-        """Write a round's checkpoint atomically and drop all but the last two."""
+        """Write a round's checkpoint atomically and drop all but the last two.
+
+        Later rounds' checkpoints go too: a run that begins again would resume from the old ones.
+        """
         tensors = {f"weights/{name}": value for name, value in checkpoint.weights.items()}
         tensors |= {f"clients/{name}": value for name, value in checkpoint.client_states.items()}
         for client, state in checkpoint.client_weights.items():
@@ -108,8 +111,11 @@ class RunFolder:
             {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()},
             metadata={"samfed": json.dumps(meta, sort_keys=True)},
         )
-        write_bytes(self._checkpoints() / f"round_{checkpoint.round:04d}.safetensors", content)
-        for old in self._saved()[:-_KEPT_CHECKPOINTS]:
+        path = self._checkpoints() / f"round_{checkpoint.round:04d}.safetensors"
+        write_bytes(path, content)
+        saved = self._saved()
+        end = saved.index(path) + 1
+        for old in (*saved[end:], *saved[: max(0, end - _KEPT_CHECKPOINTS)]):
             old.unlink()
 
     def load_checkpoint(self) -> Checkpoint | None:

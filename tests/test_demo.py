@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_config
 from test_cli import _own_log, answer, call, listing  # noqa: F401
 
-from pipeline.demo import METHODS
+from pipeline import demo as demo_module
+from pipeline.demo import METHODS, run_demo
 
 TINY = (
     "synth.images_per_site=8",
@@ -96,3 +98,16 @@ def test_a_line_for_each_method(first: tuple[Path, dict[str, Any]]) -> None:
         assert cells[1] == f"{said[method]['dice']:.3f}"
         assert cells[-2:] == [f"{said[method]['hd95']:.2f}", str(said[method]["n"])]
     assert report == f"report: {said['report']}"
+
+
+def test_an_audited_demo_prepares_the_truth_it_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_module, "finetune", stop)
+    config = tiny_config(tmp_path / "data", tmp_path / "cache", federate={"audit": True})
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(config)
+    assert (config.cache.root / "oracle" / "site_a.zarr").is_dir()

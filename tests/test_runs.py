@@ -202,3 +202,13 @@ def test_settings_of_a_run_that_is_not_there(run: RunFolder) -> None:
     assert (
         str(caught.value) == f"{run.path / 'params.yaml'}: not found; run `samfed federate` first"
     )
+
+
+def test_a_run_that_begins_again_outlives_its_old_checkpoints(run: RunFolder) -> None:
+    """Old later rounds would hide the new ones, and a second kill would lose them."""
+    for number in (14, 15):
+        run.save_checkpoint(checkpoint(number), PRINT)
+    run.save_checkpoint(checkpoint(0), PRINT)
+    assert files(run) == ["round_0000.safetensors"]
+    run.save_checkpoint(checkpoint(1), PRINT)
+    equal(run.load_checkpoint(), checkpoint(1))
