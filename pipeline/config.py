@@ -196,7 +196,7 @@ class FederateConfig(_Section):
     aggregation: Literal["fedavg", "median"] = "fedavg"  # median: of each coordinate
     start_steps: Annotated[int, Field(ge=0)] = 200  # of each first model on D_p, before round 1
     local_steps: PositiveInt = 10  # optimiser steps of each client in a round
-    labelled_batch: PositiveInt = 8
+    labelled_batch: Annotated[int, Field(ge=2)] = 8  # batch norm cannot train on one image
     unlabelled_batch: PositiveInt = 8
     learning_rate: PositiveFloat = 2e-3
     weight_decay: NonNegative = 1e-4
