@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config, Method
+from pipeline.config import WARNING_KEYS, Config, Method
 from pipeline.errors import ConfigError, DataError, IdentityError, StageError
 from pipeline.files import read_json
 from pipeline.metrics import bootstrap_means, sign_flip_test
@@ -35,6 +35,7 @@ _DASH = "\N{EM DASH}"
 # partition and the images are compared as such; ``sam`` and ``precompute`` are stage one's.
 _FREE_SECTIONS = {"seed", "cache", "synth", "partition", "sam", "precompute"}
 _FREE_KEYS = {"data.root", "federate.name", "federate.threads", "federate.device"}
+_FREE_KEYS |= {f"{section}.{key}" for section, keys in WARNING_KEYS.items() for key in keys}
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,9 @@ def _named(values: Sequence[Any], suffix: str = "") -> dict[str, Any]:
 def _settings(config: Config) -> dict[str, Any]:
     """What runs of one row have in common."""
     raw = json.loads(config.model_dump_json())
-    weights = config.model.encoder_weights
-    raw["model"]["encoder_weights"] = weights and weights.name  # where they lie does not matter
+    for network in (raw["model"], *raw["model"]["clients"]):  # where weights lie does not matter
+        weights = network["encoder_weights"]
+        network["encoder_weights"] = weights and Path(weights).name
     return {
         f"{section}.{key}": value
         for section, keys in raw.items()

@@ -44,6 +44,11 @@ AGREEMENT_METHODS: tuple[Method, ...] = ("sam_fed", "shuffled")
 #: Methods that exist only for clients with networks of their own, and only for averaged ones.
 EXCHANGE_METHODS: tuple[Method, ...] = ("fedmd", "rc_rf")
 AVERAGING_METHODS: tuple[Method, ...] = ("fedavg_ssl", "semifl")
+#: Settings of stage two that decide warnings alone, by section: no model depends on them.
+WARNING_KEYS = {
+    "agreement": ("warn_agreement", "warn_kept"),
+    "federate": ("link_mbit", "warn_drift"),
+}
 
 Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
 
