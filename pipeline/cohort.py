@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.card import CARD_FILE, load_card
-from pipeline.config import SAM_METHODS, Config, NetworkConfig
+from pipeline.config import SAM_METHODS, WARNING_KEYS, Config, NetworkConfig
 from pipeline.errors import SamfedError
 from pipeline.files import file_sha256
 from pipeline.partition import Partition, load_partition
@@ -28,13 +28,16 @@ _DECIDING_MODULES = (
     "agreement",
     "augment",
     "averaging",
+    "cohort",
     "distillation",
     "distillation_losses",
+    "engines",
     "exchange",
     "federation",
     "losses",
     "models",
     "schedule",
+    "starts",
     "training",
     "views",
 )
@@ -136,7 +139,8 @@ def _load_client(
     method, ids = config.federate.method, partition.clients[name].train
     images = as_tensor(_read_images(config, name, "train", ids))
     truth = None
-    if method == "oracle" or config.federate.audit:
+    audited = config.federate.audit and method != "supervised"  # which has no pseudo-labels
+    if method == "oracle" or audited:
         stored = read_image_store(
             config.cache.root / "oracle" / f"{name}.zarr",
             image_ids=ids,
@@ -169,10 +173,13 @@ def _labels(stored: ImageSet) -> Tensor:
 
 
 def _fingerprint(config: Config, identity: Identity | None) -> str:
-    """sha256 over all that decides the result; where the run lies and runs is left out."""
+    """sha256 over all that decides the result; where the run lies, and what only warns, is not."""
     settings: dict[str, Any] = json.loads(config.model_dump_json())
     chosen = {name: settings[name] for name in ("seed", "data", "model", "agreement", "federate")}
     del chosen["data"]["root"], chosen["federate"]["name"]
+    for section, keys in WARNING_KEYS.items():
+        for key in keys:
+            del chosen[section][key]
     chosen["model"] = [network_key(each) for each in (config.model, *config.model.clients)]
     chosen["partition"] = file_sha256(config.cache.root / "partition.json")
     chosen["labels"] = identity.digest if identity is not None else None

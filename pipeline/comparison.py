@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import AGREEMENT_METHODS, Config, Method
+from pipeline.config import AGREEMENT_METHODS, WARNING_KEYS, Config, Method
 from pipeline.errors import ConfigError, DataError, IdentityError, StageError
 from pipeline.files import read_json
 from pipeline.metrics import bootstrap_means, sign_flip_test
@@ -34,17 +34,9 @@ _DASH = "\N{EM DASH}"
 # What runs of one row may differ in: where, how fast and under which name they were made. The
 # partition and the images are compared as such; ``sam`` and ``precompute`` are stage one's.
 _FREE_SECTIONS = {"seed", "cache", "synth", "partition", "sam", "precompute"}
-_FREE_KEYS = {
-    "data.root",
-    "agreement.warn_agreement",
-    "agreement.warn_kept",
-    "federate.name",
-    "federate.threads",
-    "federate.device",
-    "federate.audit",
-    "federate.link_mbit",
-    "federate.warn_drift",
-}
+_FREE_KEYS = {"data.root", "federate.name", "federate.threads", "federate.device"}
+_FREE_KEYS |= {"federate.audit"}  # for reports only
+_FREE_KEYS |= {f"{section}.{key}" for section, keys in WARNING_KEYS.items() for key in keys}
 
 
 @dataclass(frozen=True)
@@ -281,8 +273,9 @@ def _named(values: Sequence[Any], suffix: str = "") -> dict[str, Any]:
 def _settings(config: Config) -> dict[str, Any]:
     """What runs of one row have in common."""
     raw = json.loads(config.model_dump_json())
-    weights = config.model.encoder_weights
-    raw["model"]["encoder_weights"] = weights and weights.name  # where they lie does not matter
+    for network in (raw["model"], *raw["model"]["clients"]):  # where weights lie does not matter
+        weights = network["encoder_weights"]
+        network["encoder_weights"] = weights and Path(weights).name
     weighs = config.federate.method in AGREEMENT_METHODS
     free = _FREE_SECTIONS if weighs else _FREE_SECTIONS | {"agreement"}
     return {

@@ -44,6 +44,11 @@ AGREEMENT_METHODS: tuple[Method, ...] = ("sam_fed", "shuffled")
 #: Methods that exist only for clients with networks of their own, and only for averaged ones.
 EXCHANGE_METHODS: tuple[Method, ...] = ("fedmd", "rc_rf")
 AVERAGING_METHODS: tuple[Method, ...] = ("fedavg_ssl", "semifl")
+#: Settings of stage two that decide warnings alone, by section: no model depends on them.
+WARNING_KEYS = {
+    "agreement": ("warn_agreement", "warn_kept"),
+    "federate": ("link_mbit", "warn_drift"),
+}
 
 Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
 
@@ -196,7 +201,7 @@ class FederateConfig(_Section):
     aggregation: Literal["fedavg", "median"] = "fedavg"  # median: of each coordinate
     start_steps: Annotated[int, Field(ge=0)] = 200  # of each first model on D_p, before round 1
     local_steps: PositiveInt = 10  # optimiser steps of each client in a round
-    labelled_batch: PositiveInt = 8
+    labelled_batch: Annotated[int, Field(ge=2)] = 8  # batch norm cannot train on one image
     unlabelled_batch: PositiveInt = 8
     learning_rate: PositiveFloat = 2e-3
     weight_decay: NonNegative = 1e-4

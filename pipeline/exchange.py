@@ -32,7 +32,7 @@ from pipeline.distillation import (
     payload_bytes,
     public_logits,
 )
-from pipeline.errors import SamfedError
+from pipeline.errors import ConfigError, SamfedError
 from pipeline.models import State, build_model, get_state
 from pipeline.runs import Checkpoint
 from pipeline.schedule import (
@@ -178,6 +178,7 @@ class Exchange:
     def __init__(self, config: Config, data: Cohort, device: torch.device) -> None:
         self._config = config
         self._data = data
+        _check_fits(config, data)
         networks = [config.network_of(index) for index in range(len(data.clients))]
         self._models = [_build(config, network).to(device) for network in networks]
         self._global = _build(config, config.model).to(device)
@@ -210,20 +211,25 @@ class Exchange:
         """Exchange, then every participant's local update."""
         config = self._config
         chosen = participants(config, len(self._sites), number)
-        exchanges = config.federate.method in (*EXCHANGE_METHODS, *AGREEMENT_METHODS)
-        talk = self._talk(before, number, chosen) if exchanges else _Talk(before.weights)
+        talk = self._talk(before, number, chosen) if _exchanges(config) else _Talk(before.weights)
         models, states = dict(before.client_weights), dict(before.client_states)
         clients: dict[str, Any] = {}
-        warnings = talk.warnings
+        warnings, rejected = talk.warnings, []
         for index in chosen:
             name = self._data.clients[index].name
             result, clients[name] = self._turn(before, number, index, talk)
             broken = first_not_finite(result.weights)
             if broken is not None:
-                warnings.append(f"{name}: update rejected, '{broken}' is not finite")
+                rejected.append(f"{name}: update rejected, '{broken}' is not finite")
                 continue
             models[name], states[name] = result.weights, result.state.as_tensor()
             warnings += client_warnings(config, name, clients[name])
+        if len(rejected) == len(chosen):
+            raise SamfedError(
+                f"round {number}: no client has a usable update ({rejected[0]}); "
+                "lower federate.learning_rate"
+            )
+        warnings += rejected
         warnings += round_warnings(config, clients)
         entry = {
             "round": number,
@@ -324,6 +330,26 @@ def fusion_weight(config: Config, number: int) -> float:
     """Weight of the KL term of RC and RF in round ``number``; 0 while it warms up."""
     settings = config.federate
     return settings.fusion_weight if number > settings.fusion_warmup_rounds else 0.0
+
+
+def _exchanges(config: Config) -> bool:
+    """Whether clients send predictions at all."""
+    return config.federate.method in (*EXCHANGE_METHODS, *AGREEMENT_METHODS)
+
+
+def _check_fits(config: Config, data: Cohort) -> None:
+    """Raise ConfigError where the networks do not fit the clients, or D_p no batch."""
+    networks, clients = len(config.model.clients), len(data.clients)
+    if networks > clients:
+        raise ConfigError(
+            f"model.clients: found {networks} networks for {clients} clients; list at most one for "
+            "each"
+        )
+    if _exchanges(config) and len(data.server.images) < 2:
+        raise ConfigError(
+            f"D_p's training part has {len(data.server.images)} image, expected at least 2 to "
+            f"train on predictions ({config.federate.method}); raise partition.server_images"
+        )
 
 
 def _build(config: Config, network: NetworkConfig) -> nn.Module:

@@ -31,6 +31,8 @@ class FinalModels:
 
     def _load(self, name: str, network: NetworkConfig) -> nn.Module:
         weights = self._run.load_model(name)
+        # pretrained weights would be overwritten, and their file need not be here any more
+        network = network.model_copy(update={"encoder_weights": None})
         model = build_model(self._made, seed=self._made.seed, network=network)
         model.load_state_dict(weights)
         return model

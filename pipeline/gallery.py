@@ -30,7 +30,10 @@ def build_gallery(config: Config, run: RunFolder) -> list[GalleryRow]:
     run's own rule and with the final model. Runs that never used SAM have no SAM or weight panel.
     Where clients have networks of their own, the first client's answers for the server's images.
     """
-    made = run.config().model_copy(update={"cache": config.cache})
+    made = run.config()
+    # the truth that an audit scored against is not shown, and may be gone by now
+    unaudited = made.federate.model_copy(update={"audit": False})
+    made = made.model_copy(update={"cache": config.cache, "federate": unaudited})
     run.check_partition(config.cache.root / "partition.json")
     cohort = load_cohort(made)
     models = FinalModels(run, made, [client.name for client in cohort.clients])

@@ -330,6 +330,17 @@ def test_runs_of_one_row_may_differ_in_where_and_how_fast_they_were_made() -> No
         "encoder_weights": "here/weights.safetensors"
     })  # fmt: skip
     assert table([other, same])["sam_fed"]["seeds"] == [2, 3]
+    own = [
+        run(
+            f"own-seed{seed}",
+            dice(0.1, 0.2, 0.3),
+            seed=seed,
+            model={"clients": [{"encoder_weights": f"{folder}/weights.safetensors"}]},
+            federate={"link_mbit": 50.0 + seed, "warn_drift": 3.0 + seed},
+        )
+        for seed, folder in enumerate(("here", "there"))
+    ]
+    assert table(own)["own"]["seeds"] == [0, 1]
     text = r"differ in model\.encoder_weights \(None, weights\.safetensors\), federate\.rounds \(2,"
     longer = replace(other, config=same.config.model_copy(update={
         "federate": same.config.federate.model_copy(update={"rounds": 5}), "seed": 2,

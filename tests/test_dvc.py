@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.cohort import _DECIDING_MODULES
+
 ROOT = Path(__file__).parent.parent
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ENTRIES = {
@@ -143,3 +145,11 @@ def test_only_stores_imports_zarr_and_only_models_smp() -> None:
             )
         }
         assert users == {owner}
+
+
+def test_a_run_goes_on_only_under_the_code_that_decides_it() -> None:
+    """All of stage two, but for what only reads stores or writes reports."""
+    reads = {"card", "partition", "runs", "stores/chunks", "stores/images", "stores/labels"}
+    reports = {"diagnostics", "metrics"}
+    code = {m.removeprefix("pipeline/").removesuffix(".py") for m in closure(["federation"])}
+    assert set(_DECIDING_MODULES) == code - GROUND - reads - reports

@@ -12,8 +12,9 @@ from conftest import tiny_config
 
 from pipeline import exchange
 from pipeline.averaging import Averaging
-from pipeline.config import Config
-from pipeline.errors import SamfedError
+from pipeline.cohort import load_cohort
+from pipeline.config import Config, parse_config
+from pipeline.errors import ConfigError, SamfedError
 from pipeline.evaluation import evaluate
 from pipeline.exchange import Exchange, Message, Site, fusion_weight
 from pipeline.federation import federate
@@ -188,3 +189,45 @@ def test_the_first_model_is_shared_with_runs_that_average(prepared: Config) -> N
     federate(alone)
     assert sorted(starts.iterdir()) == before
     Averaging.check(alone)
+
+
+def test_a_round_without_a_usable_update_ends_the_run(
+    prepared: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, broken = exchange.local_update, {"client_01"}
+
+    def update(model: Any, weights: Any, client: Any, *rest: Any, **more: Any) -> Any:
+        result = real(model, weights, client, *rest, **more)
+        if client.name in broken:
+            next(iter(result.weights.values())).fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(exchange, "local_update", update)
+    config = named(prepared, "lost_one", method="sam_only", rounds=1)
+    warnings = federate(config).history()[0]["warnings"]
+    assert any(w.startswith("client_01: update rejected, 'encoder.") for w in warnings)
+    broken |= {f"client_0{number}" for number in range(5)}
+    with pytest.raises(SamfedError, match=r"round 1: no client has a usable update \(client_00: "):
+        federate(named(prepared, "lost_all", method="sam_only", rounds=1))
+
+
+def test_a_network_that_no_client_would_get_is_refused(prepared: Config) -> None:
+    networks = (*prepared.model.clients, prepared.model.clients[0])
+    model = prepared.model.model_copy(update={"clients": networks})
+    with pytest.raises(ConfigError, match="found 6 networks for 5 clients"):
+        federate(named(prepared, "six").model_copy(update={"model": model}))
+
+
+def test_a_public_set_too_small_for_a_batch_is_refused(prepared: Config) -> None:
+    """Batch norm cannot train on one image; a traceback in round 1 would come hours too late."""
+    data = load_cohort(prepared)
+    small = dataclasses.replace(
+        data.server, images=data.server.images[:1], labels=data.server.labels[:1]
+    )
+    data = dataclasses.replace(data, server=small)
+    cpu = torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"D_p's training part has 1 image.*server_images"):
+        Exchange(prepared, data, cpu)
+    Exchange(named(prepared, "alone", method="sam_only"), data, cpu)  # does not exchange
+    with pytest.raises(ConfigError, match=r"labelled_batch: found 1, .*greater than or equal to 2"):
+        parse_config({"federate": {"labelled_batch": 1}}, source="test")

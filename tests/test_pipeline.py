@@ -13,14 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from conftest import tiny_config, write_params
 from PIL import Image
 
 from pipeline.averaging import Averaging
+from pipeline.cohort import load_cohort
 from pipeline.config import Config
-from pipeline.errors import ConfigError, DataError, IdentityError, SamfedError
+from pipeline.errors import ConfigError, DataError, IdentityError, SamfedError, StageError
 from pipeline.evaluation import evaluate
 from pipeline.federation import federate
+from pipeline.final import FinalModels
 from pipeline.gallery import build_gallery
 from pipeline.partition import load_partition
 from pipeline.precompute import precompute
@@ -402,3 +406,48 @@ def test_inconsistent_sam_is_named_in_the_first_round(finished: tuple[Config, Ru
     history = federate(strict.model_copy(update={"federate": named})).history()
     assert any(w.startswith("site_b: SAM is inconsistent") for w in history[0]["warnings"])
     assert not any("inconsistent" in w for w in history[1]["warnings"])
+
+
+def test_what_only_warns_does_not_end_a_run(finished: tuple[Config, RunFolder]) -> None:
+    config, run = finished
+    lenient = config.model_copy(
+        update={
+            "federate": config.federate.model_copy(update={"warn_drift": 9.0, "link_mbit": 1.0}),
+            "agreement": config.agreement.model_copy(
+                update={"warn_agreement": 0.01, "warn_kept": 0.01}
+            ),
+        }
+    )
+    assert load_cohort(lenient).fingerprint == load_cohort(config).fingerprint
+    assert federate(lenient, mode="resume").history() == run.history()
+    stricter = config.agreement.model_copy(update={"ceiling": 0.9})
+    other = config.model_copy(update={"agreement": stricter})
+    assert load_cohort(other).fingerprint != load_cohort(config).fingerprint
+
+
+def test_truth_is_read_only_where_it_scores_something(tiny_images: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_images, tmp_path, federate={"audit": True, "method": "fedavg_ssl"})
+    prepare(config)
+    with pytest.raises(StageError, match="prepare --with-oracle"):
+        federate(config)
+    supervised = with_method(config, "supervised")  # it has no pseudo-labels
+    federate(supervised)
+    prepare(config, with_oracle=True)
+    run = federate(config)
+    prepare(config)  # takes the truth away again
+    assert build_gallery(config, run)  # which shows none of it
+
+
+def test_a_final_model_needs_no_pretrained_weights(
+    finished: tuple[Config, RunFolder], tmp_path: Path
+) -> None:
+    """They were the start; a run that is evaluated elsewhere has weights of its own."""
+    _, run = finished
+    copy = RunFolder(tmp_path / "copy")
+    shutil.copytree(run.path, copy.path)
+    made = yaml.safe_load((copy.path / "params.yaml").read_text())
+    made["model"]["encoder_weights"] = str(tmp_path / "gone.safetensors")
+    (copy.path / "params.yaml").write_text(yaml.safe_dump(made))
+    model = FinalModels(copy, copy.config(), ["site_a"]).of("site_a")
+    for name, value in run.load_model().items():
+        assert torch.equal(model.state_dict()[name], value)
