@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,13 +20,17 @@ from pipeline.files import flush, flush_tree, folder_beside, naming, recover_fol
 from pipeline.stores.chunks import (
     FORMAT,
     MARK_SHARDS,
+    PROVENANCE_BYTES,
     SHARD_ROWS,
     Bytes,
+    Record,
     canonical_json,
     check_seal,
     chunk_file,
     decode_ids,
+    decode_provenance,
     encode_ids,
+    encode_provenance,
     open_arrays,
     plain_array,
     read_rows,
@@ -37,7 +40,6 @@ from pipeline.stores.chunks import (
     table_array,
 )
 
-_PROVENANCE_BYTES = 512
 _CONFIDENCE_CLIP = (1 / 512, 511 / 512)
 
 
@@ -184,22 +186,22 @@ class LabelStore:
                     "run `samfed precompute-sam`"
                 )
 
-    def mark_done(self, shard: int, rows: Sequence[int], provenance: dict[str, str]) -> None:
-        """Record where rows of a shard came from and then, last of all, that they are complete.
+    def mark_done(self, shard: int, rows: Sequence[int], provenance: Sequence[Record]) -> None:
+        """Record what computed rows of a shard and then, last of all, that they are complete.
 
-        Statistics of the store as it was before are dropped first.
+        The records of its other complete rows are kept, before these. Statistics of the store as
+        it was are dropped first.
         """
         if self.statistics is not None:
             self.set_statistics(None)
-        encoded = canonical_json(provenance)
-        if len(encoded) > _PROVENANCE_BYTES:
-            raise ValueError(f"provenance takes {len(encoded)} bytes, at most {_PROVENANCE_BYTES}")
-        record = np.zeros(_PROVENANCE_BYTES, np.uint8)
-        record[: len(encoded)] = np.frombuffer(encoded, np.uint8)
         span = self.shard_rows(shard)
+        inside = np.asarray(rows) - span.start
         marks = self.done(slice(span.start, span.stop)).astype(np.uint8)
-        marks[np.asarray(rows) - span.start] = 1
-        read_rows(self.path, self._group, "provenance", slice(shard, shard + 1))  # zarr merges
+        # read in any case: zarr merges with what is there, damaged or not
+        before = read_rows(self.path, self._group, "provenance", slice(shard, shard + 1))[0]
+        kept = decode_provenance(before) if np.delete(marks, inside).any() else []
+        record = encode_provenance([*kept, *provenance])
+        marks[inside] = 1
         part = shard // MARK_SHARDS
         self._write("provenance", slice(shard, shard + 1), record[None], part=part)
         self._write("done", slice(span.start, span.stop), marks, part=part)
@@ -211,11 +213,13 @@ class LabelStore:
             self._arrays[name][rows] = values
             flush(file)
 
-    def provenance(self) -> list[dict[str, str]]:
-        """For each shard, backend, precision and versions that computed it; {} where not done."""
-        records = read_rows(self.path, self._group, "provenance")[: self.shards]
-        texts = [bytes(record).rstrip(b"\0") for record in records]
-        return [json.loads(text) if text else {} for text in texts]
+    def provenance(self) -> list[list[Record]]:
+        """For each shard, the records of all that computed one of its rows; [] where none is done.
+
+        One is the rule; more where rows had to wait for another run, or came from other shards.
+        """
+        rows = read_rows(self.path, self._group, "provenance")[: self.shards]
+        return [decode_provenance(row) for row in rows]
 
     @property
     def statistics(self) -> dict[str, Any] | None:
@@ -365,7 +369,9 @@ def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, in
                 continue
             targets = [row for row, _ in pairs]
             new.write_shard(shard, targets, _pick(read_shard, [source for _, source in pairs]))
-            new.mark_done(shard, targets, provenance[pairs[0][1] // SHARD_ROWS])
+            sources = dict.fromkeys(source // SHARD_ROWS for _, source in pairs)
+            records = [record for source in sources for record in provenance[source]]
+            new.mark_done(shard, targets, records)
             count += len(pairs)
         flush_tree(building)  # the old store goes next
     return LabelStore(old.path), count
@@ -395,9 +401,9 @@ def _create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> No
     done = plain_array(group, "done", (count,), (MARK_SHARDS * SHARD_ROWS,), "uint8")
     done[:] = np.zeros(count, np.uint8)
     provenance = plain_array(
-        group, "provenance", (shards, _PROVENANCE_BYTES), (MARK_SHARDS, _PROVENANCE_BYTES), "uint8"
+        group, "provenance", (shards, PROVENANCE_BYTES), (MARK_SHARDS, PROVENANCE_BYTES), "uint8"
     )
-    provenance[:] = np.zeros((shards, _PROVENANCE_BYTES), np.uint8)
+    provenance[:] = np.zeros((shards, PROVENANCE_BYTES), np.uint8)
     table_array(group, "image_ids", encode_ids([row.image_id for row in rows]))
     digests = np.frombuffer(bytes.fromhex("".join(row.sha256 for row in rows)), np.uint8)
     table_array(group, "image_sha256", digests.reshape(count, 32))
