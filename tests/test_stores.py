@@ -23,9 +23,9 @@ from pipeline.stores.labels import (
     RowKey,
     check_identity,
     confidence_to_probability,
-    open_label_store,
     read_labels,
 )
+from pipeline.stores.opening import open_label_store
 from pipeline.stores.verify import check_store
 
 SIZE = 8
@@ -385,6 +385,30 @@ def test_another_identity_moves_the_store_aside_and_back(path: Path, aside: Path
     assert content(path) == before
     assert not retired.exists()
     assert (aside / f"{OTHER.digest}.zarr").is_dir()
+
+
+@pytest.mark.parametrize("fuller", ["first", "second"])
+def test_two_stores_aside_of_one_identity(path: Path, aside: Path, fuller: str) -> None:
+    """As after a checkout of an old cache/sam: both are kept, and the fuller one comes back."""
+    copies = aside / f"{IDENTITY.digest}.zarr", aside / f"{IDENTITY.digest}-2.zarr"
+    fill(LabelStore.create(copies[0], IDENTITY, keys()), [0, 1] if fuller == "first" else [1])
+    fill(LabelStore.create(path, IDENTITY, keys()), [0, 1] if fuller == "second" else [0])
+    before = content(copies[0]), content(path)
+    _, notice = open_label_store(path, OTHER, keys(), aside=aside)
+    assert notice is not None
+    assert notice.endswith(f"; moved the old labels to {copies[1]}")
+    assert (content(copies[0]), content(copies[1])) == before
+    store, notice = open_label_store(path, IDENTITY, keys(), aside=aside)
+    assert notice is not None
+    assert notice.endswith(f"; took back labels made earlier from {copies[fuller == 'second']}")
+    assert store.done().all()
+    other = copies[fuller == "first"]
+    assert content(other) == before[fuller == "first"]
+    (other / "zarr.json").unlink()  # damaged: not before one that is whole
+    open_label_store(path, OTHER, keys(), aside=aside)
+    store, _ = open_label_store(path, IDENTITY, keys(), aside=aside)
+    assert store.done().all()
+    assert other.is_dir()
 
 
 def test_a_store_taken_back_for_other_images_says_both(path: Path, aside: Path) -> None:
