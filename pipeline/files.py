@@ -150,6 +150,16 @@ def discard(path: Path) -> None:
     _remove(doomed)
 
 
+def unused_name(path: Path) -> Path:
+    """``path`` itself, or the first of ``<stem>-2<suffix>``, ``-3``, ... that is not there."""
+    number = 1
+    name = path
+    while os.path.lexists(name):
+        number += 1
+        name = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return name
+
+
 def _building(final: Path) -> Path:
     return final.with_name(f".{final.name}.building")
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.card import TeacherCard
 from pipeline.errors import SamfedError
+from pipeline.stores.chunks import Record
 from pipeline.stores.labels import Labels
 
 log = logging.getLogger("samfed.precompute")
@@ -32,7 +33,7 @@ class Labeller(Protocol):
         """Labels of (H, W, 3) uint8 images of any sizes, in the client's frame ``size``."""
         ...
 
-    def provenance(self) -> dict[str, str]:
+    def provenance(self) -> Record:
         """What computed this thread's last batch: backend, precision, device, versions."""
         ...
 
@@ -96,7 +97,7 @@ class BackingOff:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def provenance(self) -> dict[str, str]:
+    def provenance(self) -> Record:
         """The teacher's, with the batch size where it is not the one asked for."""
         record = self._teacher.provenance()
         limit = getattr(self._last, "limit", self._asked)

@@ -3,7 +3,8 @@
 Threads decode and resize the next images while the teacher works, and one writes finished shards
 behind it. The same code runs in process and on a dask worker. A task's batches do not depend on
 where a run began or who else works, so neither do its bytes; a shard whose rows are labelled in two
-runs, because an image could not be read at first, had other batches.
+runs, because an image could not be read at first, had other batches, and perhaps another backend:
+its provenance names both.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pipeline.partition import Partition
 from pipeline.sam.frame import fit_longest_side
 from pipeline.sam.onnx import load_onnx_teacher
 from pipeline.sam.teacher import load_teacher
+from pipeline.stores.chunks import Record
 from pipeline.stores.labels import Identity, Labels, LabelStore, check_identity
 
 _AHEAD = 2  # batches that wait, decoded, for the teacher, and shards that wait for the disk
@@ -57,7 +59,7 @@ class Outcome:
     task: Task
     rows: tuple[int, ...]  # labelled
     failed: tuple[str, ...]  # one line for each image that has no label
-    provenance: dict[str, str]
+    provenance: tuple[Record, ...]  # what labelled them, each record once
 
 
 def store_path(config: Config, owner: str) -> Path:
@@ -84,6 +86,7 @@ def label_tasks(
     writes: deque[Future[None]] = deque()
     with ThreadPoolExecutor(config.precompute.readers) as readers, ThreadPoolExecutor(1) as writer:
         parts: list[Labels] = []
+        records: list[Record] = []
         rows: list[int] = []
         failed: list[str] = []
         for batch, images in _read_ahead(config, tasks, teacher.card.input_size, readers):
@@ -96,13 +99,15 @@ def label_tasks(
             ]
             if good:
                 parts.append(teacher.label(good, config.data.image_size))
+                if teacher.provenance() not in records:
+                    records.append(teacher.provenance())
                 advance(len(good))
             if batch.last:
-                outcome = Outcome(batch.task, tuple(rows), tuple(failed), teacher.provenance())
+                outcome = Outcome(batch.task, tuple(rows), tuple(failed), tuple(records))
                 writes.append(writer.submit(_write, config, identity, outcome, parts, finished))
                 while len(writes) > _AHEAD:
                     writes.popleft().result()
-                parts, rows, failed = [], [], []
+                parts, records, rows, failed = [], [], [], []
         for write in writes:
             write.result()
 

@@ -57,8 +57,9 @@ def info(config: Config) -> dict[str, Any]:
     Returns:
         ``stores``: for each ``owner`` its ``path``, ``state`` (complete, unfinished, damaged or
         missing), ``rows``, ``done``, ``bytes``, ``identity`` with its ``digest``, ``provenance``
-        (records with the number of their shards), and ``differs``: what does not match the present
-        teacher and partition, None where these are not there. ``aside``: ``path`` and ``bytes``.
+        (records with the number of shards that they had a part in), and ``differs``: what does not
+        match the present teacher and partition, None where these are not there. ``aside``:
+        ``path`` and ``bytes``.
 
     Raises:
         DataError: the partition or the teacher's card is damaged.
@@ -90,8 +91,9 @@ def _store_info(
         differs = _differences(store, identity, partition)
     except StoreError as error:
         return found | {"state": "damaged", "reason": str(error)}
-    shards = Counter(canonical_json(record) for record in records if record)
-    by_record = {canonical_json(record): record for record in records}
+    every = [record for shard in records for record in shard]
+    shards = Counter(map(canonical_json, every))
+    by_record = {canonical_json(record): record for record in every}
     return found | {
         "state": "complete" if done.all() else "unfinished",
         "rows": len(store),

@@ -24,7 +24,8 @@ from pipeline.partition import Partition, load_partition
 from pipeline.sam.onnx import check_model
 from pipeline.sam.statistics import doubts, measure_owner
 from pipeline.sam.teacher import checked_card
-from pipeline.stores.labels import Identity, LabelStore, RowKey, open_label_store
+from pipeline.stores.labels import Identity, LabelStore, RowKey
+from pipeline.stores.opening import open_label_store
 
 if TYPE_CHECKING:
     from pipeline.cluster import Cluster

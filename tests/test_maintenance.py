@@ -293,7 +293,7 @@ def test_a_killed_repair_leaves_an_unfinished_store(
             repair(config)
     store = LabelStore(store_of(config))
     assert store.pending() == [0]
-    assert store.provenance() == [{}, {"backend": "fake"}]
+    assert store.provenance() == [[], [{"backend": "fake"}]]
     precompute(config)
     assert teacher.images == 64
     assert content(config.cache.root / "sam") == whole
@@ -484,6 +484,9 @@ def test_info(config: Config) -> None:
         "  2 shard(s) by backend fake",
     ]
     json.dumps(found)
+    store.mark_done(1, [64], [{"backend": "other"}])
+    lines = info_text(info(config)).splitlines()[5:]
+    assert lines == ["  2 shard(s) by backend fake", "  1 shard(s) by backend other"]
 
 
 def test_info_of_what_is_not_as_it_should_be(config: Config) -> None:

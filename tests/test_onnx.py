@@ -490,7 +490,9 @@ def test_a_store_made_by_onnx_is_one_made_by_torch(exported: Exported, project: 
     stores = sorted((project.cache / "sam").glob("*.zarr"))
     by_onnx = {path.name: LabelStore(path) for path in stores}
     for store in by_onnx.values():
-        assert [shard["backend"] for shard in store.provenance()] == ["onnx"]
+        assert [[record["backend"] for record in shard] for shard in store.provenance()] == [
+            ["onnx"]
+        ]
     labels = {name: store.read() for name, store in by_onnx.items()}
     again = answer("precompute-sam", *project.options)
     assert (again["labelled"], again["kept"], again["notices"]) == (0, made["labelled"], [])

@@ -208,6 +208,25 @@ def test_an_unreadable_image(config: Config, whole: dict[str, bytes], tmp_path: 
     assert content(config.cache.root / "sam") == whole
 
 
+def test_a_shard_that_two_teachers_finish(config: Config, tmp_path: Path) -> None:
+    """One identity, but another backend, where an image could not be read at first."""
+    root = tmp_path / "data"
+    shutil.copytree(config.data.root, root)
+    config = settings(root, config.cache.root)
+    partition = load_partition(config.cache.root / "partition.json")
+    path = root / partition.images[partition.clients["site"].train[70]].image
+    good = path.read_bytes()
+    path.unlink()
+    run(config, FakeTeacher())
+    path.write_bytes(good)
+    other = FakeTeacher()
+    other.provenance = lambda: {"backend": "other"}  # type: ignore[method-assign]
+    assert run(config, other).labelled == 1
+    store = LabelStore(config.cache.root / "sam" / "site.zarr")
+    first = {"backend": "fake"}
+    assert store.provenance() == [[first], [first, {"backend": "other"}], [first]]
+
+
 def test_a_second_writer_is_refused(config: Config, whole: dict[str, bytes]) -> None:
     refused: list[str] = []
 
@@ -266,7 +285,8 @@ def test_batches_shrink_when_memory_runs_out(
     ours, whole = (store.read() for store in stores)
     assert np.array_equal(ours.masks, whole.masks)
     assert np.array_equal(ours.confidences, whole.confidences)
-    assert [store.provenance()[0].get("batch_size") for store in stores] == ["3", None]
+    fake = {"backend": "fake"}
+    assert [store.provenance()[0] for store in stores] == [[fake | {"batch_size": "3"}], [fake]]
 
 
 def test_a_shard_records_its_own_batches(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +297,8 @@ def test_a_shard_records_its_own_batches(config: Config, monkeypatch: pytest.Mon
     server = len(load_partition(config.cache.root / "partition.json").server.calibration)
 
     def other(what: str, done: int, total: int) -> None:
+        if done == server + 74:  # one batch of the second shard
+            teacher.capacity = 2
         if done == server + 64:  # the first shard is labelled, not written yet
             teacher.capacity = 3
             images = [np.zeros((32, 32, 3), np.uint8)] * 10
@@ -288,7 +310,9 @@ def test_a_shard_records_its_own_batches(config: Config, monkeypatch: pytest.Mon
         stand_in(patch, teacher)
         precompute(config, progress=other)
     store = LabelStore(config.cache.root / "sam" / "site.zarr")
-    assert [record.get("batch_size") for record in store.provenance()] == [None, "3", "3"]
+    fake = {"backend": "fake"}
+    three, two = fake | {"batch_size": "3"}, fake | {"batch_size": "2"}
+    assert store.provenance() == [[fake], [three, two], [two]]
 
 
 def test_memory_for_no_image_at_all(config: Config) -> None:

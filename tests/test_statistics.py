@@ -21,7 +21,8 @@ from pipeline.sam.statistics import (
     measure,
 )
 from pipeline.stores.chunks import check_seal
-from pipeline.stores.labels import Identity, Labels, LabelStore, RowKey, open_label_store
+from pipeline.stores.labels import Identity, Labels, LabelStore, RowKey
+from pipeline.stores.opening import open_label_store
 
 SIZE = 16
 IDENTITY = Identity(
@@ -71,7 +72,7 @@ def finished(path: Path, count: int) -> LabelStore:
         inside = store.shard_rows(shard)
         labels = Thresholds().label([image_of(store.rows[i]) for i in inside], SIZE)
         store.write_shard(shard, list(inside), labels)
-        store.mark_done(shard, list(inside), {"backend": "fake"})
+        store.mark_done(shard, list(inside), [{"backend": "fake"}])
     return store
 
 
@@ -114,7 +115,7 @@ def test_no_foreground_anywhere(tmp_path: Path) -> None:
     store = LabelStore.create(tmp_path / "a.zarr", IDENTITY, rows(4)[:1])
     blank = np.zeros((1, SIZE, SIZE), np.uint8)
     store.write_shard(0, [0], Labels(blank, blank + 128, np.zeros(1, np.float32)))
-    store.mark_done(0, [0], {})
+    store.mark_done(0, [0], [])
     statistics = measure(store, Thresholds(), image_of, batch_size=1)
     assert statistics["foreground_confidence"] is None
     assert (statistics["empty"], statistics["area"], statistics["flip_dice"]) == (1, 0, 1)
@@ -148,7 +149,7 @@ def test_statistics_go_when_the_labels_change(tmp_path: Path) -> None:
     keep_statistics(store)
     labels = Thresholds().label([image_of(key) for key in store.rows], SIZE)
     store.write_shard(0, list(range(20)), labels)
-    store.mark_done(0, list(range(20)), {"backend": "fake"})
+    store.mark_done(0, list(range(20)), [{"backend": "fake"}])
     assert store.statistics is None
     assert content(path) == whole
     keep_statistics(store)

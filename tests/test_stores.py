@@ -26,9 +26,10 @@ from pipeline.stores.labels import (
     RowKey,
     check_identity,
     confidence_to_probability,
-    open_label_store,
     read_labels,
 )
+from pipeline.stores.opening import open_label_store
+from pipeline.stores.verify import check_store
 
 SIZE = 8
 IDENTITY = Identity(
@@ -65,7 +66,7 @@ def fill(store: LabelStore, shards: Sequence[int] | None = None) -> LabelStore:
     for shard in range(store.shards) if shards is None else shards:
         rows = list(store.shard_rows(shard))
         store.write_shard(shard, rows, labels_of([store.rows[row] for row in rows]))
-        store.mark_done(shard, rows, PROVENANCE | {"shard": str(shard)})
+        store.mark_done(shard, rows, [PROVENANCE | {"shard": str(shard)}])
     return store
 
 
@@ -208,11 +209,11 @@ def test_pending_and_provenance(path: Path) -> None:
     store = LabelStore.create(path, IDENTITY, keys())
     assert store.pending() == [0, 1]
     assert not store.done().any()
-    assert store.provenance() == [{}, {}]
+    assert store.provenance() == [[], []]
     fill(store, [1])
     assert store.pending() == LabelStore(path).pending() == [0]
     assert store.done().tolist() == [False] * SHARD_ROWS + [True] * 6
-    assert store.provenance() == [{}, PROVENANCE | {"shard": "1"}]
+    assert store.provenance() == [[], [PROVENANCE | {"shard": "1"}]]
     fill(store, [0])
     assert store.pending() == []
     assert store.done().all()
@@ -234,7 +235,7 @@ def test_a_part_of_a_shard_keeps_the_rest(path: Path) -> None:
     first, later = [0, 2, 5], [row for row in range(SHARD_ROWS) if row not in (0, 2, 5)]
     for rows in (first, later):
         store.write_shard(0, rows, labels_of([store.rows[row] for row in rows]))
-        store.mark_done(0, rows, PROVENANCE)
+        store.mark_done(0, rows, [PROVENANCE])
         if rows is first:
             assert np.flatnonzero(store.done()).tolist() == first
             assert store.pending() == [0, 1]
@@ -247,7 +248,7 @@ def test_a_part_of_a_shard_keeps_the_rest(path: Path) -> None:
 def test_a_damaged_shard_is_not_completed(path: Path) -> None:
     store = LabelStore.create(path, IDENTITY, keys())
     store.write_shard(0, [0], labels_of(keys(1)))
-    store.mark_done(0, [0], PROVENANCE)
+    store.mark_done(0, [0], [PROVENANCE])
     shard = path / "masks" / "c" / "0" / "0" / "0"
     damage = bytearray(shard.read_bytes())
     damage[5] ^= 1
@@ -315,8 +316,35 @@ def test_shard_order_does_not_change_the_bytes(tmp_path: Path) -> None:
 def test_provenance_that_is_too_long(path: Path) -> None:
     store = LabelStore.create(path, IDENTITY, keys(1))
     with pytest.raises(ValueError, match="at most 512"):
-        store.mark_done(0, [0], {"backend": "x" * 600})
+        store.mark_done(0, [0], [{"backend": "x" * 600}])
     assert store.pending() == [0]
+
+
+def test_rows_of_a_shard_that_several_made(path: Path) -> None:
+    """A record for each, in their order, and as long as the shard has a row of theirs."""
+    store = LabelStore.create(path, IDENTITY, keys())
+    one, two = (PROVENANCE | {"backend": name} for name in ("one", "two"))
+    store.mark_done(0, [0, 1], [one])
+    alone = content(path)
+    store.mark_done(0, [1], [one])
+    assert content(path) == alone
+    store.mark_done(0, [5, 7], [two, one])
+    assert store.provenance() == [[one, two], []]
+    assert not any(fault.array == "provenance" for fault in check_store(path))
+    store.mark_done(0, [0, 1, 5, 7], [two])  # all of them again
+    assert store.provenance() == [[two], []]
+
+
+def test_more_records_than_a_shard_has_room_for(path: Path) -> None:
+    store = LabelStore.create(path, IDENTITY, keys())
+    records = [{"backend": f"{number}" * 120} for number in range(6)]
+    for row, record in enumerate(records):
+        store.mark_done(0, [row], [record])
+    omitted = {"omitted": "earlier records"}
+    assert store.provenance()[0] == [omitted, *records[-3:]]
+    store.mark_done(0, [6], [records[0]])
+    assert store.provenance()[0] == [omitted, *records[-2:], records[0]]
+    assert not any(fault.array == "provenance" for fault in check_store(path))
 
 
 def test_confidences_are_never_quite_certain() -> None:
@@ -374,6 +402,30 @@ def test_another_identity_moves_the_store_aside_and_back(path: Path, aside: Path
     assert (aside / f"{OTHER.digest}.zarr").is_dir()
 
 
+@pytest.mark.parametrize("fuller", ["first", "second"])
+def test_two_stores_aside_of_one_identity(path: Path, aside: Path, fuller: str) -> None:
+    """As after a checkout of an old cache/sam: both are kept, and the fuller one comes back."""
+    copies = aside / f"{IDENTITY.digest}.zarr", aside / f"{IDENTITY.digest}-2.zarr"
+    fill(LabelStore.create(copies[0], IDENTITY, keys()), [0, 1] if fuller == "first" else [1])
+    fill(LabelStore.create(path, IDENTITY, keys()), [0, 1] if fuller == "second" else [0])
+    before = content(copies[0]), content(path)
+    _, notice = open_label_store(path, OTHER, keys(), aside=aside)
+    assert notice is not None
+    assert notice.endswith(f"; moved the old labels to {copies[1]}")
+    assert (content(copies[0]), content(copies[1])) == before
+    store, notice = open_label_store(path, IDENTITY, keys(), aside=aside)
+    assert notice is not None
+    assert notice.endswith(f"; took back labels made earlier from {copies[fuller == 'second']}")
+    assert store.done().all()
+    other = copies[fuller == "first"]
+    assert content(other) == before[fuller == "first"]
+    (other / "zarr.json").unlink()  # damaged: not before one that is whole
+    open_label_store(path, OTHER, keys(), aside=aside)
+    store, _ = open_label_store(path, IDENTITY, keys(), aside=aside)
+    assert store.done().all()
+    assert other.is_dir()
+
+
 def test_a_store_taken_back_for_other_images_says_both(path: Path, aside: Path) -> None:
     fill(open_label_store(path, IDENTITY, keys(3), aside=aside)[0])
     open_label_store(path, OTHER, keys(3), aside=aside)
@@ -407,7 +459,7 @@ def test_carried_rows_in_another_order(path: Path, aside: Path) -> None:
     old = keys(3 * SHARD_ROWS)
     store = fill(open_label_store(path, IDENTITY, old, aside=aside)[0], [0, 2])
     store.write_shard(1, [64, 70], labels_of([old[64], old[70]]))
-    store.mark_done(1, [64, 70], PROVENANCE | {"shard": "1"})
+    store.mark_done(1, [64, 70], [PROVENANCE | {"shard": "1"}])
     new = [*old[::-3], RowKey("new", "f" * 64)]
     store, notice = open_label_store(path, IDENTITY, new, aside=aside)
     kept = [i for i, row in enumerate(new[:-1]) if not 64 <= int(row.sha256, 16) < 128]
@@ -416,7 +468,8 @@ def test_carried_rows_in_another_order(path: Path, aside: Path) -> None:
     assert np.flatnonzero(store.done()).tolist() == kept
     for row in kept:
         same(store.read(slice(row, row + 1)), labels_of([new[row]]))
-    assert store.provenance() == [PROVENANCE | {"shard": "2"}, {}]
+    every = [PROVENANCE | {"shard": str(shard)} for shard in (2, 0)]
+    assert store.provenance() == [every, []]
 
 
 def test_carrying_over_reads_each_old_shard_once(

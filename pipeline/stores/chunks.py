@@ -26,6 +26,10 @@ CHUNK_ROWS = 8  # one read of stage two
 MARK_SHARDS = 64  # shards whose done marks, provenance or image ids share a chunk
 
 Bytes = NDArray[np.uint8]
+Record = dict[str, str]  # what computed labels: backend, precision, device, versions
+
+PROVENANCE_BYTES = 512  # of a shard's records
+_OMITTED: Record = {"omitted": "earlier records"}  # in the place of those that found no room
 
 _ADVICE = "run `samfed cache repair`"
 _CONFIG = {"write_empty_chunks": True}  # of each array: zarr's global setting is shared by threads
@@ -125,6 +129,41 @@ def encode_ids(image_ids: Sequence[str]) -> Bytes:
 
 def decode_ids(table: Bytes) -> tuple[str, ...]:
     return tuple(bytes(row).rstrip(b"\0").decode() for row in table)
+
+
+def encode_provenance(records: Sequence[Record]) -> Bytes:
+    """A shard's records, each once, as JSON padded with zeros: an object, or a list if several.
+
+    Where there is no room for all, the earliest give way to one that says so.
+
+    Raises:
+        ValueError: there is no room for a single one.
+    """
+    each = [record for n, record in enumerate(records) if record not in records[:n]]
+    named = [record for record in each if record != _OMITTED]
+    encoded = canonical_json(each[0] if len(each) == 1 else each)
+    while len(encoded) > PROVENANCE_BYTES:
+        if len(named) == 1:
+            raise ValueError(f"provenance takes {len(encoded)} bytes, at most {PROVENANCE_BYTES}")
+        named = named[1:]
+        encoded = canonical_json([_OMITTED, *named])
+    row = np.zeros(PROVENANCE_BYTES, np.uint8)
+    row[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    return row
+
+
+def decode_provenance(row: Bytes) -> list[Record]:
+    """A shard's records in the order in which they came; none where no row is done.
+
+    Raises:
+        ValueError: the bytes are not such records.
+    """
+    text = bytes(row).rstrip(b"\0")
+    value = json.loads(text) if text else []
+    records = value if isinstance(value, list) else [value]
+    if not all(isinstance(record, dict) and record for record in records):
+        raise ValueError(f"expected records of provenance, found {value!r}")
+    return records
 
 
 def canonical_json(value: Any) -> bytes:

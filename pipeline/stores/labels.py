@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import groupby
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +15,29 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import CorruptStoreError, IdentityError, StageError
-from pipeline.files import flush, flush_tree, folder_beside, naming, recover_folder
+from pipeline.files import flush, folder_beside, naming
 from pipeline.stores.chunks import (
     FORMAT,
     MARK_SHARDS,
+    PROVENANCE_BYTES,
     SHARD_ROWS,
     Bytes,
+    Record,
     canonical_json,
     check_seal,
     chunk_file,
     decode_ids,
+    decode_provenance,
     encode_ids,
+    encode_provenance,
     open_arrays,
     plain_array,
     read_rows,
-    remove_partial_files,
     seal,
     sharded_array,
     table_array,
 )
 
-_PROVENANCE_BYTES = 512
 _CONFIDENCE_CLIP = (1 / 512, 511 / 512)
 
 
@@ -82,7 +82,7 @@ class Labels:
 
 
 class LabelStore:
-    """A client's teacher labels on disk; see ``open_label_store`` and ``pipeline.precompute``.
+    """A client's teacher labels on disk; see ``stores.opening`` and ``pipeline.precompute``.
 
     One coordinator creates the store and sets done marks; any worker may write the shard that it
     was given, whole, for every array (partial writes to a shard from two writers lose data:
@@ -104,7 +104,7 @@ class LabelStore:
     def create(cls, path: Path, identity: Identity, rows: Sequence[RowKey]) -> LabelStore:
         """A new store with no row done; it appears at ``path`` complete or not at all."""
         with folder_beside(path) as building:
-            _create_arrays(building, identity, rows)
+            create_arrays(building, identity, rows)
         return cls(path)
 
     def __len__(self) -> int:
@@ -183,22 +183,22 @@ class LabelStore:
                     "run `samfed precompute-sam`"
                 )
 
-    def mark_done(self, shard: int, rows: Sequence[int], provenance: dict[str, str]) -> None:
-        """Record where rows of a shard came from and then, last of all, that they are complete.
+    def mark_done(self, shard: int, rows: Sequence[int], provenance: Sequence[Record]) -> None:
+        """Record what computed rows of a shard and then, last of all, that they are complete.
 
-        Statistics of the store as it was before are dropped first.
+        The records of its other complete rows are kept, before these. Statistics of the store as
+        it was are dropped first.
         """
         if self.statistics is not None:
             self.set_statistics(None)
-        encoded = canonical_json(provenance)
-        if len(encoded) > _PROVENANCE_BYTES:
-            raise ValueError(f"provenance takes {len(encoded)} bytes, at most {_PROVENANCE_BYTES}")
-        record = np.zeros(_PROVENANCE_BYTES, np.uint8)
-        record[: len(encoded)] = np.frombuffer(encoded, np.uint8)
         span = self.shard_rows(shard)
+        inside = np.asarray(rows) - span.start
         marks = self.done(slice(span.start, span.stop)).astype(np.uint8)
-        marks[np.asarray(rows) - span.start] = 1
-        self._values("provenance", slice(shard, shard + 1))  # zarr merges
+        # read in any case: zarr merges with what is there, damaged or not
+        before = self._values("provenance", slice(shard, shard + 1))[0]
+        kept = decode_provenance(before) if np.delete(marks, inside).any() else []
+        record = encode_provenance([*kept, *provenance])
+        marks[inside] = 1
         part = shard // MARK_SHARDS
         self._write("provenance", slice(shard, shard + 1), record[None], part=part)
         self._write("done", slice(span.start, span.stop), marks, part=part)
@@ -210,11 +210,12 @@ class LabelStore:
             self._arrays[name][rows] = values
             flush(file)
 
-    def provenance(self) -> list[dict[str, str]]:
-        """For each shard, backend, precision and versions that computed it; {} where not done."""
-        records = self._values("provenance")[: self.shards]
-        texts = [bytes(record).rstrip(b"\0") for record in records]
-        return [json.loads(text) if text else {} for text in texts]
+    def provenance(self) -> list[list[Record]]:
+        """For each shard, the records of all that computed one of its rows; [] where none is done.
+
+        One is the rule; more where rows had to wait for another run, or came from other shards.
+        """
+        return [decode_provenance(row) for row in self._values("provenance")[: self.shards]]
 
     @property
     def statistics(self) -> dict[str, Any] | None:
@@ -283,42 +284,6 @@ def read_labels(path: Path, *, rows: Sequence[RowKey], identity: Identity) -> La
     return store.read()
 
 
-def open_label_store(
-    path: Path, identity: Identity, rows: Sequence[RowKey], *, aside: Path
-) -> tuple[LabelStore, str | None]:
-    """The store to write to: the one at ``path``, one taken back from ``aside``, or a new one.
-
-    A store with another identity is moved to ``aside/<its digest>.zarr`` and taken back from there
-    when its identity is asked for again. Rows whose image file is unchanged are kept when images
-    come or go. What a killed run left half done is made good first; the caller holds the lock.
-
-    Returns:
-        the store, and one sentence for the user when something was moved or carried over.
-    """
-    notice: str | None = None
-    recover_folder(path)
-    if path.exists():
-        found = LabelStore(path).identity
-        if found != identity:
-            field, old, new = _first_difference(found, identity)
-            retired = aside / f"{found.digest}.zarr"
-            _replace(path, retired)
-            notice = f"{path}: {field} was {old}, now {new}; moved the old labels to {retired}"
-    kept = aside / f"{identity.digest}.zarr"
-    if not path.exists() and kept.exists():
-        _replace(kept, path)
-        notice = f"{notice + '; ' if notice else ''}took back labels made earlier from {kept}"
-    if not path.exists():
-        return LabelStore.create(path, identity, rows), notice
-    remove_partial_files(path)
-    store = LabelStore(path)
-    if store.rows == tuple(rows):
-        return store, notice
-    carried, count = _carry_over(store, rows)
-    change = f"{path}: the images changed; kept the labels of {count} of {len(rows)}"
-    return carried, f"{notice}; {change}" if notice else change
-
-
 def check_identity(store: LabelStore, identity: Identity) -> None:
     """Refuse a store that another teacher made.
 
@@ -326,13 +291,14 @@ def check_identity(store: LabelStore, identity: Identity) -> None:
         IdentityError: names the first field that differs, both values, and the way out.
     """
     if store.identity != identity:
-        field, old, new = _first_difference(store.identity, identity)
+        field, old, new = first_difference(store.identity, identity)
         raise IdentityError(
             f"{store.path}: {field} is {old}, the run asks for {new}; run `samfed precompute-sam`"
         )
 
 
-def _first_difference(old: Identity, new: Identity) -> tuple[str, Any, Any]:
+def first_difference(old: Identity, new: Identity) -> tuple[str, Any, Any]:
+    """The first field that differs, and both values."""
     after = new.model_dump()
     return next(
         (field, value, after[field])
@@ -341,52 +307,8 @@ def _first_difference(old: Identity, new: Identity) -> tuple[str, Any, Any]:
     )
 
 
-def _replace(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source.rename(target)
-
-
-def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, int]:
-    """Rebuild ``old`` for other ``rows``; keep what is finished in both, and count it."""
-    where = {key: i for i, key in enumerate(old.rows)}
-    done = old.done()
-    provenance = old.provenance()
-    count = 0
-    read_shard = lru_cache(maxsize=2)(old.read_shard)  # rows mostly keep their order
-    with folder_beside(old.path) as building:
-        _create_arrays(building, old.identity, rows)
-        new = LabelStore(building)
-        for shard in range(new.shards):
-            span = new.shard_rows(shard)
-            pairs = [
-                (row, where[rows[row]])
-                for row in span
-                if rows[row] in where and done[where[rows[row]]]
-            ]
-            if not pairs:
-                continue
-            targets = [row for row, _ in pairs]
-            new.write_shard(shard, targets, _pick(read_shard, [source for _, source in pairs]))
-            new.mark_done(shard, targets, provenance[pairs[0][1] // SHARD_ROWS])
-            count += len(pairs)
-        flush_tree(building)  # the old store goes next
-    return LabelStore(old.path), count
-
-
-def _pick(read_shard: Callable[[int], Labels], rows: Sequence[int]) -> Labels:
-    """The labels of these ``rows``, in this order, reading each run of one shard's rows once."""
-    parts = [
-        (read_shard(shard), [row - shard * SHARD_ROWS for row in run])
-        for shard, run in groupby(rows, lambda row: row // SHARD_ROWS)
-    ]
-    return Labels(
-        masks=np.concatenate([part.masks[inside] for part, inside in parts]),
-        confidences=np.concatenate([part.confidences[inside] for part, inside in parts]),
-        scores=np.concatenate([part.scores[inside] for part, inside in parts]),
-    )
-
-
-def _create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> None:
+def create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> None:
+    """An empty label store in the folder ``path``; ``LabelStore.create`` makes it whole at once."""
     count, size = len(rows), identity.label_size
     shards = -(-count // SHARD_ROWS)
     group = zarr.create_group(store=path)
@@ -397,9 +319,9 @@ def _create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> No
     done = plain_array(group, "done", (count,), (MARK_SHARDS * SHARD_ROWS,), "uint8")
     done[:] = np.zeros(count, np.uint8)
     provenance = plain_array(
-        group, "provenance", (shards, _PROVENANCE_BYTES), (MARK_SHARDS, _PROVENANCE_BYTES), "uint8"
+        group, "provenance", (shards, PROVENANCE_BYTES), (MARK_SHARDS, PROVENANCE_BYTES), "uint8"
     )
-    provenance[:] = np.zeros((shards, _PROVENANCE_BYTES), np.uint8)
+    provenance[:] = np.zeros((shards, PROVENANCE_BYTES), np.uint8)
     table_array(group, "image_ids", encode_ids([row.image_id for row in rows]))
     digests = np.frombuffer(bytes.fromhex("".join(row.sha256 for row in rows)), np.uint8)
     table_array(group, "image_sha256", digests.reshape(count, 32))

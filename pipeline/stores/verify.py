@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.stores.chunks import (
     check_seal,
     chunk_file,
     decode_ids,
+    decode_provenance,
     read_rows,
 )
 from pipeline.stores.decode import ChunkError, index_bytes, is_held, read_index
@@ -200,9 +200,9 @@ def _check_provenance(path: Path, group: Any, done: NDArray[np.bool_]) -> list[F
         if not done[rows.start : rows.stop].any():
             continue
         try:
-            value = json.loads(bytes(record).rstrip(b"\0"))
+            found = decode_provenance(record)
         except ValueError:
-            value = None
-        if not isinstance(value, dict) or not value:
+            found = []
+        if not found:
             faults.append(Fault(path, "provenance", rows, "no record of what computed it"))
     return faults
