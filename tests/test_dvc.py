@@ -149,7 +149,8 @@ def test_only_stores_imports_zarr_and_only_models_smp() -> None:
 
 def test_a_run_goes_on_only_under_the_code_that_decides_it() -> None:
     """All of stage two, but for what only reads stores or writes reports."""
-    reads = {"card", "partition", "runs", "stores/chunks", "stores/images", "stores/labels"}
+    reads = {"card", "partition", "runs"}
+    reads |= {f"stores/{name}" for name in ("chunks", "decode", "images", "labels")}
     reports = {"diagnostics", "metrics"}
     code = {m.removeprefix("pipeline/").removesuffix(".py") for m in closure(["federation"])}
     assert set(_DECIDING_MODULES) == code - GROUND - reads - reports
