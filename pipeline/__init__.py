@@ -11,7 +11,7 @@ parts, stage one   ``partition`` ``sam`` ``labeller`` ``labelling`` ``cluster`` 
 parts, stage two   ``averaging`` ``exchange`` ``starts`` ``cohort`` ``schedule`` ``diagnostics``
                    ``training`` ``agreement`` ``views`` ``aggregation`` ``distillation``
                    ``distillation_losses`` ``engines`` ``final``
-parts of both      ``models`` ``augment`` ``losses`` ``metrics`` ``pages``
+parts of both      ``models`` ``augment`` ``losses`` ``metrics`` ``pages`` ``curves``
 on disk            ``images`` (files of the user), ``stores`` (zarr), ``card``, ``runs``
 ground             ``config`` ``errors`` ``files`` ``locks`` ``devices`` ``torchvision_ops``
 =================  ==========================================================================

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from pipeline.stores.images import read_image_store
 from pipeline.views import as_tensor
 
 Progress = Callable[[str, int, int], None]
+
+_ROUND_MEANS = ("loss", "agreement", "kept", "pseudo_label_dice", "gradient_norm", "drift")
+_ROUND_SUMS = ("bytes_up", "bytes_down")
 
 
 def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -90,18 +93,24 @@ def _tables(rows: list[tuple[str, str, str, ImageMetrics]], *, seed: int) -> dic
 
 
 def _write_rounds(path: Path, history: list[dict[str, Any]]) -> None:
-    """Curves for `dvc plots`: validation Dice, and the clients' mean loss and agreement."""
+    """Curves for `dvc plots`: validation Dice, means and sums over a round's clients, seconds."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["round", "val_dice", "loss", "agreement", "kept"])
+    writer.writerow(["round", "val_dice", *_ROUND_MEANS, *_ROUND_SUMS, "seconds"])
     for entry in history:
-        means: list[float | str] = []
-        for key in ("loss", "agreement", "kept"):
-            values = [c[key] for c in entry["clients"].values() if c.get(key) is not None]
-            means.append(f"{np.mean(values):.6g}" if values else "")
-        dice = entry["val"]["dice"]
-        writer.writerow([entry["round"], "" if dice is None else f"{dice:.6g}", *means])
+        said = {
+            key: [c[key] for c in entry["clients"].values() if c.get(key) is not None]
+            for key in (*_ROUND_MEANS, *_ROUND_SUMS)
+        }
+        means = [float(np.mean(said[key])) if said[key] else None for key in _ROUND_MEANS]
+        sums = [sum(said[key]) if said[key] else "" for key in _ROUND_SUMS]
+        head, tail = _short([entry["val"]["dice"], *means]), _short([entry["seconds"]])
+        writer.writerow([entry["round"], *head, *sums, *tail])
     write_bytes(path, out.getvalue().encode())
+
+
+def _short(values: Sequence[float | None]) -> list[str]:
+    return ["" if value is None else f"{value:.6g}" for value in values]
 
 
 def _write_rows(path: Path, rows: list[tuple[str, str, str, ImageMetrics]]) -> None:

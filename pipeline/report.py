@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.config import Config, NetworkConfig, load_config
+from pipeline.curves import clients_of, column, per_client, run_curves, validation_curves
 from pipeline.errors import DataError, StageError
 from pipeline.files import read_json
 from pipeline.pages import (
-    COLOURS,
     DASH,
-    DASHES,
     DECIMALS,
-    GREY,
-    Key,
     class_keys,
     format_number,
     overlay,
     png_uri,
     render_page,
-    style_axes,
     thumbnail,
 )
 
-SHARES = {"both agree": "#C9D1DA", "from SAM": "#0072B2", "from the client": "#E69F00"}
-LOSSES = {"loss": "whole loss", "loss_sup": "labelled images"}
-LOSSES |= {"loss_agree": "pseudo-labels", "loss_kd": "distillation"}
-MAX_COLOURED_CLIENTS = 12  # beyond it a legend is no longer read
-GALLERY_BYTES = 1_100_000  # of panels before compression, as base64; keeps a report under 2 MB
+REPORT_BYTES = 1_900_000  # what curves, examples and parameters may take up
+GALLERY_BYTES = 1_100_000  # of panels before compression, as base64
 
 
 @dataclass(frozen=True)
@@ -50,8 +40,10 @@ class RunSummary:
     name: str
     method: str
     params: str  # params.yaml as used
+    config: Config  # the same, validated
     history: list[dict[str, Any]]  # one entry a round
     metrics: dict[str, Any]  # metrics.json
+    models: tuple[str, ...] = ()  # clients, sorted, that have a model of their own
 
 
 @dataclass(frozen=True)
@@ -67,18 +59,34 @@ class GalleryRow:
 
 
 @dataclass(frozen=True)
-class Curves:
-    """A figure (a data URI) and, for each of its panels, the title and the legend."""
+class _Column:
+    """A column of the table of clients."""
 
-    png: str
-    panels: list[tuple[str, list[Key]]]
+    title: str
+    field: str
+    last: bool = False  # of the client's last round; else the mean over its rounds
+    scale: float = 1.0  # of what is shown
+    bar: bool = True  # whether the value is also shown as a bar
+
+
+CLIENT_COLUMNS = (
+    _Column("Seconds", "seconds"),
+    _Column("MB up", "bytes_up", scale=1e-6),
+    _Column("MB down", "bytes_down", scale=1e-6),
+    _Column("Drift, %", "drift", scale=100.0),
+    _Column("Agreement", "agreement", last=True),
+    _Column("Kept", "kept", last=True),
+    _Column("Pseudo-label Dice", "pseudo_label_dice", last=True),
+    _Column("Trust in SAM", "sam_trust", last=True, bar=False),
+)
 
 
 def load_run(folder: Path) -> RunSummary:
     """Read ``params.yaml``, ``history.jsonl`` and ``metrics.json`` of one run.
 
     Raises:
-        StageError: the run was not trained, or not evaluated, yet.
+        StageError: the run was not trained, or not evaluated, yet. ConfigError: its parameters are
+        not what this version knows.
         DataError: a file is not what samfed writes.
     """
     for path in (folder / "history.jsonl", folder / "params.yaml"):
@@ -93,8 +101,11 @@ def load_run(folder: Path) -> RunSummary:
     except (KeyError, TypeError) as error:
         fault = f"no method and test metrics in it ({error})"
         raise DataError(f"{path}: {fault}; run `samfed evaluate` again") from error
+    config = load_config(folder / "params.yaml")
     params = (folder / "params.yaml").read_text(encoding="utf-8")
-    return RunSummary(folder.name, method, params, history, metrics)
+    own = sorted(path.stem for path in (folder / "models").glob("*.safetensors"))
+    models = tuple(own) if config.heterogeneous else ()
+    return RunSummary(folder.name, method, params, config, history, metrics, models)
 
 
 def render_report(runs: Sequence[RunSummary], gallery: Sequence[GalleryRow], *, title: str) -> str:
@@ -110,15 +121,21 @@ def render_report(runs: Sequence[RunSummary], gallery: Sequence[GalleryRow], *, 
     """
     if not runs:
         raise ValueError("no runs to report on; expected at least one")
-    comparable = len({_image_size(run) for run in runs}) == 1
+    comparable = len({run.config.data.image_size for run in runs}) == 1
+    contexts = [_run_context(run) for run in runs]
+    validation = validation_curves({run.name: run.history for run in runs})
+    panels = [panel for context in contexts for panel in context["curves"].panels]
+    taken = sum(len(panel.png) for panel in panels) + sum(len(run.params) for run in runs)
+    side = _panel_px(len(gallery), min(GALLERY_BYTES, REPORT_BYTES - taken))
     return render_page(
         "report.html.j2",
         title=title,
-        gallery=[_gallery_context(row, _panel_px(len(gallery))) for row in gallery],
-        runs=[_run_context(run) for run in runs],
+        gallery=[_gallery_context(row, side) for row in gallery],
+        runs=contexts,
         best=_best(runs, distances=comparable),
         comparable=comparable,
-        validation=_validation_curves(runs),
+        validation=validation,
+        notes={panel.title: panel.note for panel in panels},
         gallery_keys=class_keys(
             mask for row in gallery for mask in (row.truth, row.sam, row.client)
         ),
@@ -146,22 +163,106 @@ def _run_context(run: RunSummary) -> dict[str, Any]:
     for entry in run.history:
         for text in entry.get("warnings") or ():
             warnings.setdefault(text, []).append(entry["round"])
+    curves = run_curves(run.history)
     return {
         **vars(run),
         **run.metrics["test"],
         "seed": run.metrics.get("seed", DASH),
         "rounds": run.metrics.get("rounds", len(run.history)),
         "seconds": sum(entry.get("seconds") or 0 for entry in run.history),
-        "image_size": _image_size(run),
+        "image_size": run.config.data.image_size,
+        "setup": _setup(run),
         "warnings": warnings,
-        "curves": _run_curves(run),
+        "curves": curves,
+        "table": _client_table(run) if run.history else None,
+        "server_network": _describe(run.config.model) if _has_server_model(run) else None,
     }
 
 
-def _image_size(run: RunSummary) -> int | None:
-    """``data.image_size`` in px: the unit of the run's distances. None where it is not given."""
-    found = re.search(r"^[^#\n]*\bimage_size: *(\d+)", run.params, re.MULTILINE)
-    return int(found[1]) if found else None
+def _setup(run: RunSummary) -> list[str]:
+    """What sets the run apart from all clients' weights averaged in every round."""
+    settings, found = run.config.federate, []
+    if settings.clients_per_round is not None:
+        count = len(_clients(run))
+        found.append(f"{min(settings.clients_per_round, count)} of {count} clients a round")
+    if settings.aggregation == "median":
+        found.append("coordinate median")
+    if run.config.heterogeneous:
+        found.append("clients\N{RIGHT SINGLE QUOTATION MARK} own networks")
+    return found
+
+
+def _clients(run: RunSummary) -> list[str]:
+    """Sorted, as a partition holds them; those that never took part too, where they are known."""
+    return sorted({*run.models, *clients_of(run.history), *run.metrics["test"]["clients"]})
+
+
+def _has_server_model(run: RunSummary) -> bool:
+    return any(entry.get("server") for entry in run.history)
+
+
+def _describe(network: NetworkConfig) -> str:
+    return f"{network.architecture}, {network.encoder}, depth {network.encoder_depth}"
+
+
+def _client_table(run: RunSummary) -> dict[str, Any]:
+    """Each client's images, rounds, costs and last diagnostics; columns without data left out."""
+    names, took_part = _clients(run), clients_of(run.history)
+    present = np.isfinite(per_client(run.history, "images"))
+    columns, cells = [], []
+    for each in CLIENT_COLUMNS:
+        values = each.scale * per_client(run.history, each.field)
+        if np.isfinite(values).any():
+            shown = _summarise(values, present, last=each.last)
+            columns.append(each)
+            cells.append(dict(zip(took_part, _cells(shown, each), strict=True)))
+    images = dict(zip(took_part, per_client(run.history, "images").T, strict=True))
+    counts = dict(zip(took_part, present.sum(axis=0), strict=True))
+    missing = {"text": DASH, "bar": None}
+    rows = [
+        {
+            "name": name,
+            "network": _describe(run.config.network_of(i)) if run.config.heterogeneous else None,
+            "images": format_number(np.nanmax(images[name]), 0) if name in images else DASH,
+            "rounds": int(counts.get(name, 0)),
+            "cells": [known.get(name, missing) for known in cells],
+        }
+        for i, name in enumerate(names)
+    ]
+    means = sum(not each.last for each in columns)
+    return {
+        "columns": [each.title for each in columns],
+        "means": means,
+        "lasts": len(columns) - means,
+        "of": len(run.history),
+        "rows": rows,
+    }
+
+
+def _summarise(
+    values: NDArray[np.float64], present: NDArray[np.bool_], *, last: bool
+) -> NDArray[np.float64]:
+    """(clients,) of (rounds, clients): the value of the last round ``present``, or the mean."""
+    if last:
+        rounds = len(present) - 1 - np.argmax(present[::-1], axis=0)
+        return np.asarray(np.take_along_axis(values, rounds[None], axis=0)[0])
+    means = np.ma.masked_invalid(values).mean(axis=0)
+    return np.asarray(np.ma.filled(means, math.nan), dtype=np.float64)
+
+
+def _cells(values: NDArray[np.float64], each: _Column) -> list[dict[str, Any]]:
+    """Text and bar (% of the cell) of one column, with about three digits for its largest value."""
+    highest = float(np.nanmax(np.abs(values), initial=0.0))
+    share = each.last and each.bar
+    decimals = 2 if each.last else next((d for d in (0, 1, 2) if highest >= 10 ** (2 - d)), 3)
+    full = 1.0 if share else highest
+    return [
+        {
+            "text": format_number(value, decimals),
+            "bar": round(100 * value / full) if each.bar and full and value == value else None,
+        }
+        for value in values.tolist()
+    ]
 
 
 def _best(runs: Sequence[RunSummary], *, distances: bool) -> dict[str, str]:
@@ -169,133 +270,17 @@ def _best(runs: Sequence[RunSummary], *, distances: bool) -> dict[str, str]:
     best: dict[str, str] = {}
     for name, decimals in DECIMALS.items():
         higher_is_better = name in ("dice", "iou")
-        values = _column(run.metrics["test"]["pooled"].get(name) for run in runs)
+        values = column(run.metrics["test"]["pooled"].get(name) for run in runs)
         values = values[~np.isnan(values)]
         if len(runs) > 1 and len(values) and (higher_is_better or distances):
             best[name] = format_number(values.max() if higher_is_better else values.min(), decimals)
     return best
 
 
-def _validation_curves(runs: Sequence[RunSummary]) -> Curves | None:
-    keys = _line_keys([run.name for run in runs])
-    series = [_column(entry["val"].get("dice") for entry in run.history) for run in runs]
-    if all(np.isnan(values).all() for values in series):
-        return None
-    figure = Figure(figsize=(9.2, 3.2), layout="constrained")
-    axes = _round_axes(figure, columns=1, index=1, ylabel="validation Dice")
-    for run, key, values in zip(runs, keys, series, strict=True):
-        _line(axes, run, values, key)
-    return Curves(png_uri(figure), [("", keys)])
-
-
-def _run_curves(run: RunSummary) -> Curves | None:
-    """Small multiples of one run's diagnostics; panels without data are left out."""
-    known: list[tuple[str, tuple[str, ...], Callable[[Axes, RunSummary], list[Key]]]] = [
-        ("Loss", tuple(LOSSES), _draw_losses),
-        ("Foreground agreement (Dice of SAM and client)", ("agreement",), _draw_agreement),
-        ("Share of pixels kept, by source", ("kept",), _draw_shares),
-    ]
-    panels = [p for p in known if any(np.isfinite(_per_client(run, f)).any() for f in p[1])]
-    if not panels:
-        return None
-    figure, legends = Figure(figsize=(9.2, 2.5), layout="constrained"), []
-    for index, (title, _, draw) in enumerate(panels, start=1):
-        legends.append((title, draw(_round_axes(figure, columns=3, index=index), run)))
-    return Curves(png_uri(figure), legends)
-
-
-def _draw_losses(axes: Axes, run: RunSummary) -> list[Key]:
-    keys = []
-    for index, (field, label) in enumerate(LOSSES.items()):
-        values = _mean_over_clients(run, field)
-        if np.isnan(values).all():
-            continue
-        key = Key(label, "#000000" if field == "loss" else COLOURS[index - 1])
-        _line(axes, run, values, key)
-        keys.append(key)
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    return keys
-
-
-def _draw_agreement(axes: Axes, run: RunSummary) -> list[Key]:
-    """A line per client; with many clients only the one that ends lowest has a colour."""
-    names, values = _clients(run), _per_client(run, "agreement")
-    keys = shown = _line_keys(names)
-    if len(names) > MAX_COLOURED_CLIENTS:
-        ends = [next((v for v in column[::-1] if v == v), math.inf) for column in values.T]
-        lowest = int(np.argmin(ends))
-        shown = [Key(f"{names[lowest]} (lowest at the end)", COLOURS[1]), Key("others", GREY)]
-        keys = [shown[int(index != lowest)] for index in range(len(names))]
-    for index in sorted(range(len(names)), key=lambda i: keys[i].colour != GREY):  # grey below
-        _line(axes, run, values[:, index], keys[index])
-    axes.set_ylim(0, 1.02)
-    return shown
-
-
-def _draw_shares(axes: Axes, run: RunSummary) -> list[Key]:
-    """Stacked bars of the mean over clients: kept = agreed + from SAM + from the client."""
-    kept, from_sam, from_client = (
-        np.nan_to_num(_mean_over_clients(run, name)) for name in ("kept", "from_sam", "from_client")
-    )
-    agreed = np.clip(kept - from_sam - from_client, 0, None)
-    rounds, base = [entry["round"] for entry in run.history], np.zeros(len(kept))
-    width = 0.8 if len(rounds) <= 40 else 1.0  # gaps between many thin bars would only flicker
-    for colour, part in zip(SHARES.values(), (agreed, from_sam, from_client), strict=True):
-        axes.bar(rounds, part, width, bottom=base, color=colour, linewidth=0)
-        base = base + part
-    axes.set_ylim(0, 1.02)
-    return [Key(label, colour, area=True) for label, colour in SHARES.items()]
-
-
-def _round_axes(figure: Figure, *, columns: int, index: int, ylabel: str = "") -> Axes:
-    axes = figure.add_subplot(1, columns, index)
-    style_axes(axes, xlabel="round", ylabel=ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    return axes
-
-
-def _line(axes: Axes, run: RunSummary, values: NDArray[np.float64], key: Key) -> None:
-    rounds = [entry["round"] for entry in run.history]
-    marker = "o" if len(rounds) <= 15 else "none"  # one round has no line, only a point
-    axes.plot(rounds, values, color=key.colour, ls=key.dash, lw=1.6, marker=marker, ms=3)
-
-
-def _line_keys(names: Sequence[str]) -> list[Key]:
-    """Pairs of colour and dash that all differ up to 21 names."""
-    n = len(COLOURS)
-    return [Key(name, COLOURS[i % n], DASHES[i // n % 3]) for i, name in enumerate(names)]
-
-
-def _clients(run: RunSummary) -> list[str]:
-    return sorted({name for entry in run.history for name in entry["clients"]})
-
-
-def _column(values: Iterable[float | None]) -> NDArray[np.float64]:
-    """Values as float64, nan (a gap in the curve) where there is none."""
-    column = np.array([math.nan if value is None else value for value in values], np.float64)
-    return np.where(np.isfinite(column), column, math.nan)
-
-
-def _per_client(run: RunSummary, field: str) -> NDArray[np.float64]:
-    """(rounds, clients) of one diagnostic, nan where a client did not report it."""
-    names = _clients(run)
-    rounds = (entry["clients"] for entry in run.history)
-    rows = [_column(clients.get(n, {}).get(field) for n in names) for clients in rounds]
-    return np.array(rows).reshape(len(rows), len(names))
-
-
-def _mean_over_clients(run: RunSummary, field: str) -> NDArray[np.float64]:
-    """(rounds,) mean weighted by the clients' images, over those that reported ``field``."""
-    values = np.ma.masked_invalid(_per_client(run, field))
-    images = np.nan_to_num(_per_client(run, "images"), nan=1.0)
-    means = np.ma.average(values, axis=1, weights=images)
-    return np.asarray(np.ma.filled(means, math.nan), dtype=np.float64)
-
-
-def _panel_px(rows: int) -> int:
-    """Side of a gallery panel, px, so that all of them fit the report's size."""
+def _panel_px(rows: int, budget: int) -> int:
+    """Side of a gallery panel, px, so that all of them fit into ``budget`` bytes."""
     bytes_per_pixel = 4 * 4 / 3  # RGB and weight, as base64
-    return max(48, min(256, int(math.sqrt(GALLERY_BYTES / bytes_per_pixel / max(rows, 1)))))
+    return max(48, min(256, int(math.sqrt(max(budget, 0) / bytes_per_pixel / max(rows, 1)))))
 
 
 def _gallery_context(row: GalleryRow, side: int) -> dict[str, str | None]:

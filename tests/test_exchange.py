@@ -32,6 +32,7 @@ NETWORKS: list[dict[str, Any]] = [
     {"architecture": "linknet", "encoder": "tu-regnetx_002", "encoder_depth": 5},
     {"architecture": "segformer", "encoder": "tu-mobilenetv4_conv_small_050", "encoder_depth": 5},
 ]
+FUSION_TERMS = ("loss_seg", "loss_kl", "counted")  # as the report names them
 CHANNELS = {"segformer": [16], "unet": [16, 8, 8], "linknet": [16, 8, 8]}
 
 
@@ -81,7 +82,10 @@ def test_five_backbones_in_one_run(prepared: Config, method: str) -> None:
             assert client["bytes_down"] == (logits + 8 if spoke else 0)
             assert ("fusion_loss" in client) == spoke
             assert client["loss_kd"] == 0  # there is no broadcast model
-        assert bool(entry["server"]) == (method in ("sam_fed", "shuffled", "rc_rf"))
+        fuses = method in ("sam_fed", "shuffled", "rc_rf")
+        assert set(entry["server"]) == ({"loss", *FUSION_TERMS} if fuses else set())
+        for client in entry["clients"].values():
+            assert fuses == all(f"fusion_{term}" in client for term in FUSION_TERMS)
     assert build_gallery(config, run)
 
 

@@ -22,7 +22,7 @@ from pipeline.averaging import Averaging
 from pipeline.cohort import load_cohort
 from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError, IdentityError, SamfedError, StageError
-from pipeline.evaluation import evaluate
+from pipeline.evaluation import _write_rounds, evaluate
 from pipeline.federation import federate
 from pipeline.final import FinalModels
 from pipeline.gallery import build_gallery
@@ -201,6 +201,8 @@ def test_report_shows_truth_sam_and_client(finished: tuple[Config, RunFolder]) -
     assert all(row.sam is not None and row.weight is not None for row in rows)
     page = render_report([load_run(run.path)], rows, title="tiny")
     assert "sam_fed" in page
+    for shown in ("Foreground agreement", "Gradient norm", "Drift, %", "MB up", "Trust in SAM"):
+        assert shown in page
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
@@ -212,6 +214,24 @@ def test_metrics_file_has_the_promised_shape(finished: tuple[Config, RunFolder])
     assert metrics["test"]["pooled"]["n"] == sum(
         client["n"] for client in metrics["test"]["clients"].values()
     )
+
+
+def test_rounds_as_a_table(tmp_path: Path) -> None:
+    """Means and sums over the clients of a round; what nobody reported is empty."""
+    said = {"loss": 1.0, "agreement": 0.5, "kept": None, "drift": 0.25, "gradient_norm": 2.0}
+    sent = {"bytes_up": 12_345_678, "bytes_down": 3}
+    clients = {"a": {**said, **sent}, "b": {**sent, "loss": 3.0, "pseudo_label_dice": 0.75}}
+    history = [
+        {"round": 1, "clients": clients, "val": {"dice": 0.5}, "seconds": 1.5},
+        {"round": 2, "clients": {"b": {"loss": 2.0}}, "val": {"dice": None}, "seconds": 2.5},
+    ]
+    _write_rounds(tmp_path / "rounds.csv", history)
+    assert (tmp_path / "rounds.csv").read_text().splitlines() == [
+        "round,val_dice,loss,agreement,kept,pseudo_label_dice,gradient_norm,drift,"
+        "bytes_up,bytes_down,seconds",
+        "1,0.5,2,0.5,,0.75,2,0.25,24691356,6,1.5",
+        "2,,2,,,,,,,,2.5",
+    ]
 
 
 def test_two_classes_grey_images_and_a_partition_read_back(
