@@ -50,15 +50,15 @@ WARM_STEPS, BATCH = 30, 8  # three rounds of the default settings: the state is 
 
 SOURCES = ("SAM", "client", "both")
 RULES: tuple[Rule, ...] = ("adaptive", "consensus", "confident", "soft", "sam_only", "client_only")
-NO_PRIOR = "g = 0"  # `adaptive` without its prior for foreground
+PRIOR = "g = 1"  # `adaptive` with a prior for foreground
 UNCALIBRATED = "a = 1, b = 0"  # `adaptive` without its calibration
-VARIANTS = (UNCALIBRATED, NO_PRIOR)  # of `adaptive`
+VARIANTS = (UNCALIBRATED, PRIOR)  # of `adaptive`
 COLUMNS = (*RULES, *VARIANTS)
 # colour and dash of a line
 STYLES: dict[str, tuple[str, Literal["solid", "dotted", "dashed"]]] = {
     **{rule: (COLOURS[i], "solid") for i, rule in enumerate(RULES)},
     UNCALIBRATED: (COLOURS[0], "dotted"),
-    NO_PRIOR: (COLOURS[0], "dashed"),
+    PRIOR: (COLOURS[0], "dashed"),
 }
 
 
@@ -231,7 +231,7 @@ def measure(sources: Sources, case: Case) -> dict[str, dict[str, float]]:
     )
     configs: dict[str, AgreementConfig] = {rule: AgreementConfig(rule=rule) for rule in RULES}
     configs[UNCALIBRATED] = AgreementConfig()
-    configs[NO_PRIOR] = AgreementConfig(foreground_prior=0)
+    configs[PRIOR] = AgreementConfig(foreground_prior=1)
     scores = {}
     for column, config in configs.items():
         result = agree(

@@ -179,7 +179,7 @@ class AgreementConfig(_Section):
         0.6  # `adaptive`: threshold of a class unlearnt
     )
     ceiling: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.8  # `adaptive`: of a class well learnt
-    foreground_prior: NonNegative = 1.0  # `adaptive`: log-odds for foreground in a conflict
+    foreground_prior: float = 0.0  # `adaptive`: log-odds for foreground in a conflict
     momentum: Fraction = 0.9  # `adaptive`: of the class-wise running confidence
     warn_agreement: Fraction = 0.3  # foreground Dice(SAM, client) below this is a warning
     warn_kept: Fraction = 0.3  # share of pixels kept below this is a warning

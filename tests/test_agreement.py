@@ -32,7 +32,7 @@ CLIENT = torch.stack([1 - CLIENT_FOREGROUND, CLIENT_FOREGROUND], dim=1)
 
 def run(rule: str, **changes: object) -> Agreement:
     arguments = {
-        "config": AgreementConfig(rule=rule),  # type: ignore[arg-type]
+        "config": AgreementConfig(rule=rule, foreground_prior=1.0),  # type: ignore[arg-type]
         "state": AgreementState.initial(1),
     } | changes
     return agree(SAM_LABEL, SAM_PROBABILITY, CLIENT, **arguments)  # type: ignore[arg-type]
@@ -320,7 +320,7 @@ def test_a_clients_foreground_counts_whatever_its_image_agrees() -> None:
         torch.zeros(1, 1, 1, dtype=torch.int64),
         torch.full((1, 1, 1), 0.6),
         client,
-        config=AgreementConfig(),
+        config=AgreementConfig(foreground_prior=1.0),
         state=AgreementState.initial(1),
     )
     assert result.target.item() == 1
