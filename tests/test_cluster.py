@@ -145,7 +145,8 @@ def test_the_command_with_local_workers(config: Config, prepared: Config, tmp_pa
         len(client.train) for client in partition.clients.values()
     )
     assert json.loads(done.stdout)["labelled"] == count
-    assert done.stderr == ""
+    # on a busy machine dask warns that its event loop was held up
+    assert [line for line in done.stderr.splitlines() if "distributed" not in line] == []
     assert content(config) == content(prepared)
 
 
