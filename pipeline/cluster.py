@@ -309,7 +309,9 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Cluster]:
         }
         for number in range(workers)
     }
-    scheduler = {"cls": distributed.Scheduler, "options": {"host": _HERE, "dashboard": False}}
+    # port 0: dask's usual one may be another cluster's, and dask would warn of it
+    options = {"host": _HERE, "dashboard": False, "dashboard_address": f"{_HERE}:0"}
+    scheduler = {"cls": distributed.Scheduler, "options": options}
     with ExitStack() as started:
         try:
             cluster = started.enter_context(

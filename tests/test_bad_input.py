@@ -165,7 +165,7 @@ def test_unusable_encoder_weights_leave_no_run(project: Project, encoder_weights
         ("evaluate-sam", "partition.json", "prepare"),
         ("precompute-sam", "partition.json", "prepare"),
         ("federate", "partition.json", "prepare"),
-        ("evaluate", "runs/sam_fed/models/global.safetensors", "federate"),
+        ("evaluate", "runs/sam_fed/params.yaml", "federate"),
         ("report", "runs/sam_fed/history.jsonl", "federate"),
     ],
 )
@@ -182,7 +182,7 @@ def test_any_stage_on_a_fresh_checkout(tmp_path: Path, stage: str, file: str, ne
     [
         ("evaluate-sam", "teacher/card.json", "finetune-sam"),
         ("precompute-sam", "teacher/card.json", "finetune-sam"),
-        ("evaluate", "runs/sam_fed/models/global.safetensors", "federate"),
+        ("evaluate", "runs/sam_fed/params.yaml", "federate"),
         ("report", "runs/sam_fed/history.jsonl", "federate"),
     ],
 )

@@ -274,7 +274,7 @@ class Threads:
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
     monkeypatch.setattr("pipeline.cluster._LOOK_SECONDS", 0.1)
     monkeypatch.setattr("pipeline.cluster._WORKERS_SECONDS", 0.2)
-    options: dict[str, Any] = {"processes": False, "dashboard_address": None}
+    options: dict[str, Any] = {"processes": False, "dashboard_address": "127.0.0.1:0"}
     with (
         distributed.LocalCluster(n_workers=1, threads_per_worker=1, **options) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
