@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,46 @@ def test_the_command_with_local_workers(config: Config, prepared: Config, tmp_pa
     assert json.loads(done.stdout)["labelled"] == count
     assert done.stderr == ""
     assert content(config) == content(prepared)
+
+
+def test_ctrl_c_with_local_workers(config: Config, prepared: Config, tmp_path: Path) -> None:
+    """A terminal sends it to the workers too: no process is left, and what is done is kept."""
+    params = write_params(tmp_path / "params.yaml", config)
+    command = [sys.executable, str(ROOT / "cli.py"), "precompute-sam", "--workers", "1"]
+    server = store_path(config, "server")  # its few images come first
+    with subprocess.Popen(
+        [*command, "--params", str(params)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as run:
+        try:
+            while not (server.is_dir() and LabelStore(server).done().all()):
+                assert run.poll() is None
+                time.sleep(0.05)
+            os.killpg(run.pid, signal.SIGINT)
+            out, err = run.communicate()
+            while group_is_there(run.pid):
+                time.sleep(0.05)  # dask's own helpers take a moment
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+    assert (run.returncode, out) == (130, "")
+    assert "interrupted: run the same command again to continue\n" in err  # beside dask's warnings
+    assert "Traceback" not in err
+    again = precompute(config)
+    assert again.kept == len(LabelStore(server))
+    assert content(config) == content(prepared)
+
+
+def group_is_there(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_workers_error_is_the_commands(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
