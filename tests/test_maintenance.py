@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from pipeline.prepare import prepare
 from pipeline.repair import Repair, repair
 from pipeline.stores.chunks import seal
 from pipeline.stores.labels import LabelStore
-from pipeline.stores.verify import check_store
+from pipeline.stores.verify import Fault, check_store
 
 COUNT = 110  # two shards of labels, the second one partly filled
 
@@ -109,6 +111,10 @@ def teacher(config: Config, monkeypatch: pytest.MonkeyPatch) -> FakeTeacher:
 
 def store_of(config: Config) -> Path:
     return config.cache.root / "sam" / "site.zarr"
+
+
+def lock_of(config: Config) -> Path:
+    return config.cache.root / "locks" / "sam-site.lock"
 
 
 def flip(file: Path, place: int, bit: int = 3) -> None:
@@ -210,6 +216,77 @@ def test_an_unfinished_store_is_whole(config: Config) -> None:
     shutil.rmtree(store.path)
     LabelStore.create(store.path, store.identity, rows)
     assert verify(config).faults == []
+
+
+def busy(config: Config, writer: str) -> str:
+    ends = "writes to it; run `samfed cache verify` when it has ended"
+    return f"{store_of(config)}: {writer} {ends}"
+
+
+def test_a_store_that_is_being_written_is_skipped(config: Config) -> None:
+    (store_of(config) / "masks" / "c" / "0" / "0" / "0").unlink()
+    before = content(config.cache.root)
+    with writer_lock(lock_of(config)):
+        found = verify(config)
+    assert (found.stores, found.faults) == (7, [])
+    assert found.skipped == [busy(config, f"process {os.getpid()}")]
+    lock_of(config).write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    advice = f"(if it is dead, delete {lock_of(config)})"
+    assert verify(config).skipped == [busy(config, f"process 7 on host 'elsewhere' {advice}")]
+    lock_of(config).write_bytes(b"")
+    assert content(config.cache.root) == before
+    found = verify(config)
+    assert (len(found.faults), found.skipped) == (1, [])
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_writer_that_comes_while_a_store_is_read(
+    config: Config, monkeypatch: pytest.MonkeyPatch, stays: bool
+) -> None:
+    """What was missing while it wrote is read again, or is no word against the store."""
+    shard = store_of(config) / "masks" / "c" / "0" / "0" / "0"
+    good, read = shard.read_bytes(), list[Path]()
+    writer = ExitStack()
+
+    def check(path: Path, advance: Callable[[int], None]) -> list[Fault]:
+        read.append(path)
+        if read.count(store_of(config)) > 1 or path != store_of(config):
+            return check_store(path, advance)
+        writer.enter_context(writer_lock(lock_of(config)))
+        shard.unlink()
+        faults = check_store(path, advance)
+        assert faults
+        shard.write_bytes(good)
+        if not stays:
+            writer.close()
+        return faults
+
+    monkeypatch.setattr("pipeline.maintenance.check_store", check)
+    with writer:
+        found = verify(config)
+    assert found.faults == []
+    assert len(found.skipped) == stays
+    assert read.count(store_of(config)) == 2 - stays
+
+
+def test_damage_is_read_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that nobody has touched meanwhile leaves no doubt; nor one of a killed process."""
+    (store_of(config) / "masks" / "c" / "0" / "0" / "0").unlink()
+    read: list[Path] = []
+
+    def check(path: Path, advance: Callable[[int], None]) -> list[Fault]:
+        read.append(path)
+        return check_store(path, advance)
+
+    monkeypatch.setattr("pipeline.maintenance.check_store", check)
+    lock_of(config).write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1}))
+    assert len(verify(config).faults) == 1
+    assert read.count(store_of(config)) == 1
+
+
+def test_image_stores_that_are_being_written(config: Config) -> None:
+    with writer_lock(config.cache.root / "locks" / "prepare.lock"):
+        assert len(verify(config).skipped) == 6
 
 
 def test_done_rows_without_provenance(config: Config) -> None:
