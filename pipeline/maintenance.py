@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.card import CARD_FILE, load_card
 from pipeline.config import Config
 from pipeline.errors import LockedStoreError, StageError, StoreError
-from pipeline.files import discard, recover_folder, tree_bytes
+from pipeline.files import discard, leftovers, recover_folder, tree_bytes
 from pipeline.locks import writer_lock, writer_of
 from pipeline.partition import Partition, load_partition
 from pipeline.stores.chunks import canonical_json
@@ -254,7 +254,7 @@ class Removable:
     path: Path
     why: str
     bytes: int
-    lock: Path  # held while it is removed
+    lock: Path | None  # held while it is removed; None if it can have no writer any more
 
     def __str__(self) -> str:
         return f"{self.path}: {_size(self.bytes)}, {self.why}"
@@ -267,8 +267,9 @@ class Removable:
 def removable(config: Config) -> list[Removable]:
     """Label stores that were moved aside, and what killed runs left behind.
 
-    Earlier runs, in ``cache/aside/runs``, are results and stay. What looks left behind may belong
-    to a run that is still going: ``prune`` finds its lock held.
+    Earlier runs, in ``cache/aside/runs``, are results and stay. What looks left behind of a store
+    may belong to a run that is still going: ``prune`` finds its lock held. Single files are listed
+    an hour after the last write to them.
     """
     cache, killed = config.cache.root, "left by a killed run"
     found = [(path, "moved aside", path.parent.name) for path in _aside(cache)]
@@ -279,7 +280,12 @@ def removable(config: Config) -> list[Removable]:
         # a retired store whose successor never came is no rubbish: the next run takes it back
         if path.suffix == ".building" or _final(path).exists():
             found.append((path, killed, _final(path).stem))
-    return [Removable(path, why, tree_bytes(path), store_lock(cache, o)) for path, why, o in found]
+    result = [
+        Removable(path, why, tree_bytes(path), store_lock(cache, o)) for path, why, o in found
+    ]
+    named = {path for path, _, _ in found}
+    files = [path for path in leftovers(cache) if not named.intersection(path.parents)]
+    return result + [Removable(path, killed, tree_bytes(path), None) for path in files]
 
 
 def prune(config: Config, chosen: Sequence[Removable]) -> list[Removable]:
@@ -289,12 +295,15 @@ def prune(config: Config, chosen: Sequence[Removable]) -> list[Removable]:
         LockedStoreError: another process writes to one of the stores; nothing is removed.
     """
     with ExitStack() as locks:
-        for lock in sorted({each.lock for each in chosen}):
+        for lock in sorted({each.lock for each in chosen if each.lock is not None}):
             locks.enter_context(writer_lock(lock))
         still = {each.path for each in removable(config)}
         gone = [each for each in chosen if each.path in still]
         for each in gone:
-            _remove(each.path)
+            if each.lock is None:
+                each.path.unlink(missing_ok=True)
+            else:
+                _remove(each.path)
     return gone
 
 

@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,6 +34,7 @@ from pipeline.stores.chunks import seal
 from pipeline.stores.labels import LabelStore
 from pipeline.stores.verify import Fault, check_store
 
+ROOT = Path(__file__).parent.parent
 COUNT = 110  # two shards of labels, the second one partly filled
 
 
@@ -627,6 +631,44 @@ def test_prune(config: Config, whole: dict[str, bytes]) -> None:
     assert content(cache / "sam") == whole
     assert (run.is_dir(), lost.is_dir(), aside.exists()) == (True, True, False)
     assert prune(config, found) == []
+
+
+def test_prune_of_single_files_that_a_kill_left(config: Config, whole: dict[str, bytes]) -> None:
+    """Only our own, and only old ones: a young one may be somebody's who writes it now."""
+    cache = config.cache.root
+    code = (
+        "import os, sys; from pathlib import Path; from pipeline.files import write_bytes\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
+        "write_bytes(Path(sys.argv[1]), b'half')"
+    )
+    aside = cache / "aside" / "site" / "0123.zarr"
+    shutil.copytree(store_of(config), aside)
+    finals = [cache / "partition.json", store_of(config) / "zarr.json", aside / "zarr.json"]
+    for final in finals:
+        done = subprocess.run([sys.executable, "-c", code, str(final)], cwd=ROOT)
+        assert done.returncode == -9
+    left = [path for path in cache.rglob(".*") if path.is_file()]
+    assert {path.parent for path in left} == {path.parent for path in finals}
+    others = [cache / ".notes.abcdefgh", cache / ".a.abcdefgh.tmp", cache / "b.abcdefgh.samfed-tmp"]
+    for path in others:
+        path.write_bytes(b"a user's")
+    folder = cache / ".c.abcdefgh.samfed-tmp"
+    folder.mkdir()
+    assert {each.path for each in removable(config)} == {aside}
+    hours_ago = time.time() - 2 * 60 * 60
+    for path in [*left, *others, folder]:
+        os.utime(path, (hours_ago, hours_ago))
+    found = removable(config)
+    wanted = {path for path in left if aside not in path.parents}
+    assert len(wanted) == 2
+    assert {each.path for each in found} == {aside, *wanted}  # what goes with it is not named twice
+    assert {(each.bytes, each.why) for each in found if each.path in wanted} == {
+        (4, "left by a killed run")
+    }
+    with writer_lock(cache / "locks" / "prepare.lock"):
+        assert set(prune(config, found)) == set(found)
+    assert content(cache / "sam") == whole
+    assert all(path.exists() for path in [*others, folder])
 
 
 def test_prune_keeps_what_came_back_meanwhile(config: Config) -> None:
