@@ -262,14 +262,18 @@ def connect(address: str) -> Iterator[Cluster]:
             "check the address, or start one with `dask scheduler`"
         ) from error
     except (ValueError, TypeError, AssertionError) as error:  # an address or a file that is none
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"--scheduler {address}: no address of a dask scheduler that can be used ({reason}); "
+            f"--scheduler {address}: no address of a dask scheduler that can be used "
+            f"({_first_line(error)}); "
             "expected tcp://host:port, tls:// with dask's certificates set, or a scheduler file"
         ) from error
     with client:
         _await_workers(client, address)
         yield Cluster(client)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _await_workers(client: distributed.Client, address: str) -> None:
@@ -309,23 +313,25 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Cluster]:
         }
         for number in range(workers)
     }
-    scheduler = {"cls": distributed.Scheduler, "options": {"host": _HERE, "dashboard": False}}
+    options = {"host": _HERE, "dashboard": False, "dashboard_address": f"{_HERE}:0"}  # any port
+    scheduler = {"cls": distributed.Scheduler, "options": options}
+    nanny = logging.getLogger("distributed.nanny")
     with ExitStack() as started:
+        started.callback(nanny.setLevel, nanny.level)
         try:
             cluster = started.enter_context(
                 distributed.SpecCluster(workers=spec, scheduler=scheduler)
             )
             client = started.enter_context(distributed.Client(cluster, set_as_default=False))
             client.wait_for_workers(workers, timeout=_WORKERS_SECONDS)
-        except (
-            RuntimeError,
-            TimeoutError,
-        ) as error:  # a nanny's worker died; or lives, but is mute
+        except (RuntimeError, TimeoutError) as error:  # it died at once, or is mute
             raise SamfedError(
-                f"--workers {workers}: not all of them started ({error}); see above what stopped "
-                "them (memory?), or give fewer"
+                f"--workers {workers}: not all of them started ({_first_line(error)}); see above "
+                "what stopped them (memory?), or give fewer"
             ) from error
         share = max(1, (os.cpu_count() or 1) // workers)
+        # whatever a worker does when we close, nobody waits for: that it is killed is no news
+        started.callback(nanny.setLevel, logging.ERROR)
         yield Cluster(client, threads=share, device="cuda" if gpus else None)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -314,7 +316,7 @@ class Threads:
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
     monkeypatch.setattr("pipeline.cluster._LOOK_SECONDS", 0.1)
     monkeypatch.setattr("pipeline.cluster._WORKERS_SECONDS", 0.2)
-    options: dict[str, Any] = {"processes": False, "dashboard_address": None}
+    options: dict[str, Any] = {"processes": False, "dashboard_address": "127.0.0.1:0"}
     with (
         distributed.LocalCluster(n_workers=1, threads_per_worker=1, **options) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
@@ -446,3 +448,38 @@ def test_local_workers_that_do_not_start(
         f"--workers 1: not all of them started ({reason}); see above what stopped them (memory?), "
         "or give fewer"
     )
+
+
+class Lingering(Mute):
+    """A worker that is busy when it is to close."""
+
+    async def close(self) -> None:
+        logging.getLogger("distributed.nanny").warning("still alive, killing")
+        await super().close()
+
+
+def test_local_workers_beside_another_dask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its port is no matter to us; a warning would end the test."""
+    monkeypatch.setattr(distributed, "Nanny", Mute)
+    monkeypatch.setattr(distributed.Client, "wait_for_workers", lambda *args, **options: None)
+    with socket.socket() as taken:
+        with suppress(OSError):  # taken already
+            taken.bind(("127.0.0.1", 8787))
+            taken.listen()
+        with local_cluster(1, device="cpu"):
+            pass
+
+
+def test_local_workers_are_closed_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(distributed, "Nanny", Lingering)
+    monkeypatch.setattr(distributed.Client, "wait_for_workers", lambda *args, **options: None)
+    nanny = logging.getLogger("distributed.nanny")
+    before = nanny.level
+    with local_cluster(1, device="cpu"):
+        nanny.warning("restarting a worker")
+    assert [r.getMessage() for r in caplog.records if r.name == nanny.name] == [
+        "restarting a worker"
+    ]
+    assert nanny.level == before
