@@ -528,12 +528,7 @@ def cache_verify(
 
     with _progress() as advance:
         result = verify(config, progress=advance)
-    found = {
-        "stores": result.stores,
-        "bytes": result.bytes,
-        "faults": [fault.as_json() for fault in result.faults],
-    }
-    _say(found, as_json, f"{result.stores} stores read, {len(result.faults)} faults")
+    _say(result.as_json(), as_json, result.text())
     _fail([str(fault) for fault in result.faults], CorruptStoreError.exit_code)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
 import socket
 import threading
 import uuid
@@ -18,12 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import distributed
 import torch
 from distributed.scheduler import KilledWorker
+from distributed.utils import LoopRunner
 
 from pipeline import __version__
 from pipeline.config import Config
@@ -40,6 +43,9 @@ from pipeline.labelling import (
 from pipeline.partition import load_partition
 from pipeline.sam.statistics import measure_owner
 from pipeline.stores.labels import Identity
+
+if TYPE_CHECKING:
+    from tornado.ioloop import IOLoop
 
 log = logging.getLogger("samfed.cluster")
 
@@ -262,14 +268,18 @@ def connect(address: str) -> Iterator[Cluster]:
             "check the address, or start one with `dask scheduler`"
         ) from error
     except (ValueError, TypeError, AssertionError) as error:  # an address or a file that is none
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"--scheduler {address}: no address of a dask scheduler that can be used ({reason}); "
+            f"--scheduler {address}: no address of a dask scheduler that can be used "
+            f"({_first_line(error)}); "
             "expected tcp://host:port, tls:// with dask's certificates set, or a scheduler file"
         ) from error
     with client:
         _await_workers(client, address)
         yield Cluster(client)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _await_workers(client: distributed.Client, address: str) -> None:
@@ -312,23 +322,45 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Cluster]:
     # port 0: dask's usual one may be another cluster's, and dask would warn of it
     options = {"host": _HERE, "dashboard": False, "dashboard_address": f"{_HERE}:0"}
     scheduler = {"cls": distributed.Scheduler, "options": options}
+    nanny = logging.getLogger("distributed.nanny")
     with ExitStack() as started:
+        started.callback(nanny.setLevel, nanny.level)
+        loop = started.enter_context(_loop_without_ctrl_c())
         try:
             cluster = started.enter_context(
-                distributed.SpecCluster(workers=spec, scheduler=scheduler)
+                distributed.SpecCluster(workers=spec, scheduler=scheduler, loop=loop)
             )
             client = started.enter_context(distributed.Client(cluster, set_as_default=False))
             client.wait_for_workers(workers, timeout=_WORKERS_SECONDS)
-        except (
-            RuntimeError,
-            TimeoutError,
-        ) as error:  # a nanny's worker died; or lives, but is mute
+        except (RuntimeError, TimeoutError) as error:  # it died at once, or is mute
             raise SamfedError(
-                f"--workers {workers}: not all of them started ({error}); see above what stopped "
-                "them (memory?), or give fewer"
+                f"--workers {workers}: not all of them started ({_first_line(error)}); see above "
+                "what stopped them (memory?), or give fewer"
             ) from error
         share = max(1, (os.cpu_count() or 1) // workers)
+        # whatever a worker does when we close, nobody waits for: that it is killed is no news
+        started.callback(nanny.setLevel, logging.ERROR)
         yield Cluster(client, threads=share, device="cuda" if gpus else None)
+
+
+@contextmanager
+def _loop_without_ctrl_c() -> Iterator[IOLoop]:
+    """An event loop whose processes never see Ctrl-C, which a terminal sends to them as well.
+
+    It ends them through us, in order. What a thread starts inherits its blocked signals, so a
+    worker that is started again later is spared too.
+    """
+    resource_tracker.ensure_running()  # where it starts, it unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        runner = LoopRunner()
+        runner.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield runner.loop
+    finally:
+        runner.stop()
 
 
 def _visible_gpus() -> list[str]:

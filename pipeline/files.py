@@ -6,14 +6,20 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, StageError
+
+_TEMPORARY = ".samfed-tmp"  # so that ours are known wherever they are found
+_OUR_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(_TEMPORARY))
+_ABANDONED_SECONDS = 60 * 60
 
 
 def file_sha256(path: Path) -> str:
@@ -36,7 +42,7 @@ def naming(path: Path) -> Iterator[None]:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``path`` atomically: readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(_TEMPORARY, prefix=f".{path.name}.", dir=path.parent)
     try:
         with naming(path), os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -47,6 +53,27 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def leftovers(root: Path) -> list[Path]:
+    """Temporary files below ``root`` that killed ``write_bytes`` left, untouched for an hour.
+
+    A write takes seconds, so an old one is nobody's. (Locks would not tell: single files are
+    written under many, or none.)
+    """
+    latest = time.time() - _ABANDONED_SECONDS
+    named = (
+        Path(folder, name)
+        for folder, _, names in os.walk(root)
+        for name in names
+        if _OUR_TEMPORARY.fullmatch(name)
+    )
+    found = []
+    for path in named:
+        with suppress(FileNotFoundError):  # written by now
+            if path.lstat().st_mtime < latest:
+                found.append(path)
+    return sorted(found)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.card import CARD_FILE, load_card
 from pipeline.config import Config
-from pipeline.errors import StageError, StoreError
-from pipeline.files import discard, recover_folder, tree_bytes
-from pipeline.locks import writer_lock
+from pipeline.errors import LockedStoreError, StageError, StoreError
+from pipeline.files import discard, leftovers, recover_folder, tree_bytes
+from pipeline.locks import writer_lock, writer_of
 from pipeline.partition import Partition, load_partition
 from pipeline.stores.chunks import canonical_json
 from pipeline.stores.labels import Identity, LabelStore
@@ -159,15 +159,27 @@ def _size(count: int) -> str:
 class Verification:
     """What was read, and what is wrong with it."""
 
-    stores: int
-    bytes: int
-    faults: list[Fault]
+    stores: int = 0
+    bytes: int = 0
+    faults: list[Fault] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)  # stores that a process writes to, and which
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return vars(self) | {"faults": [fault.as_json() for fault in self.faults]}
+
+    def text(self) -> str:
+        """For a person; the faults come beside it."""
+        skipped = f"{len(self.skipped)} skipped, " if self.skipped else ""
+        summary = f"{self.stores} stores read, {skipped}{len(self.faults)} faults"
+        return "\n".join([*self.skipped, summary])
 
 
 def verify(config: Config, *, progress: Progress | None = None) -> Verification:
     """Read every label and image store whole, and list everything that is wrong.
 
-    Stores moved aside are not read; a store that comes back is checked like any other.
+    Stores moved aside are not read; a store that comes back is checked like any other. One that a
+    process writes to is skipped: what is missing there may only not be there yet.
 
     Raises:
         StageError: there is no store.
@@ -177,8 +189,46 @@ def verify(config: Config, *, progress: Progress | None = None) -> Verification:
     if not stores:
         raise StageError(f"{cache}: found no store; run `samfed prepare` first")
     advance = meter(stores, progress)
-    faults = [fault for path in stores for fault in check_store(path, advance)]
-    return Verification(len(stores), sum(map(tree_bytes, stores)), faults)
+    result = Verification()
+    for path in stores:
+        try:
+            result.faults += check_at_rest(cache, path, advance)
+        except LockedStoreError as error:
+            result.skipped.append(str(error))
+            continue
+        result.stores += 1
+        result.bytes += tree_bytes(path)
+    return result
+
+
+def check_at_rest(cache: Path, path: Path, advance: Advance) -> list[Fault]:
+    """``check_store`` of a label or image store, read again if somebody wrote to it meanwhile.
+
+    Raises:
+        LockedStoreError: a process writes to it.
+    """
+    of_labels = path.parent == cache / "sam"
+    lock = store_lock(cache, path.stem) if of_labels else cache / "locks" / "prepare.lock"
+    while True:
+        before = _last_taken(lock)
+        writer = writer_of(lock)
+        if writer is not None:
+            raise LockedStoreError(
+                f"{path}: {writer} writes to it; run `samfed cache verify` when it has ended"
+            )
+        try:
+            faults = check_store(path, advance)
+        except Exception:  # a folder that is replaced while it is read fails in many ways
+            if _last_taken(lock) == before:
+                raise
+            continue
+        if not faults or _last_taken(lock) == before:
+            return faults
+
+
+def _last_taken(lock: Path) -> int | None:
+    """When a writer last took the lock or gave it back."""
+    return lock.stat().st_mtime_ns if lock.is_file() else None
 
 
 def meter(stores: Sequence[Path], progress: Progress | None) -> Advance:
@@ -204,7 +254,7 @@ class Removable:
     path: Path
     why: str
     bytes: int
-    lock: Path  # held while it is removed
+    lock: Path | None  # held while it is removed; None if it can have no writer any more
 
     def __str__(self) -> str:
         return f"{self.path}: {_size(self.bytes)}, {self.why}"
@@ -217,8 +267,9 @@ class Removable:
 def removable(config: Config) -> list[Removable]:
     """Label stores that were moved aside, and what killed runs left behind.
 
-    Earlier runs, in ``cache/aside/runs``, are results and stay. What looks left behind may belong
-    to a run that is still going: ``prune`` finds its lock held.
+    Earlier runs, in ``cache/aside/runs``, are results and stay. What looks left behind of a store
+    may belong to a run that is still going: ``prune`` finds its lock held. Single files are listed
+    an hour after the last write to them.
     """
     cache, killed = config.cache.root, "left by a killed run"
     found = [(path, "moved aside", path.parent.name) for path in _aside(cache)]
@@ -229,7 +280,12 @@ def removable(config: Config) -> list[Removable]:
         # a retired store whose successor never came is no rubbish: the next run takes it back
         if path.suffix == ".building" or _final(path).exists():
             found.append((path, killed, _final(path).stem))
-    return [Removable(path, why, tree_bytes(path), store_lock(cache, o)) for path, why, o in found]
+    result = [
+        Removable(path, why, tree_bytes(path), store_lock(cache, o)) for path, why, o in found
+    ]
+    named = {path for path, _, _ in found}
+    files = [path for path in leftovers(cache) if not named.intersection(path.parents)]
+    return result + [Removable(path, killed, tree_bytes(path), None) for path in files]
 
 
 def prune(config: Config, chosen: Sequence[Removable]) -> list[Removable]:
@@ -239,12 +295,15 @@ def prune(config: Config, chosen: Sequence[Removable]) -> list[Removable]:
         LockedStoreError: another process writes to one of the stores; nothing is removed.
     """
     with ExitStack() as locks:
-        for lock in sorted({each.lock for each in chosen}):
+        for lock in sorted({each.lock for each in chosen if each.lock is not None}):
             locks.enter_context(writer_lock(lock))
         still = {each.path for each in removable(config)}
         gone = [each for each in chosen if each.path in still]
         for each in gone:
-            _remove(each.path)
+            if each.lock is None:
+                each.path.unlink(missing_ok=True)
+            else:
+                _remove(each.path)
     return gone
 
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.card import load_card
 from pipeline.config import Config
-from pipeline.errors import IdentityError, StoreError
+from pipeline.errors import IdentityError, LockedStoreError, StoreError
 from pipeline.files import recover_folder
 from pipeline.labelling import load_labeller
 from pipeline.locks import writer_lock
 from pipeline.maintenance import (
     Progress,
+    check_at_rest,
     image_stores,
     label_stores,
     meter,
@@ -82,7 +83,11 @@ def repair(
     advance = meter([*images, *labels], progress)
     result = Repair()
     for path in images:
-        faults = check_store(path, advance)
+        try:
+            faults = check_at_rest(root, path, advance)
+        except LockedStoreError as error:
+            result.notices.append(str(error))
+            continue
         result.remaining += [f"{fault}; run `samfed prepare` again" for fault in faults]
     owners: list[str] = []
     with _Labelling(config, cluster) as labelling:

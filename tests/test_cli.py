@@ -402,7 +402,13 @@ def test_a_damaged_store_is_verified_and_repaired(project: Project) -> None:
     found = answer("cache", "verify", *project.options)
     every = [*project.cache.glob("images/*/*.zarr"), *project.cache.glob("sam/*.zarr")]
     every += project.cache.glob("oracle/*.zarr")
-    assert (found["faults"], found["stores"]) == ([], len(every))
+    assert (found["faults"], found["stores"], found["skipped"]) == ([], len(every), [])
+    with writer_lock(project.cache / "locks" / "sam-site_b.lock"):
+        result = call("cache", "verify", *project.options)
+    assert result.exit_code == 0
+    skipped, summary = result.stdout.splitlines()
+    assert skipped.startswith(f"{store}: process ")
+    assert summary == f"{len(every) - 1} stores read, 1 skipped, 0 faults"
     shard = store / "masks" / "c" / "0" / "0" / "0"
     shard.write_bytes(shard.read_bytes()[:-1])
     (project.cache / "images" / "site_c" / "val.zarr" / "images" / "zarr.json").unlink()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,46 @@ def test_the_command_with_local_workers(config: Config, prepared: Config, tmp_pa
     # on a busy machine dask warns that its event loop was held up
     assert [line for line in done.stderr.splitlines() if "distributed" not in line] == []
     assert content(config) == content(prepared)
+
+
+def test_ctrl_c_with_local_workers(config: Config, prepared: Config, tmp_path: Path) -> None:
+    """A terminal sends it to the workers too: no process is left, and what is done is kept."""
+    params = write_params(tmp_path / "params.yaml", config)
+    command = [sys.executable, str(ROOT / "cli.py"), "precompute-sam", "--workers", "1"]
+    server = store_path(config, "server")  # its few images come first
+    with subprocess.Popen(
+        [*command, "--params", str(params)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as run:
+        try:
+            while not (server.is_dir() and LabelStore(server).done().all()):
+                assert run.poll() is None
+                time.sleep(0.05)
+            os.killpg(run.pid, signal.SIGINT)
+            out, err = run.communicate()
+            while group_is_there(run.pid):
+                time.sleep(0.05)  # dask's own helpers take a moment
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+    assert (run.returncode, out) == (130, "")
+    assert "interrupted: run the same command again to continue\n" in err  # beside dask's warnings
+    assert "Traceback" not in err
+    again = precompute(config)
+    assert again.kept == len(LabelStore(server))
+    assert content(config) == content(prepared)
+
+
+def group_is_there(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_workers_error_is_the_commands(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,3 +449,38 @@ def test_local_workers_that_do_not_start(
         f"--workers 1: not all of them started ({reason}); see above what stopped them (memory?), "
         "or give fewer"
     )
+
+
+class Lingering(Mute):
+    """A worker that is busy when it is to close."""
+
+    async def close(self) -> None:
+        logging.getLogger("distributed.nanny").warning("still alive, killing")
+        await super().close()
+
+
+def test_local_workers_beside_another_dask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its port is no matter to us; a warning would end the test."""
+    monkeypatch.setattr(distributed, "Nanny", Mute)
+    monkeypatch.setattr(distributed.Client, "wait_for_workers", lambda *args, **options: None)
+    with socket.socket() as taken:
+        with suppress(OSError):  # taken already
+            taken.bind(("127.0.0.1", 8787))
+            taken.listen()
+        with local_cluster(1, device="cpu"):
+            pass
+
+
+def test_local_workers_are_closed_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(distributed, "Nanny", Lingering)
+    monkeypatch.setattr(distributed.Client, "wait_for_workers", lambda *args, **options: None)
+    nanny = logging.getLogger("distributed.nanny")
+    before = nanny.level
+    with local_cluster(1, device="cpu"):
+        nanny.warning("restarting a worker")
+    assert [r.getMessage() for r in caplog.records if r.name == nanny.name] == [
+        "restarting a worker"
+    ]
+    assert nanny.level == before

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import LockedStoreError
-from pipeline.locks import writer_lock
+from pipeline.locks import writer_lock, writer_of
 
 
 @pytest.fixture
@@ -130,6 +130,35 @@ def test_a_file_system_without_locks(path: Path, monkeypatch: pytest.MonkeyPatch
     assert str(caught.value) == (
         f"{path}: cannot be locked (No locks available); put cache.root on a local disk"
     )
+
+
+def test_who_writes(path: Path) -> None:
+    """To ask takes the lock from nobody."""
+    assert writer_of(path) is None
+    assert not path.exists()
+    with writer_lock(path):
+        assert writer_of(path) == writer_of(path) == f"process {os.getpid()}"
+    assert writer_of(path) is None
+    write(path, host=socket.gethostname(), pid=2**22 + 1)  # killed
+    path.chmod(0o444)
+    assert writer_of(path) is None
+    path.chmod(0o644)
+    with writer_lock(path):
+        pass
+    write(path, host="elsewhere", pid=7)
+    assert writer_of(path) == f"process 7 on host 'elsewhere' (if it is dead, delete {path})"
+
+
+def test_a_look_at_a_lock_refuses_nobody(path: Path) -> None:
+    """``writer_of`` holds the lock of a killed process for a moment."""
+    write(path, host=socket.gethostname(), pid=2**22 + 1)
+    with path.open() as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        done = threading.Timer(0.02, fcntl.flock, (looked_at, fcntl.LOCK_UN))
+        done.start()
+        with writer_lock(path):
+            pass
+        done.join()
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])

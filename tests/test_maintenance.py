@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +32,9 @@ from pipeline.prepare import prepare
 from pipeline.repair import Repair, repair
 from pipeline.stores.chunks import seal
 from pipeline.stores.labels import LabelStore
-from pipeline.stores.verify import check_store
+from pipeline.stores.verify import Fault, check_store
 
+ROOT = Path(__file__).parent.parent
 COUNT = 110  # two shards of labels, the second one partly filled
 
 
@@ -109,6 +115,10 @@ def teacher(config: Config, monkeypatch: pytest.MonkeyPatch) -> FakeTeacher:
 
 def store_of(config: Config) -> Path:
     return config.cache.root / "sam" / "site.zarr"
+
+
+def lock_of(config: Config) -> Path:
+    return config.cache.root / "locks" / "sam-site.lock"
 
 
 def flip(file: Path, place: int, bit: int = 3) -> None:
@@ -210,6 +220,77 @@ def test_an_unfinished_store_is_whole(config: Config) -> None:
     shutil.rmtree(store.path)
     LabelStore.create(store.path, store.identity, rows)
     assert verify(config).faults == []
+
+
+def busy(config: Config, writer: str) -> str:
+    ends = "writes to it; run `samfed cache verify` when it has ended"
+    return f"{store_of(config)}: {writer} {ends}"
+
+
+def test_a_store_that_is_being_written_is_skipped(config: Config) -> None:
+    (store_of(config) / "masks" / "c" / "0" / "0" / "0").unlink()
+    before = content(config.cache.root)
+    with writer_lock(lock_of(config)):
+        found = verify(config)
+    assert (found.stores, found.faults) == (7, [])
+    assert found.skipped == [busy(config, f"process {os.getpid()}")]
+    lock_of(config).write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    advice = f"(if it is dead, delete {lock_of(config)})"
+    assert verify(config).skipped == [busy(config, f"process 7 on host 'elsewhere' {advice}")]
+    lock_of(config).write_bytes(b"")
+    assert content(config.cache.root) == before
+    found = verify(config)
+    assert (len(found.faults), found.skipped) == (1, [])
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_writer_that_comes_while_a_store_is_read(
+    config: Config, monkeypatch: pytest.MonkeyPatch, stays: bool
+) -> None:
+    """What was missing while it wrote is read again, or is no word against the store."""
+    shard = store_of(config) / "masks" / "c" / "0" / "0" / "0"
+    good, read = shard.read_bytes(), list[Path]()
+    writer = ExitStack()
+
+    def check(path: Path, advance: Callable[[int], None]) -> list[Fault]:
+        read.append(path)
+        if read.count(store_of(config)) > 1 or path != store_of(config):
+            return check_store(path, advance)
+        writer.enter_context(writer_lock(lock_of(config)))
+        shard.unlink()
+        faults = check_store(path, advance)
+        assert faults
+        shard.write_bytes(good)
+        if not stays:
+            writer.close()
+        return faults
+
+    monkeypatch.setattr("pipeline.maintenance.check_store", check)
+    with writer:
+        found = verify(config)
+    assert found.faults == []
+    assert len(found.skipped) == stays
+    assert read.count(store_of(config)) == 2 - stays
+
+
+def test_damage_is_read_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that nobody has touched meanwhile leaves no doubt; nor one of a killed process."""
+    (store_of(config) / "masks" / "c" / "0" / "0" / "0").unlink()
+    read: list[Path] = []
+
+    def check(path: Path, advance: Callable[[int], None]) -> list[Fault]:
+        read.append(path)
+        return check_store(path, advance)
+
+    monkeypatch.setattr("pipeline.maintenance.check_store", check)
+    lock_of(config).write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1}))
+    assert len(verify(config).faults) == 1
+    assert read.count(store_of(config)) == 1
+
+
+def test_image_stores_that_are_being_written(config: Config) -> None:
+    with writer_lock(config.cache.root / "locks" / "prepare.lock"):
+        assert len(verify(config).skipped) == 6
 
 
 def test_done_rows_without_provenance(config: Config) -> None:
@@ -550,6 +631,44 @@ def test_prune(config: Config, whole: dict[str, bytes]) -> None:
     assert content(cache / "sam") == whole
     assert (run.is_dir(), lost.is_dir(), aside.exists()) == (True, True, False)
     assert prune(config, found) == []
+
+
+def test_prune_of_single_files_that_a_kill_left(config: Config, whole: dict[str, bytes]) -> None:
+    """Only our own, and only old ones: a young one may be somebody's who writes it now."""
+    cache = config.cache.root
+    code = (
+        "import os, sys; from pathlib import Path; from pipeline.files import write_bytes\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
+        "write_bytes(Path(sys.argv[1]), b'half')"
+    )
+    aside = cache / "aside" / "site" / "0123.zarr"
+    shutil.copytree(store_of(config), aside)
+    finals = [cache / "partition.json", store_of(config) / "zarr.json", aside / "zarr.json"]
+    for final in finals:
+        done = subprocess.run([sys.executable, "-c", code, str(final)], cwd=ROOT)
+        assert done.returncode == -9
+    left = [path for path in cache.rglob(".*") if path.is_file()]
+    assert {path.parent for path in left} == {path.parent for path in finals}
+    others = [cache / ".notes.abcdefgh", cache / ".a.abcdefgh.tmp", cache / "b.abcdefgh.samfed-tmp"]
+    for path in others:
+        path.write_bytes(b"a user's")
+    folder = cache / ".c.abcdefgh.samfed-tmp"
+    folder.mkdir()
+    assert {each.path for each in removable(config)} == {aside}
+    hours_ago = time.time() - 2 * 60 * 60
+    for path in [*left, *others, folder]:
+        os.utime(path, (hours_ago, hours_ago))
+    found = removable(config)
+    wanted = {path for path in left if aside not in path.parents}
+    assert len(wanted) == 2
+    assert {each.path for each in found} == {aside, *wanted}  # what goes with it is not named twice
+    assert {(each.bytes, each.why) for each in found if each.path in wanted} == {
+        (4, "left by a killed run")
+    }
+    with writer_lock(cache / "locks" / "prepare.lock"):
+        assert set(prune(config, found)) == set(found)
+    assert content(cache / "sam") == whole
+    assert all(path.exists() for path in [*others, folder])
 
 
 def test_prune_keeps_what_came_back_meanwhile(config: Config) -> None:

@@ -21,14 +21,22 @@ import pytest
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from test_cli import Project, _own_log, answer, fails  # noqa: F401  (_own_log is a fixture)
+from test_cli import (
+    Project,
+    _own_log,  # noqa: F401  (a fixture)
+    answer,
+    fails,
+    listing,
+)
 
 from pipeline.card import CARD_FILE, TeacherCard
+from pipeline.cluster import local_cluster
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
 from pipeline.files import file_sha256, write_json
 from pipeline.locks import writer_lock
 from pipeline.partition import load_partition
+from pipeline.precompute import precompute
 from pipeline.sam import export
 from pipeline.sam import onnx as backend
 from pipeline.sam.build import build_sam
@@ -502,6 +510,18 @@ def test_a_store_made_by_onnx_is_one_made_by_torch(exported: Exported, project: 
         by_torch = LabelStore(path)
         assert by_torch.identity == by_onnx[path.name].identity
         assert_close(labels[path.name], by_torch.read())
+
+
+def test_onnx_on_a_dask_worker(project: Project) -> None:
+    """A process that loads the model by itself writes the same bytes."""
+    config = load_config(project.params, ("precompute.backend=onnx", "precompute.threads=1"))
+    precompute(config, clients=["site_a"])
+    here = listing(project.cache / "sam")
+    assert LabelStore(project.cache / "sam" / "site_a.zarr").provenance()[0][0]["backend"] == "onnx"
+    shutil.rmtree(project.cache / "sam")
+    result = precompute(config, clients=["site_a"], cluster=local_cluster(1, device="cpu"))
+    assert (result.kept, result.failed) == (0, [])
+    assert listing(project.cache / "sam") == here
 
 
 def test_commands_before_the_ones_they_need(project: Project) -> None:

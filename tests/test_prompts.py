@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 import torch
 from conftest import tiny_config
 from numpy.typing import NDArray
+from test_precompute import content
 from torch import Tensor, nn
 
 from pipeline.card import TeacherCard, load_card
+from pipeline.cluster import local_cluster
 from pipeline.config import Config, SamConfig
 from pipeline.errors import ConfigError, IdentityError, StageError
 from pipeline.files import file_sha256
@@ -313,6 +316,20 @@ def test_points_need_no_training(labelled: Path, tiny_images: Path) -> None:
     store = LabelStore(labelled / "sam" / "site_a.zarr")
     assert store.identity.prompt == "points:3"
     assert store.done().all()
+
+
+def test_points_on_a_dask_worker(labelled: Path, tiny_images: Path, tmp_path: Path) -> None:
+    config = settings(tiny_images, tmp_path, "points")
+    alone = config.precompute.model_copy(update={"threads": 1})
+    config = config.model_copy(update={"precompute": alone})
+    shutil.copytree(labelled / "teacher", tmp_path / "teacher")
+    shutil.copy(labelled / "partition.json", tmp_path)
+    precompute(config, clients=["site_a"])
+    here = content(tmp_path / "sam")
+    shutil.rmtree(tmp_path / "sam")
+    result = precompute(config, clients=["site_a"], cluster=local_cluster(1, device="cpu"))
+    assert (result.kept, result.failed) == (0, [])
+    assert content(tmp_path / "sam") == here
 
 
 def test_the_labels_of_a_box_name_its_coarse_model(
