@@ -326,17 +326,18 @@ def fit_scale(probability: Tensor, label: Tensor, truth: Tensor) -> float:
     levels = torch.linspace(float(logits.min()), float(logits.max()) + 1e-6, 129)
     centres = (levels[1:] + levels[:-1]) / 2
     bins = torch.bucketize(logits, levels[1:-1])
+    # one count for every class, whether it was right, and bin
+    cells = (label.flatten() * 2 + right) * 128 + bins
+    counts = torch.bincount(cells, minlength=256 * (int(label.max()) + 1)).reshape(-1, 2, 128)
+    present = counts[counts.sum(dim=(1, 2)) > 0]
+    scaled = _SCALES[:, None] * centres
     loss = torch.zeros(len(_SCALES))
-    present = label.flatten().unique()
-    for value in present:
-        mask = label.flatten() == value
-        hits = torch.bincount(bins[mask & right], minlength=128).float()
-        misses = torch.bincount(bins[mask & ~right], minlength=128).float()
-        scaled = _SCALES[:, None] * centres
+    for count in present:
+        misses, hits = count.float()
         nll = -(hits * torch.nn.functional.logsigmoid(scaled)).sum(1) - (
             misses * torch.nn.functional.logsigmoid(-scaled)
         ).sum(1)
-        loss += nll / mask.sum() / len(present)
+        loss += nll / count.sum() / len(present)
     images = probability.shape[0]
     prior = (torch.log(_SCALES) / _SCALE_PRIOR).square() / 2 / images
     return float(_SCALES[(loss + prior).argmin()])

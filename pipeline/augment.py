@@ -63,21 +63,27 @@ def random_affine(count: int, limits: Geometry, generator: torch.Generator) -> T
     return torch.cat([rows, shift[:, :, None]], dim=2)
 
 
-def warp_images(images: Tensor, maps: Tensor, *, padding: str = "reflection") -> Tensor:
-    """Resample images (B, C, H, W) float bilinearly."""
-    grid = F.affine_grid(maps, list(images.shape), align_corners=False).to(images.dtype)
+def sampling_grid(maps: Tensor, pixels: Tensor) -> Tensor:
+    """Where each pixel of ``pixels`` (B, ..., H, W) comes from under ``maps``: (B, H, W, 2) float.
+
+    It costs half of a resampling, so images and their labels share one.
+    """
+    shape = [len(maps), 1, *pixels.shape[-2:]]
+    return F.affine_grid(maps, shape, align_corners=False)
+
+
+def warp_images(images: Tensor, grid: Tensor, *, padding: str = "reflection") -> Tensor:
+    """Resample images (B, C, H, W) float bilinearly at a ``sampling_grid``."""
     return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
 
 
 def warp_labels(
-    labels: Tensor, maps: Tensor, *, padding: str = "reflection", fill: int = 0
+    labels: Tensor, grid: Tensor, *, padding: str = "reflection", fill: int = 0
 ) -> Tensor:
     """Resample class indices or stored confidences (B, H, W), nearest neighbour, dtype kept.
 
     With ``padding="zeros"`` what comes from outside becomes ``fill``.
     """
-    shape = [labels.shape[0], 1, *labels.shape[1:]]
-    grid = F.affine_grid(maps, shape, align_corners=False)
     values = labels[:, None].float() - fill
     out = F.grid_sample(values, grid, mode="nearest", padding_mode=padding, align_corners=False)
     return (out[:, 0] + fill).to(labels.dtype)

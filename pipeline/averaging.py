@@ -29,6 +29,7 @@ from pipeline.schedule import (
 from pipeline.starts import first_model
 from pipeline.training import (
     LocalResult,
+    broadcast_model,
     local_update,
     measure_calibration,
     train_on_server,
@@ -65,6 +66,7 @@ class Averaging:
         self._model.load_state_dict(before.weights)
         # all clients hold D_p and the same weights, so they would measure the same
         calibration = measure_calibration(self._model, data.server, config)
+        broadcast = broadcast_model(self._model, config.federate)
 
         def update(index: int) -> tuple[LocalResult, float]:
             client = data.clients[index]
@@ -81,6 +83,7 @@ class Averaging:
                 learning_rate=rate,
                 unlabelled_weight=weight,
                 seed=client_seed(config.seed, number, index),
+                broadcast=broadcast,
             )
             return result, time.perf_counter() - began
 
@@ -101,8 +104,8 @@ class Averaging:
     def validate(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Mean Dice of the averaged model on the validation parts."""
         self._model.load_state_dict(checkpoint.weights)
-        parts = self._data.validation
-        return mean_dice({name: (self._model, part) for name, part in parts.items()}, self._config)
+        parts = self._data.validation.items()
+        return mean_dice(((name, self._model, part) for name, part in parts), self._config)
 
     def models(self, checkpoint: Checkpoint) -> dict[str, State]:
         """The global model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
@@ -90,11 +91,14 @@ def round_note(entry: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in shown if value is not None)
 
 
-def mean_dice(parts: dict[str, tuple[nn.Module, ImageSet]], config: Config) -> dict[str, Any]:
-    """Mean Dice over the images of all parts, and of each; one model may serve several parts."""
+def mean_dice(parts: Iterable[tuple[str, nn.Module, ImageSet]], config: Config) -> dict[str, Any]:
+    """Mean Dice over the images of all parts, and of each by its name.
+
+    A part is done before the next one is asked for, so one model may serve several.
+    """
     clients: dict[str, float] = {}
     every: list[float] = []
-    for name, (model, part) in parts.items():
+    for name, model, part in parts:
         assert part.labels is not None
         predicted = predict_masks(model, as_tensor(part)).numpy()
         scores = [

@@ -9,7 +9,7 @@ clients' logits instead. ``supervised``, ``sam_only`` and ``oracle`` exchange no
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,7 @@ from pipeline.schedule import (
     unlabelled_weight,
 )
 from pipeline.starts import first_model
+from pipeline.stores.images import ImageSet
 from pipeline.training import LocalResult, local_update, make_optimizer, measure_calibration
 from pipeline.views import ServerData
 
@@ -180,7 +181,9 @@ class Exchange:
         self._data = data
         _check_fits(config, data)
         networks = [config.network_of(index) for index in range(len(data.clients))]
-        self._models = [_build(config, network).to(device) for network in networks]
+        # one of each kind: whoever uses it loads a client's weights first
+        built = {each: _build(config, each).to(device) for each in dict.fromkeys(networks)}
+        self._models = [built[network] for network in networks]
         self._global = _build(config, config.model).to(device)
         self._public = PublicSet(data.server)
         self._sites = [Site(config, data, self._public, *each) for each in enumerate(self._models)]
@@ -243,12 +246,14 @@ class Exchange:
 
     def validate(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Mean Dice of each client's own model on its own validation part."""
-        parts = {}
-        for client, model in zip(self._data.clients, self._models, strict=True):
-            if client.name in self._data.validation:
-                model.load_state_dict(checkpoint.client_weights[client.name])
-                parts[client.name] = (model, self._data.validation[client.name])
-        return mean_dice(parts, self._config)
+
+        def loaded() -> Iterator[tuple[str, nn.Module, ImageSet]]:
+            for client, model in zip(self._data.clients, self._models, strict=True):
+                if client.name in self._data.validation:
+                    model.load_state_dict(checkpoint.client_weights[client.name])
+                    yield client.name, model, self._data.validation[client.name]
+
+        return mean_dice(loaded(), self._config)
 
     def models(self, checkpoint: Checkpoint) -> dict[str, State]:
         """Every client's own model."""

@@ -13,6 +13,7 @@ from pipeline.augment import (
     Geometry,
     change_appearance,
     random_affine,
+    sampling_grid,
     warp_images,
     warp_labels,
 )
@@ -72,10 +73,10 @@ def labelled_batch(
 ) -> tuple[Tensor, Tensor]:
     """An augmented labelled batch: images (B, 3, S, S) float 0..1, truth (B, S, S) int64."""
     chosen = _choose(len(server.images), size, generator)
-    maps = random_affine(len(chosen), Geometry(), generator)
-    images = warp_images(server.images[chosen].float() / 255, maps)
+    grid = sampling_grid(random_affine(len(chosen), Geometry(), generator), server.images)
+    images = warp_images(server.images[chosen].float() / 255, grid)
     images = change_appearance(images, STRONG, generator)
-    truth = warp_labels(server.labels[chosen], maps).long()
+    truth = warp_labels(server.labels[chosen], grid).long()
     return images.to(device), truth.to(device)
 
 
@@ -84,13 +85,13 @@ def draw_views(
 ) -> Views:
     """A weak and a strong view of ``size`` of the client's images."""
     chosen = _choose(len(client.images), size, generator)
-    maps = random_affine(len(chosen), Geometry(), generator)
-    base = warp_images(client.images[chosen].float() / 255, maps)
+    grid = sampling_grid(random_affine(len(chosen), Geometry(), generator), client.images)
+    base = warp_images(client.images[chosen].float() / 255, grid)
     weak = change_appearance(base, LIGHT, generator)
     strong = change_appearance(base, STRONG, generator)
 
     def warped(values: Tensor | None) -> Tensor | None:
-        return None if values is None else warp_labels(values[chosen], maps).to(device)
+        return None if values is None else warp_labels(values[chosen], grid).to(device)
 
     masks, confidences, truth = map(warped, (client.masks, client.confidences, client.truth))
     return Views(

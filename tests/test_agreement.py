@@ -238,6 +238,20 @@ def test_scale_is_recovered(scale: float) -> None:
     assert fit_scale(probability, label, truth) == pytest.approx(scale, rel=0.1)
 
 
+def test_scale_counts_only_classes_that_are_there() -> None:
+    """A number that no label has is no class; the others weigh equally, however rare."""
+    generator = torch.Generator().manual_seed(0)
+    label, probability, truth = draw_probabilities(20, 0.5, generator)
+    apart = fit_scale(probability, 3 * label, 3 * truth)
+    assert apart == fit_scale(probability, label, truth)
+    assert apart == pytest.approx(0.5, rel=0.2)
+    # right at class 0, wrong at class 3: a mean over pixels would follow the many of class 0
+    rare = 3 * (torch.arange(label.numel()).reshape(label.shape) % 50 == 0).long()
+    sure, nothing = torch.full_like(probability, 0.9), torch.zeros_like(rare)
+    assert fit_scale(sure, rare, nothing) < 0.3
+    assert fit_scale(sure, nothing, nothing) > 1
+
+
 def test_trust_is_recovered() -> None:
     generator = torch.Generator().manual_seed(1)
     evidence = torch.randn((400, 8, 8), generator=generator)

@@ -14,11 +14,13 @@ from pipeline import exchange
 from pipeline.averaging import Averaging
 from pipeline.cohort import load_cohort
 from pipeline.config import Config, parse_config
+from pipeline.diagnostics import mean_dice
 from pipeline.errors import ConfigError, SamfedError
 from pipeline.evaluation import evaluate
 from pipeline.exchange import Exchange, Message, Site, fusion_weight
 from pipeline.federation import federate
 from pipeline.gallery import build_gallery
+from pipeline.models import build_model
 from pipeline.partition import load_partition
 from pipeline.precompute import precompute
 from pipeline.prepare import prepare
@@ -138,6 +140,28 @@ def test_stopping_after_a_round_changes_nothing(
         federate(named(prepared, "stopped"))
     monkeypatch.setattr(Exchange, "play", real)
     assert models(federate(named(prepared, "stopped"), mode="resume")) == models(whole)
+
+
+def test_clients_of_one_kind_share_a_network_and_keep_their_weights(prepared: Config) -> None:
+    two = prepared.model.model_copy(update={"clients": prepared.model.clients[1:3]})
+    config = named(prepared, "two", rounds=1).model_copy(update={"model": two})
+    data = load_cohort(config)
+    kinds = Exchange(config, data, torch.device("cpu"))._models
+    assert kinds[0] is kinds[2] is kinds[4]
+    assert kinds[1] is kinds[3]
+    assert kinds[0] is not kinds[1]
+    run = federate(config)
+    scores = run.history()[-1]["val"]["clients"]
+    assert set(scores) == set(data.validation) != set()
+    for index, client in enumerate(data.clients):
+        if client.name not in scores:
+            continue
+        own = build_model(config, seed=0, network=config.network_of(index))
+        own.load_state_dict(run.load_model(client.name))
+        alone = mean_dice([(client.name, own, data.validation[client.name])], config)
+        assert alone["dice"] == scores[client.name]
+    weights = [run.load_model(data.clients[index].name) for index in (0, 2)]
+    assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_who_does_not_take_part_stays_as_it_was(prepared: Config) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import training
 from pipeline.agreement import AgreementState
@@ -16,6 +16,7 @@ from pipeline.augment import (
     Geometry,
     change_appearance,
     random_affine,
+    sampling_grid,
     warp_images,
     warp_labels,
 )
@@ -23,7 +24,7 @@ from pipeline.config import AgreementConfig, FederateConfig, parse_config
 from pipeline.errors import ConfigError
 from pipeline.losses import IGNORE
 from pipeline.models import build_model, get_state, predict_probabilities
-from pipeline.training import LocalResult, cosine, local_update
+from pipeline.training import LocalResult, broadcast_model, cosine, local_update
 from pipeline.views import ClientData, ServerData
 
 SETTINGS = parse_config(
@@ -61,7 +62,9 @@ def make_data() -> tuple[ServerData, ClientData]:
     return server, ClientData("one", own, masks, torch.full(masks.shape, 240, dtype=torch.uint8))
 
 
-def update(method: str, *, seed: int = 5, **settings: Any) -> LocalResult:
+def update(
+    method: str, *, seed: int = 5, broadcast: nn.Module | None = None, **settings: Any
+) -> LocalResult:
     server, client = make_data()
     config = FederateConfig(
         method=method,  # type: ignore[arg-type]
@@ -83,7 +86,24 @@ def update(method: str, *, seed: int = 5, **settings: Any) -> LocalResult:
         learning_rate=1e-3,
         unlabelled_weight=1.0,
         seed=seed,
+        broadcast=broadcast,
     )
+
+
+def test_one_broadcast_model_serves_many_clients() -> None:
+    """It is neither trained nor changed, and the update is that of a copy made for the client."""
+    model = build_model(SETTINGS, seed=0)
+    broadcast = broadcast_model(model, FederateConfig(method="sam_fed"))
+    assert broadcast is not None
+    before = get_state(broadcast)
+    alone = update("sam_fed")
+    for _ in range(2):
+        shared = update("sam_fed", broadcast=broadcast)
+        assert all(torch.equal(shared.weights[name], alone.weights[name]) for name in alone.weights)
+    assert all(torch.equal(value, before[name]) for name, value in get_state(broadcast).items())
+    assert alone.diagnostics["loss_kd"]
+    assert broadcast_model(model, FederateConfig(method="oracle")) is None
+    assert broadcast_model(model, FederateConfig(method="sam_fed", kd_weight=0)) is None
 
 
 @pytest.mark.parametrize("architecture", ["unet", "fpn", "linknet", "deeplabv3plus"])
@@ -234,8 +254,9 @@ def test_geometry_is_shared() -> None:
     """An image warped with its own mask as a channel stays aligned with the warped mask."""
     _, masks = blobs(16, 3)
     maps = random_affine(16, Geometry(), torch.Generator().manual_seed(4))
-    warped = warp_images(masks[:, None].float().expand(-1, 3, -1, -1), maps)
-    labels = warp_labels(masks, maps)
+    grid = sampling_grid(maps, masks)
+    warped = warp_images(masks[:, None].float().expand(-1, 3, -1, -1), grid)
+    labels = warp_labels(masks, grid)
     assert labels.dtype == torch.uint8
     sure = (warped[:, 0] < 0.01) | (warped[:, 0] > 0.99)  # away from interpolated edges
     assert float(sure.float().mean()) > 0.8
@@ -244,7 +265,8 @@ def test_geometry_is_shared() -> None:
 
 def test_padding_can_be_ignored() -> None:
     maps = torch.tensor([[[1.0, 0, 1.0], [0, 1, 0]]])  # half an image to the right
-    labels = warp_labels(torch.ones(1, 8, 8, dtype=torch.uint8), maps, padding="zeros", fill=IGNORE)
+    ones = torch.ones(1, 8, 8, dtype=torch.uint8)
+    labels = warp_labels(ones, sampling_grid(maps, ones), padding="zeros", fill=IGNORE)
     assert labels[0, 0].tolist() == [1, 1, 1, 1, IGNORE, IGNORE, IGNORE, IGNORE]
 
 

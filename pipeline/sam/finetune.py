@@ -26,6 +26,7 @@ from pipeline.augment import (
     Geometry,
     change_appearance,
     random_affine,
+    sampling_grid,
     warp_images,
     warp_labels,
 )
@@ -262,8 +263,8 @@ def _train(
 def _augment(pixels: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A random view of frames: images (B, 3, S, S) float in 0..255, masks (B, S, S) uint8."""
     maps = random_affine(len(pixels), Geometry(), generator)
-    images = warp_images(pixels.float() / 255, maps, padding="zeros")
-    target = warp_labels(masks, maps, padding="zeros", fill=IGNORE)
+    images = warp_images(pixels.float() / 255, sampling_grid(maps, pixels), padding="zeros")
+    target = warp_labels(masks, sampling_grid(maps, masks), padding="zeros", fill=IGNORE)
     return change_appearance(images, HEAVY, generator) * 255, target
 
 

@@ -1,0 +1,67 @@
+"""What stage two reads, made without a teacher: labels are the truth, spoilt a little.
+
+For benchmarks alone: neither time nor memory depends on how good labels are, so none are computed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import Config
+from pipeline.partition import Partition
+from pipeline.prepare import prepare
+from pipeline.stores.images import ImageSet, read_image_store
+from pipeline.stores.labels import Identity, Labels, LabelStore
+
+_SHIFT = 2  # px that labels lie beside the truth, so that SAM and client have conflicts
+
+
+def prepare_with_labels(config: Config) -> Partition:
+    """``samfed prepare --with-oracle`` on ``data.root``, and a finished label store of each owner.
+
+    There is no teacher's card: stage two then asks for the labels of the server's own store.
+    """
+    partition = prepare(config, with_oracle=True)
+    _label(config, partition, "server", partition.server.calibration)
+    for name, part in partition.clients.items():
+        _label(config, partition, name, part.train)
+    return partition
+
+
+def _label(config: Config, partition: Partition, owner: str, ids: tuple[str, ...]) -> None:
+    root = config.cache.root
+    identity = Identity(
+        variant="generated",
+        base_sha256="none",
+        adapter_sha256="none",
+        prompt="none",
+        input_size=config.data.image_size,
+        label_size=config.data.image_size,
+        num_classes=config.data.num_classes,
+    )
+    server = root / "images" / "server" / "calibration.zarr"
+    path = server if owner == "server" else root / "oracle" / f"{owner}.zarr"
+    labels = _spoil(_read(config, path, ids))
+    store = LabelStore.create(root / "sam" / f"{owner}.zarr", identity, partition.row_keys(ids))
+    for shard in range(store.shards):
+        rows = store.shard_rows(shard)
+        span = slice(rows.start, rows.stop)
+        part = Labels(labels.masks[span], labels.confidences[span], labels.scores[span])
+        store.write_shard(shard, rows, part)
+        store.mark_done(shard, rows, {"backend": "generated"})
+
+
+def _read(config: Config, path: Path, ids: tuple[str, ...]) -> ImageSet:
+    size, classes = config.data.image_size, config.data.num_classes
+    return read_image_store(path, image_ids=ids, size=size, num_classes=classes)
+
+
+def _spoil(truth: ImageSet) -> Labels:
+    """The truth moved by a few pixels, less sure where that made it wrong."""
+    assert truth.labels is not None
+    masks = np.roll(truth.labels, (_SHIFT, _SHIFT), axis=(1, 2))
+    noise = np.random.default_rng(0).integers(0, 30, masks.shape, dtype=np.uint8)
+    confidences = np.where(masks == truth.labels, 225, 160).astype(np.uint8) + noise
+    return Labels(masks, confidences, np.full(len(masks), 0.9, np.float32))

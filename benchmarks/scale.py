@@ -1,0 +1,236 @@
+"""Stage two from four to 128 clients: seconds a round, and memory.
+
+    python benchmarks/scale.py [--clients 4 16 64 128] [--json] [--figure docs/scale.png]
+
+Every client has eight training and two validation images of 32 px (generated ones, repeated) and
+takes two steps a round, so that work grows with the number of clients alone. Each setting runs in a
+process of its own: clients with one network, then with two networks in turn that exchange
+predictions. Seconds are the process's CPU time on one thread, steady beside other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from inputs import prepare_with_labels
+from torch import Tensor
+
+from pipeline import federation
+from pipeline.cohort import Cohort
+from pipeline.config import Config, parse_config
+from pipeline.synthetic import write_dataset
+
+ROUNDS = 3  # the first is left out
+SERVER_IMAGES = 12
+IMAGES_PER_CLIENT = 10  # two of them for validation
+MOST_WITH_OWN = 64  # clients with networks of their own, for the sake of time
+SMALL = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
+KINDS: dict[str, list[dict[str, Any]]] = {
+    "one network": [],
+    "own networks": [SMALL, {**SMALL, "decoder_channels": [24, 12, 8]}],
+}
+
+
+def settings(root: Path, cache: Path, clients: int, kind: str) -> Config:
+    raw = {
+        "data": {"root": str(root), "image_size": 32},
+        "cache": {"root": str(cache)},
+        "partition": {
+            "scheme": "sizes",
+            "sizes": [IMAGES_PER_CLIENT] * clients,
+            "server_images": SERVER_IMAGES,
+            "server_site": None,
+            "calibration_min": 4,
+            "val_fraction": 0.2,
+            "test_fraction": 0.0,
+        },
+        "agreement": {"warn_agreement": 0, "warn_kept": 0},
+        "model": {**SMALL, "clients": KINDS[kind]},
+        "federate": {
+            "name": kind,
+            "rounds": ROUNDS,
+            "start_steps": 2,
+            "local_steps": 2,
+            "labelled_batch": 4,
+            "unlabelled_batch": 4,
+            "fusion_epochs": 1,
+            "link_mbit": 1e6,  # two steps a round deserve a warning, which is not the point here
+            "threads": 1,
+            "device": "cpu",
+        },
+    }
+    return parse_config(raw, source="benchmark")
+
+
+# --------------------------------------------------------------------------- one setting
+
+
+def memory_mib(field: str) -> float:
+    """VmRSS, now, or VmHWM, at most. ``ru_maxrss`` would count the parent before ``exec``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def arrays(data: Cohort) -> Iterator[int]:
+    """Bytes of each array that belongs to a client."""
+    for client in data.clients:
+        every = (client.images, client.masks, client.confidences)
+        yield from (value.nbytes for value in every if isinstance(value, Tensor))
+    for part in data.validation.values():
+        yield part.images.nbytes
+        yield 0 if part.labels is None else part.labels.nbytes
+
+
+def run_child(config: Config) -> dict[str, Any]:
+    """Run one setting in this process."""
+    result: dict[str, Any] = {"imported_mib": memory_mib("VmRSS")}
+    marks: list[float] = []
+    load = federation.load_cohort
+
+    def load_and_measure(config: Config) -> Cohort:
+        began = time.process_time()
+        data = load(config)
+        result["load_s"] = time.process_time() - began
+        result["data_mib"] = sum(arrays(data)) / 2**20
+        result["images"] = sum(len(client.images) for client in data.clients)
+        return data
+
+    def finished(what: str, done: int, total: int, note: str = "", /) -> None:
+        if "rounds" in what:
+            marks.append(time.process_time())
+
+    federation.load_cohort = load_and_measure  # type: ignore[assignment]
+    run = federation.federate(config, progress=finished)
+    rounds = [after - before for before, after in pairwise(marks)]
+    saved = max(run.path.glob("checkpoints/*"))
+    return {
+        **result,
+        "round_s": statistics.median(rounds),
+        "peak_mib": memory_mib("VmHWM"),
+        "checkpoint_mib": saved.stat().st_size / 2**20,
+    }
+
+
+# --------------------------------------------------------------------------- all settings
+
+
+def lay_out(generated: Path, root: Path, count: int) -> None:
+    """``count`` images with masks, the generated ones over and over under new names."""
+    files = sorted((generated / "images").iterdir())
+    for kind in ("images", "masks"):
+        (root / kind).mkdir(parents=True)
+        for i in range(count):
+            shutil.copyfile(generated / kind / files[i % len(files)].name, root / kind / f"{i}.png")
+
+
+def measure(counts: list[int]) -> list[dict[str, Any]]:
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_dataset(folder / "generated", images_per_site=8, size_px=48, seed=0)
+        for clients in counts:
+            root, cache = folder / f"data{clients}", folder / f"cache{clients}"
+            lay_out(folder / "generated", root, SERVER_IMAGES + IMAGES_PER_CLIENT * clients)
+            prepare_with_labels(settings(root, cache, clients, "one network"))
+            for kind in KINDS:
+                if kind == "own networks" and clients > MOST_WITH_OWN:
+                    continue
+                config = settings(root, cache, clients, kind)
+                command = [sys.executable, __file__, "--child", config.model_dump_json()]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+                rows.append({"kind": kind, "clients": clients, **json.loads(done.stdout)})
+    return rows
+
+
+def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What a client adds between the smallest and the largest setting of one kind: ms, KiB."""
+    first, last = rows[0], rows[-1]
+    more = last["clients"] - first["clients"]
+
+    def each(key: str, unit: float) -> float:
+        return float((last[key] - first[key]) / more * unit)
+
+    return {
+        "round_ms": each("round_s", 1e3),
+        "load_ms": each("load_s", 1e3),
+        "peak_kib": each("peak_mib", 1024),
+        "data_kib": each("data_mib", 1024),
+        "checkpoint_kib": each("checkpoint_mib", 1024),
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    head = ("clients", "images", "s a round", "ms a client", "peak MiB", "data MiB", "load s")
+    for kind in KINDS:
+        mine = [row for row in rows if row["kind"] == kind]
+        print(f"{kind}\n" + " ".join(f"{name:>11}" for name in head))
+        for row in mine:
+            print(
+                f"{row['clients']:11} {row['images']:11} {row['round_s']:11.2f} "
+                f"{1e3 * row['round_s'] / row['clients']:11.1f} {row['peak_mib']:11.1f} "
+                f"{row['data_mib']:11.2f} {row['load_s']:11.2f}"
+            )
+        if len(mine) > 1:
+            values = slopes(mine)
+            print("a client adds " + ", ".join(f"{k} {v:.1f}" for k, v in values.items()))
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds a round and peak memory against the clients' images."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for kind in KINDS:
+        mine = [row for row in rows if row["kind"] == kind]
+        images = [row["images"] for row in mine]
+        left.plot(images, [row["round_s"] for row in mine], "o-", label=kind)
+        right.plot(images, [row["peak_mib"] for row in mine], "o-", label=kind)
+    mine = [row for row in rows if row["kind"] == "one network"]
+    rest = [row["peak_mib"] - row["data_mib"] for row in mine]
+    label = "one network, without the images and labels"
+    right.plot([row["images"] for row in mine], rest, "--", color="C0", label=label)
+    left.set(xlabel="clients' training images", ylabel="CPU seconds a round", ylim=(0, None))
+    right.set(xlabel="clients' training images", ylabel="peak memory, MiB", ylim=(0, None))
+    left.legend(frameon=False)
+    right.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, nargs="+", default=[4, 16, 64, 128])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.child:
+        print(json.dumps(run_child(Config.model_validate_json(options.child))))
+        return
+    rows = measure(options.clients)
+    if options.figure:
+        draw(rows, options.figure)
+    if options.json:
+        every = {kind: slopes([row for row in rows if row["kind"] == kind]) for kind in KINDS}
+        print(json.dumps({"rows": rows, "a_client_adds": every}, indent=1))
+    else:
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()
