@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import AGREEMENT_METHODS, WARNING_KEYS, Config, Method
+from pipeline.config import AGREEMENT_METHODS, SAM_METHODS, WARNING_KEYS, Config, Method
 from pipeline.errors import ConfigError, DataError, IdentityError, StageError
 from pipeline.files import read_json
 from pipeline.metrics import bootstrap_means, sign_flip_test
@@ -32,8 +32,8 @@ METRICS = ("dice", "hd95")  # columns of ``EvaluatedRun.scores``
 _SEED = 0  # of bootstrap and test: a table does not depend on the settings it is asked with
 _DASH = "\N{EM DASH}"
 # What runs of one row may differ in: where, how fast and under which name they were made. The
-# partition and the images are compared as such; ``sam`` and ``precompute`` are stage one's.
-_FREE_SECTIONS = {"seed", "cache", "synth", "partition", "sam", "precompute"}
+# partition and the images are compared as such.
+_FREE_SECTIONS = {"seed", "cache", "synth", "partition", "precompute"}
 _FREE_KEYS = {"data.root", "federate.name", "federate.threads", "federate.device"}
 _FREE_KEYS |= {"federate.audit"}  # for reports only
 _FREE_KEYS |= {f"{section}.{key}" for section, keys in WARNING_KEYS.items() for key in keys}
@@ -273,11 +273,14 @@ def _named(values: Sequence[Any], suffix: str = "") -> dict[str, Any]:
 def _settings(config: Config) -> dict[str, Any]:
     """What runs of one row have in common."""
     raw = json.loads(config.model_dump_json())
-    for network in (raw["model"], *raw["model"]["clients"]):  # where weights lie does not matter
-        weights = network["encoder_weights"]
-        network["encoder_weights"] = weights and Path(weights).name
-    weighs = config.federate.method in AGREEMENT_METHODS
-    free = _FREE_SECTIONS if weighs else _FREE_SECTIONS | {"agreement"}
+    networks = [(each, "encoder_weights") for each in (raw["model"], *raw["model"]["clients"])]
+    for section, key in (*networks, (raw["sam"], "checkpoint")):  # where weights lie is no matter
+        section[key] = section[key] and Path(section[key]).name
+    free = set(_FREE_SECTIONS)
+    if config.federate.method not in AGREEMENT_METHODS:
+        free.add("agreement")
+    if config.federate.method not in SAM_METHODS:
+        free.add("sam")
     return {
         f"{section}.{key}": value
         for section, keys in raw.items()

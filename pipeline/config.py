@@ -207,7 +207,7 @@ class FederateConfig(_Section):
     weight_decay: NonNegative = 1e-4
     unlabelled_weight: NonNegative = 1.0  # lambda_u after its ramp
     ramp_rounds: Annotated[int, Field(ge=0)] = 2  # rounds over which lambda_u grows from 0
-    kd_weight: NonNegative = 0.1  # lambda_kd
+    kd_weight: NonNegative = 0.1  # lambda_kd; no part of runs with networks of their own
     kd_temperature: PositiveFloat = 2.0
     confidence_threshold: Fraction = 0.95  # of a client's own pseudo-labels (FixMatch)
     fusion_epochs: PositiveInt = 4  # heterogeneous: passes over D_p of RC, of RF, of FedMD's digest

@@ -104,15 +104,8 @@ class RunFolder:
             "fingerprint": fingerprint,
             "partition": checkpoint.partition,
         }
-        meta["sha256"] = _digest(meta, tensors)
-        # one entry: safetensors writes several in random order
-        content = safetensors.torch.save(
-            # copies: clients may share a tensor, which safetensors refuses
-            {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()},
-            metadata={"samfed": json.dumps(meta, sort_keys=True)},
-        )
         path = self._checkpoints() / f"round_{checkpoint.round:04d}.safetensors"
-        write_bytes(path, content)
+        _save(path, meta, tensors)
         saved = self._saved()
         end = saved.index(path) + 1
         for old in (*saved[end:], *saved[: max(0, end - _KEPT_CHECKPOINTS)]):
@@ -214,19 +207,27 @@ class RunFolder:
 
 def save_state(path: Path, state: State) -> None:
     """Write a network's weights atomically; the same weights give the same bytes."""
-    write_bytes(path, safetensors.torch.save({k: v.contiguous() for k, v in state.items()}))
+    _save(path, {}, state)
 
 
 def load_state(path: Path) -> State:
-    """Read a network's weights.
+    """Read a network's weights as ``save_state`` wrote them.
 
     Raises:
-        CorruptStoreError: the file is damaged.
+        CorruptStoreError: its bytes are not what was written.
     """
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise CorruptStoreError(f"{path}: damaged ({error}); delete it and run again") from error
+    return _load(path)[1]
+
+
+def _save(path: Path, meta: dict[str, str], tensors: State) -> None:
+    whole = meta | {"sha256": _digest(meta, tensors)}
+    content = safetensors.torch.save(
+        # copies: clients may share a tensor, which safetensors refuses
+        {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()},
+        # one entry: safetensors writes several in random order
+        metadata={"samfed": json.dumps(whole, sort_keys=True)},
+    )
+    write_bytes(path, content)
 
 
 def _load(path: Path) -> tuple[dict[str, str], State]:
@@ -243,10 +244,9 @@ def _load(path: Path) -> tuple[dict[str, str], State]:
 
 
 def _digest(meta: dict[str, str], tensors: State) -> str:
-    """sha256 over round, fingerprint, partition and tensors: safetensors has no checksum."""
-    digest = hashlib.sha256(
-        json.dumps([meta["round"], meta["fingerprint"], meta["partition"]]).encode()
-    )
+    """sha256 over what a checkpoint says of itself, and tensors: safetensors has no checksum."""
+    own = [meta[key] for key in ("round", "fingerprint", "partition") if key in meta]
+    digest = hashlib.sha256(json.dumps(own).encode())
     for name in sorted(tensors):
         value = tensors[name].contiguous()
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())

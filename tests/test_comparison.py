@@ -360,6 +360,21 @@ def test_agreement_matters_to_the_methods_that_weigh_alone() -> None:
         table([*SAM_FED, with_ceiling("sam_fed")])
 
 
+def test_the_teacher_matters_to_the_methods_that_learn_from_it_alone() -> None:
+    def with_teacher(method: str, **settings: Any) -> EvaluatedRun:
+        scores = dice(0.1, 0.2, 0.3)
+        return run(f"{method}-seed2", scores, method=method, seed=2, sam=settings)
+
+    weaker = with_teacher("supervised", lora_rank=1)
+    assert table([*SUPERVISED, weaker])["supervised"]["seeds"] == [0, 1, 2]
+    with pytest.raises(ConfigError, match=r"differ in sam\.lora_rank"):
+        table([*SAM_FED, with_teacher("sam_fed", lora_rank=1)])
+    one = with_teacher("sam_only", checkpoint="here/sam.pth")
+    two = replace(with_teacher("sam_only", checkpoint="there/sam.pth"), name="sam_only-seed3")
+    two = replace(two, config=two.config.model_copy(update={"seed": 3}))
+    assert table([one, two])["sam_only"]["seeds"] == [2, 3]
+
+
 def test_runs_of_different_partitions(runs: Path) -> None:
     write(runs, "oracle", dice(0.1, 0.2, 0.3), method="oracle", partition="b" * 64)
     with pytest.raises(IdentityError) as caught:

@@ -101,6 +101,21 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(run: RunFolder) -> None:
     assert silent == []  # a flip that goes unseen must leave the content as it was
 
 
+def test_a_flipped_byte_of_a_models_weights_is_found(run: RunFolder) -> None:
+    weights = {"layer.weight": torch.arange(12.0).reshape(3, 4).t()}
+    run.finish({"global": weights})
+    assert torch.equal(run.load_model()["layer.weight"], weights["layer.weight"])
+    path = run.path / "models" / "global.safetensors"
+    whole = path.read_bytes()
+    run.finish({"global": weights})
+    assert path.read_bytes() == whole
+    damaged = bytearray(whole)
+    damaged[-3] ^= 1
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(CorruptStoreError, match="sha256 differs"):
+        run.load_model()
+
+
 def test_a_flipped_byte_in_the_data_names_the_file(run: RunFolder) -> None:
     run.save_checkpoint(checkpoint(1), PRINT)
     run.save_checkpoint(checkpoint(2), PRINT)
