@@ -23,9 +23,9 @@ from pipeline.errors import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.cluster import Cluster
     from pipeline.config import Config
-    from pipeline.runs import RunFolder
+    from pipeline.federation.runs import RunFolder
+    from pipeline.labelling.cluster import Cluster
 
 _debug = False
 _OS_ADVICE = "check the path, its permissions and the space left on the disk"
@@ -168,8 +168,8 @@ def _can_ask() -> bool:
 
 
 def _run(config: Config, name: str | None) -> RunFolder:
-    from pipeline.files import is_folder_name
-    from pipeline.runs import RunFolder
+    from pipeline.disk import is_folder_name
+    from pipeline.federation.runs import RunFolder
 
     if name is not None and not is_folder_name(name):
         raise ConfigError(f"--name {name!r}: expected the name of a folder under cache/runs")
@@ -194,8 +194,8 @@ def demo(
     config = _settings(None, [f"seed={seed}", *(overrides or [])], debug)
     from typing import get_args
 
-    from pipeline.config import Method
-    from pipeline.demo import METHODS, demo_config, run_demo
+    from pipeline.methods import Method
+    from pipeline.results.demo import METHODS, demo_config, run_demo
 
     chosen: Any = tuple(method) if method else METHODS
     for each in chosen:
@@ -225,7 +225,7 @@ def synth(
 ) -> None:
     """Generate the embedded default data set: four sites of dermoscopy-like images with masks."""
     config = _settings(params, overrides, debug)
-    from pipeline.synthetic import write_dataset
+    from pipeline.data.synthetic import write_dataset
 
     write_dataset(
         out,
@@ -249,7 +249,7 @@ def prepare(
 ) -> None:
     """Partition data.root over server and clients and write the image stores."""
     config = _settings(params, overrides, debug)
-    from pipeline.prepare import prepare as run_prepare
+    from pipeline.data.prepare import prepare as run_prepare
 
     with _progress() as advance:
         partition = run_prepare(config, with_oracle=with_oracle, progress=advance)
@@ -309,7 +309,7 @@ def evaluate_sam(
 ) -> None:
     """Measure SAM, adapted and as it comes, on the server's calibration part, before any round."""
     config = _settings(params, overrides, debug)
-    from pipeline.sam.evaluate import as_table, evaluate_teacher
+    from pipeline.results.evaluate_teacher import as_table, evaluate_teacher
 
     with _progress() as advance:
         result = evaluate_teacher(config, progress=advance)
@@ -347,7 +347,7 @@ def _cluster(
         return None
     if scheduler is not None and workers is not None:
         raise ConfigError("--scheduler and --workers: give one of them")
-    from pipeline.cluster import connect, local_cluster
+    from pipeline.labelling.cluster import connect, local_cluster
 
     logging.getLogger("distributed").setLevel(logging.WARNING)  # its own import sets INFO
 
@@ -377,8 +377,8 @@ def precompute_sam(
     config = _settings(params, [*(overrides or []), *extra], debug)
     from dataclasses import asdict
 
-    from pipeline.precompute import precompute
-    from pipeline.sam.statistics import as_table
+    from pipeline.labelling.precompute import precompute
+    from pipeline.labelling.quality import as_table
 
     cluster = _cluster(config, scheduler, workers)
     with _progress() as advance:
@@ -411,7 +411,7 @@ def federate(
     config = _settings(params, [*(overrides or []), *extra], debug)
     if resume and restart:
         raise ConfigError("--resume and --restart: give one of them")
-    from pipeline.federation import federate as run_federate
+    from pipeline.federation.server import federate as run_federate
 
     mode = "resume" if resume else "restart" if restart else "auto"
     with _progress() as advance:
@@ -433,7 +433,7 @@ def evaluate(
 ) -> None:
     """Score a run's final model on every client's test images."""
     config = _settings(params, overrides, debug)
-    from pipeline.evaluation import evaluate as run_evaluate
+    from pipeline.results.evaluate import evaluate as run_evaluate
 
     with _progress() as advance:
         metrics = run_evaluate(config, _run(config, name), progress=advance)
@@ -469,9 +469,9 @@ def compare(
 ) -> None:
     """Set evaluated runs side by side: means over seeds, intervals, paired tests, as Markdown."""
     config = _settings(params, overrides, debug)
-    from pipeline.comparison import as_markdown
-    from pipeline.comparison import compare as run_compare
-    from pipeline.files import write_bytes
+    from pipeline.disk import write_bytes
+    from pipeline.results.compare import as_markdown
+    from pipeline.results.compare import compare as run_compare
 
     if output is not None and output.is_dir():
         raise ConfigError(f"--output {output}: is a folder; expected a file to write")
@@ -494,9 +494,9 @@ def report(
 ) -> None:
     """Write one HTML file with a run's curves, tables and a gallery."""
     config = _settings(params, overrides, debug)
-    from pipeline.files import write_bytes
-    from pipeline.gallery import build_gallery
-    from pipeline.report import load_run, render_report
+    from pipeline.disk import write_bytes
+    from pipeline.results.gallery import build_gallery
+    from pipeline.results.report import load_run, render_report
 
     runs = [_run(config, each) for each in (name or [config.federate.name])]
     summaries = [load_run(run.path) for run in runs]
@@ -512,7 +512,7 @@ def cache_info(
 ) -> None:
     """Show what the label stores hold: rows done, teacher, provenance, size."""
     config = _settings(params, overrides, debug)
-    from pipeline.maintenance import info, info_text
+    from pipeline.labelling.maintenance import info, info_text
 
     found = info(config)
     _say(found, as_json, info_text(found))
@@ -524,7 +524,7 @@ def cache_verify(
 ) -> None:
     """Read every store whole and name each row that is damaged; exit code 5 if there is one."""
     config = _settings(params, overrides, debug)
-    from pipeline.maintenance import verify
+    from pipeline.labelling.maintenance import verify
 
     with _progress() as advance:
         result = verify(config, progress=advance)
@@ -543,7 +543,7 @@ def cache_repair(
 ) -> None:
     """Label anew what is damaged in the label stores, and finish these stores."""
     config = _settings(params, overrides, debug)
-    from pipeline.repair import repair
+    from pipeline.labelling.repair import repair
 
     cluster = _cluster(config, scheduler, workers)
     with _progress() as advance:
@@ -564,7 +564,7 @@ def cache_prune(
 ) -> None:
     """Remove label stores that were moved aside, and what killed runs left behind."""
     config = _settings(params, overrides, debug)
-    from pipeline.maintenance import prune, removable
+    from pipeline.labelling.maintenance import prune, removable
 
     chosen = removable(config)
     asks = bool(chosen) and not (yes or dry_run)

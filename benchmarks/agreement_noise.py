@@ -35,12 +35,18 @@ from noise import Errors, Field, Masks, predict
 from PIL import Image
 from torch import Tensor
 
-from pipeline.agreement import AgreementState, Calibration, agree, calibrate, update_state
 from pipeline.config import AgreementConfig, Rule
-from pipeline.files import write_bytes
-from pipeline.images import resize_mask, scan
-from pipeline.pages import COLOURS, style_axes
-from pipeline.synthetic import write_dataset
+from pipeline.data.images import resize_mask, scan
+from pipeline.data.synthetic import write_dataset
+from pipeline.disk import write_bytes
+from pipeline.federation.agreement import (
+    AgreementState,
+    Calibration,
+    agree,
+    calibrate,
+    update_state,
+)
+from pipeline.results.pages import COLOURS, style_axes
 
 SEED = 0
 SIZE_PX = 64
@@ -212,7 +218,7 @@ def score(target: Tensor, weight: Tensor, truth: Tensor) -> dict[str, float]:
         "foreground_recall": share(right[object_].sum(), object_.sum()),
         "dice": dice(right, weight),
         "dice_kept": dice(kept_right, kept),
-        "kept": float(kept.mean()),
+        "coverage": float(kept.mean()),
     }
 
 
@@ -243,9 +249,9 @@ def measure(sources: Sources, case: Case) -> dict[str, dict[str, float]]:
         )
         scores[column] = score(result.target, result.weight, truth)
     scores["adaptive"] |= {
-        "sam_scale": fitted.sam_scale,
-        "client_scale": fitted.client_scale,
-        "sam_trust": fitted.sam_trust,
+        "sam_inverse_temperature": fitted.sam_inverse_temperature,
+        "client_inverse_temperature": fitted.client_inverse_temperature,
+        "conflict_log_odds": fitted.conflict_log_odds,
     }
     return scores
 

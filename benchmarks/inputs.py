@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.partition import Partition
-from pipeline.prepare import prepare
-from pipeline.stores.images import ImageSet, read_image_store
-from pipeline.stores.labels import Identity, Labels, LabelStore
+from pipeline.data.partition import Partition
+from pipeline.data.prepare import prepare
+from pipeline.stores.image_store import ImageSet, read_image_store
+from pipeline.stores.label_store import Identity, LabelStore, PseudoLabels
 
 _SHIFT = 2  # px that labels lie beside the truth, so that SAM and client have conflicts
 
@@ -48,7 +48,9 @@ def _label(config: Config, partition: Partition, owner: str, ids: tuple[str, ...
     for shard in range(store.shards):
         rows = store.shard_rows(shard)
         span = slice(rows.start, rows.stop)
-        part = Labels(labels.masks[span], labels.confidences[span], labels.scores[span])
+        part = PseudoLabels(
+            labels.masks[span], labels.confidences[span], labels.predicted_iou[span]
+        )
         store.write_shard(shard, rows, part)
         store.mark_done(shard, rows, {"backend": "generated"})
 
@@ -58,10 +60,10 @@ def _read(config: Config, path: Path, ids: tuple[str, ...]) -> ImageSet:
     return read_image_store(path, image_ids=ids, size=size, num_classes=classes)
 
 
-def _spoil(truth: ImageSet) -> Labels:
+def _spoil(truth: ImageSet) -> PseudoLabels:
     """The truth moved by a few pixels, less sure where that made it wrong."""
     assert truth.labels is not None
     masks = np.roll(truth.labels, (_SHIFT, _SHIFT), axis=(1, 2))
     noise = np.random.default_rng(0).integers(0, 30, masks.shape, dtype=np.uint8)
     confidences = np.where(masks == truth.labels, 225, 160).astype(np.uint8) + noise
-    return Labels(masks, confidences, np.full(len(masks), 0.9, np.float32))
+    return PseudoLabels(masks, confidences, np.full(len(masks), 0.9, np.float32))

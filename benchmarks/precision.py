@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config, load_config
-from pipeline.devices import resolve_device
-from pipeline.images import load_image
-from pipeline.partition import Partition, load_partition
+from pipeline.data.images import load_image
+from pipeline.data.partition import Partition, load_partition
+from pipeline.runtime import resolve_device
 from pipeline.sam.teacher import load_teacher
-from pipeline.stores.labels import Labels
+from pipeline.stores.label_store import PseudoLabels
 
 
 def read_images(config: Config, partition: Partition, count: int) -> list[NDArray[np.uint8]]:
@@ -34,7 +34,7 @@ def read_images(config: Config, partition: Partition, count: int) -> list[NDArra
 
 def label(
     config: Config, partition: Partition, images: list[NDArray[np.uint8]], precision: str
-) -> tuple[list[Labels], float]:
+) -> tuple[list[PseudoLabels], float]:
     """Labels in batches, and seconds an image after the first batch."""
     run = config.precompute.model_copy(update={"precision": precision})
     teacher = load_teacher(config.model_copy(update={"precompute": run}), partition)

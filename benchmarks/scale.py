@@ -27,10 +27,10 @@ import torch
 from inputs import prepare_with_labels
 from torch import Tensor
 
-from pipeline import federation
-from pipeline.cohort import Cohort
 from pipeline.config import Config, parse_config
-from pipeline.synthetic import write_dataset
+from pipeline.data.synthetic import write_dataset
+from pipeline.federation import server as federation
+from pipeline.federation.inputs import RunInputs
 
 ROUNDS = 3  # the first is left out
 SERVER_IMAGES = 12
@@ -56,12 +56,12 @@ def settings(root: Path, cache: Path, clients: int, kind: str) -> Config:
             "val_fraction": 0.2,
             "test_fraction": 0.0,
         },
-        "agreement": {"warn_agreement": 0, "warn_kept": 0},
+        "agreement": {"warn_agreement": 0, "warn_coverage": 0},
         "model": {**SMALL, "clients": KINDS[kind]},
         "federate": {
             "name": kind,
             "rounds": ROUNDS,
-            "start_steps": 2,
+            "pretrain_steps": 2,
             "local_steps": 2,
             "labelled_batch": 4,
             "unlabelled_batch": 4,
@@ -83,7 +83,7 @@ def memory_mib(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def arrays(data: Cohort) -> Iterator[int]:
+def arrays(data: RunInputs) -> Iterator[int]:
     """Bytes of each array that belongs to a client."""
     for client in data.clients:
         every = (client.images, client.masks, client.confidences)
@@ -97,9 +97,9 @@ def run_child(config: Config) -> dict[str, Any]:
     """Run one setting in this process."""
     result: dict[str, Any] = {"imported_mib": memory_mib("VmRSS")}
     marks: list[float] = []
-    load = federation.load_cohort
+    load = federation.load_inputs
 
-    def load_and_measure(config: Config) -> Cohort:
+    def load_and_measure(config: Config) -> RunInputs:
         began = time.process_time()
         data = load(config)
         result["load_s"] = time.process_time() - began
@@ -111,7 +111,7 @@ def run_child(config: Config) -> dict[str, Any]:
         if "rounds" in what:
             marks.append(time.process_time())
 
-    federation.load_cohort = load_and_measure  # type: ignore[assignment]
+    federation.load_inputs = load_and_measure  # type: ignore[assignment]
     run = federation.federate(config, progress=finished)
     rounds = [after - before for before, after in pairwise(marks)]
     saved = max(run.path.glob("checkpoints/*"))

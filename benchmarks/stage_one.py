@@ -35,18 +35,18 @@ from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.card import TeacherCard
 from pipeline.config import Config, parse_config
-from pipeline.devices import resolve_device
-from pipeline.files import file_sha256
-from pipeline.labeller import Labeller
-from pipeline.labelling import Outcome, Task, label_tasks, store_path
+from pipeline.disk import file_sha256
+from pipeline.labelling.backoff import TeacherBackend
+from pipeline.labelling.worker import Outcome, Task, label_tasks, store_path
+from pipeline.runtime import resolve_device
 from pipeline.sam import teacher as teaching
 from pipeline.sam.build import build_sam
 from pipeline.sam.export import EXTERNAL_ABOVE, TeacherNetwork, trace, write_model
 from pipeline.sam.frame import to_input_frame
 from pipeline.sam.onnx import MODEL_FORMAT, OUTPUTS, OnnxTeacher
-from pipeline.stores.labels import LabelStore, RowKey
+from pipeline.stores.label_store import LabelStore, RowKey
+from pipeline.stores.teacher_card import TeacherCard
 
 CONTENDERS = {
     "predictor_fp32": "(a) SamPredictor loop, fp32",
@@ -187,7 +187,7 @@ def timed(owner: Any, name: str, device: torch.device) -> Iterator[list[float]]:
         setattr(owner, name, inner)
 
 
-def label_all(config: Config, teacher: Labeller, files: list[Path]) -> float:
+def label_all(config: Config, teacher: TeacherBackend, files: list[Path]) -> float:
     """Seconds from image files to a finished label store."""
     keys = [RowKey(file.stem, file_sha256(file)) for file in files]
     identity = teacher.card.identity(label_size=LABEL_SIZE)
@@ -214,8 +214,8 @@ def run_torch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     files = sorted((folder / "images").iterdir())
     first = [np.asarray(Image.open(file).convert("RGB")) for file in files[:2]]
     with torch.inference_mode():
-        pixels, extents = (part.to(device) for part in to_input_frame(first, card.input_size))
-        inside = teaching.inside_image(extents, card.input_size)
+        pixels, valid_hw = (part.to(device) for part in to_input_frame(first, card.input_size))
+        inside = teaching.inside_image(valid_hw, card.input_size)
         parts = [
             teaching.forward(teacher.sam, pixels[i : i + 1], inside[i : i + 1], dtype=teacher.dtype)
             for i in range(2)
@@ -237,10 +237,10 @@ def run_torch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 class WithLogits(TeacherNetwork):
     """The exported network with one output more, for its error; stage one never asks for it."""
 
-    def forward(self, pixels: Tensor, extents: Tensor) -> tuple[Tensor, ...]:
-        inside = teaching.inside_image(extents, pixels.shape[-1])
+    def forward(self, pixels: Tensor, valid_hw: Tensor) -> tuple[Tensor, ...]:
+        inside = teaching.inside_image(valid_hw, pixels.shape[-1])
         logits, iou = teaching.forward(self.sam, pixels, inside)
-        frame = teaching.to_client_frame(logits, extents, self.size_hw)
+        frame = teaching.to_client_frame(logits, valid_hw, self.size_hw)
         return *teaching.to_labels(frame, iou), logits
 
 
@@ -272,8 +272,8 @@ def run_onnx(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     first = [np.asarray(Image.open(file).convert("RGB")) for file in files[:2]]
     parts = []
     for image in first:
-        pixels, extents = to_input_frame([image], size)
-        feed = {"pixels": pixels.contiguous().numpy(), "extents": extents.numpy()}
+        pixels, valid_hw = to_input_frame([image], size)
+        feed = {"pixels": pixels.contiguous().numpy(), "valid_hw": valid_hw.numpy()}
         parts.append(teacher._session.run(["logits"], feed)[0][:, 1:])
     np.save(folder / f"{options.child}.npy", np.concatenate(parts))
     teacher.label(first[:1] * options.batch_size, LABEL_SIZE)  # warm, at the size that is timed

@@ -27,14 +27,16 @@ from typing import Any
 import torch
 from inputs import prepare_with_labels
 
-from pipeline import averaging, distillation, exchange, training
-from pipeline.aggregation import FedAvg
 from pipeline.config import Config, load_config
-from pipeline.devices import resolve_device
-from pipeline.federation import federate
-from pipeline.models import smp
-from pipeline.runs import RunFolder
-from pipeline.synthetic import write_dataset
+from pipeline.data.synthetic import write_dataset
+from pipeline.federation import averaging, exchange
+from pipeline.federation import codistillation as distillation
+from pipeline.federation import local_update as training
+from pipeline.federation.aggregation import FedAvg
+from pipeline.federation.runs import RunFolder
+from pipeline.federation.server import federate
+from pipeline.runtime import resolve_device
+from pipeline.segmentation.networks import smp
 
 NETWORKS = [  # of the heterogeneous clients, in turn
     {"encoder": "tu-mobilenetv3_small_050"},
@@ -239,9 +241,9 @@ def main() -> None:
     options = parser.parse_args()
     base = (
         "federate.threads=1",
-        "federate.start_steps=20",  # what is learnt before does not change what a round costs
+        "federate.pretrain_steps=20",  # what is learnt before does not change what a round costs
         "agreement.warn_agreement=0",  # nor do such labels and clients deserve a warning
-        "agreement.warn_kept=0",
+        "agreement.warn_coverage=0",
         f"federate.rounds={options.rounds}",
         *options.set,
     )

@@ -29,13 +29,13 @@ from numcodecs.blosc import decompress
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.card import TeacherCard
 from pipeline.config import Config, parse_config
-from pipeline.files import file_sha256
-from pipeline.labelling import Outcome, Task, label_tasks, store_path
-from pipeline.stores.chunks import CHUNK_ROWS, SHARD_ROWS
+from pipeline.disk import file_sha256
+from pipeline.labelling.worker import Outcome, Task, label_tasks, store_path
+from pipeline.stores.arrays import CHUNK_ROWS, SHARD_ROWS
 from pipeline.stores.decode import is_held, read_index
-from pipeline.stores.labels import Labels, LabelStore, RowKey, read_labels
+from pipeline.stores.label_store import LabelStore, PseudoLabels, RowKey, read_labels
+from pipeline.stores.teacher_card import TeacherCard
 
 SIZE = 256
 VARIETY = 64  # different masks
@@ -80,10 +80,10 @@ class Copier:
             seed=0,
         )
 
-    def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> Labels:
+    def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> PseudoLabels:
         pick = (self.next + np.arange(len(images))) % VARIETY
         self.next += len(images)
-        return Labels(
+        return PseudoLabels(
             self.masks[pick], self.confidences[pick], np.full(len(images), 0.9, np.float32)
         )
 
@@ -154,7 +154,7 @@ def read_in_shards(store: LabelStore) -> None:
 def read_through_zarr(store: LabelStore) -> None:
     """The same, but for the check that every file is there."""
     group = zarr.open_group(store.path, mode="r")
-    arrays = [group[name] for name in ("done", "masks", "confidences", "scores")]
+    arrays = [group[name] for name in ("done", "masks", "confidences", "predicted_iou")]
     for span in spans(store):
         for array in arrays:
             array[span]

@@ -1,20 +1,24 @@
 """samfed: federated segmentation from few labels, guided by a Segment Anything teacher.
 
-Imports flow one way: ``cli`` -> stages -> parts -> stores, config, errors. Stage one
-(``precompute``) never imports stage two (``federation``), and stage two never imports ``sam``.
+Rooms, from top to bottom. A room imports only rooms below it (``tests/test_rooms.py`` holds that);
+``labelling`` and ``federation`` do not know each other, and ``federation`` does not know ``sam``.
 
-=================  ==========================================================================
-stages             ``synthetic`` ``prepare`` ``sam.finetune`` ``sam.evaluate`` ``precompute``
-                   ``federation`` ``evaluation`` ``comparison`` ``report`` ``gallery`` ``demo``
-                   ``maintenance`` ``repair``
-parts, stage one   ``partition`` ``sam`` ``labeller`` ``labelling`` ``cluster`` ``labelled``
-parts, stage two   ``averaging`` ``exchange`` ``starts`` ``cohort`` ``schedule`` ``diagnostics``
-                   ``training`` ``agreement`` ``views`` ``aggregation`` ``distillation``
-                   ``distillation_losses`` ``engines`` ``final``
-parts of both      ``models`` ``augment`` ``losses`` ``metrics`` ``pages`` ``curves``
-on disk            ``images`` (files of the user), ``stores`` (zarr), ``card``, ``runs``
-ground             ``config`` ``errors`` ``files`` ``locks`` ``devices`` ``torchvision_ops``
-=================  ==========================================================================
+``results``
+    reads finished runs: scores, comparisons, the report, the teacher's page, the demo
+``labelling``
+    stage one: the teacher labels every client's images, once
+``federation``
+    stage two: federated rounds on the cached labels
+``sam``
+    the teacher: built, adapted, prompted, exported, run
+``data``
+    a user's folder becomes a partition and image stores
+``stores``
+    what lies in ``cache/``: image stores, label stores, the teacher's card
+``segmentation``
+    networks, augmentation, losses, metrics
+``config`` ``errors`` ``disk`` ``runtime``
+    the ground: settings, errors, files and locks, devices
 """
 
 __version__ = "0.1.0"

@@ -2,12 +2,16 @@
 
 The defaults here are the project's defaults; the ``params.yaml`` in the repository spells them out
 (a test holds the two equal). Unknown keys and values out of range are errors.
+
+What decides a result is marked at its field, once: whether a run may continue, whether two runs
+share a first model, and whether two runs are seeds of one experiment all follow from the marks.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -21,36 +25,40 @@ from pydantic import (
 )
 from pydantic import model_validator as _model_validator
 
+from pipeline.disk import file_sha256, is_folder_name
 from pipeline.errors import ConfigError
-from pipeline.files import is_folder_name
+from pipeline.methods import METHODS, Method, methods_for
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-
-Method = Literal[
-    "supervised",
-    "fedavg_ssl",
-    "semifl",
-    "fedmd",
-    "rc_rf",
-    "sam_only",
-    "sam_fed",
-    "shuffled",
-    "oracle",
-]
-#: Methods that read the label cache, and of these the ones that weigh SAM against the client.
-SAM_METHODS: tuple[Method, ...] = ("sam_only", "sam_fed", "shuffled")
-AGREEMENT_METHODS: tuple[Method, ...] = ("sam_fed", "shuffled")
-#: Methods that exist only for clients with networks of their own, and only for averaged ones.
-EXCHANGE_METHODS: tuple[Method, ...] = ("fedmd", "rc_rf")
-AVERAGING_METHODS: tuple[Method, ...] = ("fedavg_ssl", "semifl")
-#: Settings of stage two that decide warnings alone, by section: no model depends on them.
-WARNING_KEYS = {
-    "agreement": ("warn_agreement", "warn_kept"),
-    "federate": ("link_mbit", "warn_drift"),
-}
+Probability = Annotated[float, Field(ge=0.5, lt=1.0)]  # of the likelier of two
 
 Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
+
+
+@dataclass(frozen=True)
+class Decides:
+    """Mark of a setting: what of a run depends on it."""
+
+    run: bool = True  # the result of the rounds: another value cannot continue a run
+    first_model: bool = False  # the model before round 1, trained on D_p alone
+    experiment: bool = True  # another value is another experiment, not a repetition of one
+
+
+_NOTHING = Decides(run=False, experiment=False)  # where, how fast, what is warned of
+_RUN = Decides()
+_FIRST_MODEL = Decides(first_model=True)
+_REPETITION = Decides(first_model=True, experiment=False)  # the seed, and what changes rounding
+_AUDIT = Decides(experiment=False)  # changes what a run reports, and no model
+_TEACHER = Decides(run=False)  # rounds depend on it through the labels' identity
+
+#: Keys of earlier versions, and what they are called now.
+RENAMED = {
+    "agreement.floor": "agreement.min_threshold",
+    "agreement.ceiling": "agreement.max_threshold",
+    "agreement.warn_kept": "agreement.warn_coverage",
+    "federate.start_steps": "federate.pretrain_steps",
+}
 
 
 def _folder_name(name: str) -> str:
@@ -60,15 +68,19 @@ def _folder_name(name: str) -> str:
 
 
 class _Section(BaseModel):
+    """Part of the settings; ``decides`` is the mark of the fields that have none of their own."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+    decides: ClassVar[Decides] = _NOTHING
 
 
 class DataConfig(_Section):
     """What comes in."""
 
     root: Path = Path("data/synthetic")  # folder with images/, masks/ and optionally sites.csv
-    num_classes: Annotated[int, Field(ge=1, le=254)] = 1  # K foreground classes
-    image_size: Annotated[int, Field(ge=16, le=2048, multiple_of=16)] = 64  # client frame, px
+    num_classes: Annotated[int, Field(ge=1, le=254), _FIRST_MODEL] = 1  # K foreground classes
+    # side of the client's frame, px
+    image_size: Annotated[int, Field(ge=16, le=2048, multiple_of=16), _FIRST_MODEL] = 64
 
 
 class CacheConfig(_Section):
@@ -115,6 +127,8 @@ class PartitionConfig(_Section):
 class SamConfig(_Section):
     """The teacher and how it is adapted to the server's labelled set."""
 
+    decides = _TEACHER
+
     variant: str = "vit_t"  # vit_t | vit_b | vit_l | vit_h | timm:<backbone>
     checkpoint: Path | None = None  # vit_b|l|h: official .pth; timm: backbone .safetensors
     input_size: Annotated[int, Field(ge=64, multiple_of=32)] | None = None  # timm only, pixels
@@ -153,6 +167,8 @@ class PrecomputeConfig(_Section):
 class NetworkConfig(_Section):
     """A network of segmentation-models-pytorch."""
 
+    decides = _RUN
+
     architecture: Literal["unet", "fpn", "linknet", "deeplabv3plus", "segformer"] = "unet"
     encoder: str = "tu-mobilenetv3_small_050"  # smp encoder name; tu-<name> is timm's
     encoder_depth: Annotated[int, Field(ge=3, le=5)] = 4
@@ -172,39 +188,47 @@ class ModelConfig(NetworkConfig):
 class AgreementConfig(_Section):
     """How SAM's label and the client's own prediction become one target (docs/method.md)."""
 
+    decides = _RUN
+
     rule: Rule = "adaptive"
     threshold: Fraction = 0.9  # `confident`: probability above which a source is believed
     calibrate: bool = True  # `adaptive`: measure both sources on D_p's calibration part
-    floor: Annotated[float, Field(ge=0.5, lt=1.0)] = (
-        0.6  # `adaptive`: threshold of a class unlearnt
-    )
-    ceiling: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.8  # `adaptive`: of a class well learnt
+    min_threshold: Probability = 0.6  # `adaptive`: threshold of a class unlearnt
+    max_threshold: Probability = 0.8  # `adaptive`: of a class well learnt
     foreground_prior: float = 0.0  # `adaptive`: log-odds for foreground in a conflict
     momentum: Fraction = 0.9  # `adaptive`: of the class-wise running confidence
-    warn_agreement: Fraction = 0.3  # foreground Dice(SAM, client) below this is a warning
-    warn_kept: Fraction = 0.3  # share of pixels kept below this is a warning
+    warn_agreement: Annotated[Fraction, _NOTHING] = (
+        0.3  # foreground Dice(SAM, client) below this is a warning
+    )
+    warn_coverage: Annotated[Fraction, _NOTHING] = (
+        0.3  # share of pixels kept below this is a warning
+    )
 
     @_model_validator(mode="after")
     def _check(self) -> AgreementConfig:
-        if self.floor > self.ceiling:
-            raise ValueError("floor is above ceiling")
+        if self.min_threshold > self.max_threshold:
+            raise ValueError("min_threshold is above max_threshold")
         return self
 
 
 class FederateConfig(_Section):
     """Stage two."""
 
-    name: Annotated[str, AfterValidator(_folder_name)] = "sam_fed"  # folder under cache/runs
+    decides = _RUN
+
+    name: Annotated[str, AfterValidator(_folder_name), _NOTHING] = "sam_fed"  # under cache/runs
     method: Method = "sam_fed"
     rounds: PositiveInt = 15
     clients_per_round: PositiveInt | None = None  # drawn anew each round; null = all
     aggregation: Literal["fedavg", "median"] = "fedavg"  # median: of each coordinate
-    start_steps: Annotated[int, Field(ge=0)] = 200  # of each first model on D_p, before round 1
+    # optimiser steps of each first model on D_p, before round 1
+    pretrain_steps: Annotated[int, Field(ge=0), _FIRST_MODEL] = 200
     local_steps: PositiveInt = 10  # optimiser steps of each client in a round
-    labelled_batch: Annotated[int, Field(ge=2)] = 8  # batch norm cannot train on one image
+    # batch norm cannot train on one image
+    labelled_batch: Annotated[int, Field(ge=2), _FIRST_MODEL] = 8
     unlabelled_batch: PositiveInt = 8
-    learning_rate: PositiveFloat = 2e-3
-    weight_decay: NonNegative = 1e-4
+    learning_rate: Annotated[PositiveFloat, _FIRST_MODEL] = 2e-3
+    weight_decay: Annotated[NonNegative, _FIRST_MODEL] = 1e-4
     unlabelled_weight: NonNegative = 1.0  # lambda_u after its ramp
     ramp_rounds: Annotated[int, Field(ge=0)] = 2  # rounds over which lambda_u grows from 0
     kd_weight: NonNegative = 0.1  # lambda_kd; no part of runs with networks of their own
@@ -213,17 +237,22 @@ class FederateConfig(_Section):
     fusion_epochs: PositiveInt = 4  # heterogeneous: passes over D_p of RC, of RF, of FedMD's digest
     fusion_weight: NonNegative = 10.0  # heterogeneous: of the KL term in RC and RF
     fusion_warmup_rounds: Annotated[int, Field(ge=0)] = 0  # heterogeneous: rounds without that term
-    audit: bool = False  # score pseudo-labels against cache/oracle's truth, for reports only
-    link_mbit: PositiveFloat = 100.0  # Mbit/s of a client's link; slower than computing: a warning
-    warn_drift: PositiveFloat = 3.0  # times the median client's change of the model: a warning
-    threads: PositiveInt = 2  # torch threads of one client update; pinned, for equal results
-    device: str = "auto"
+    # score pseudo-labels against cache/oracle's truth, for reports only
+    audit: Annotated[bool, _AUDIT] = False
+    # Mbit/s of a client's link; one that takes longer than computing is a warning
+    link_mbit: Annotated[PositiveFloat, _NOTHING] = 100.0
+    # times the median client's change of the model, above which a client's is a warning
+    warn_drift: Annotated[PositiveFloat, _NOTHING] = 3.0
+    # torch threads of one client update; pinned, for equal results
+    threads: Annotated[PositiveInt, _REPETITION] = 2
+    device: Annotated[str, _REPETITION] = "auto"
 
 
 class Config(_Section):
     """All of ``params.yaml``."""
 
-    seed: Annotated[int, Field(ge=0)] = 0  # partition, teacher and rounds derive from it
+    # partition, teacher and rounds derive from it
+    seed: Annotated[int, Field(ge=0), _REPETITION] = 0
     data: DataConfig = DataConfig()
     cache: CacheConfig = CacheConfig()
     synth: SynthConfig = SynthConfig()
@@ -236,18 +265,19 @@ class Config(_Section):
 
     @_model_validator(mode="after")
     def _check(self) -> Config:
-        method, own = self.federate.method, bool(self.model.clients)
-        if method in EXCHANGE_METHODS and not own:
+        own = bool(self.model.clients)
+        method = self.federate.method
+        if METHODS[method].networks == "own" and not own:
             raise ValueError(
                 f"federate.method {method} is for clients with networks of their own; "
                 "list them in model.clients"
             )
-        if own and (method in AVERAGING_METHODS or self.federate.aggregation == "median"):
-            what = method if method in AVERAGING_METHODS else "aggregation median"
+        averages = METHODS[method].networks == "equal"
+        if own and (averages or self.federate.aggregation == "median"):
             raise ValueError(
-                f"{what} averages weights, which clients with networks of their own (model.clients)"
-                " do not share; expected supervised, fedmd, rc_rf, sam_only, sam_fed, shuffled or "
-                "oracle, with aggregation fedavg"
+                f"{method if averages else 'aggregation median'} averages weights, which clients "
+                "with networks of their own (model.clients) do not share; expected one of "
+                f"{', '.join(methods_for('own'))}, with aggregation fedavg"
             )
         return self
 
@@ -260,6 +290,39 @@ class Config(_Section):
         """The network of the client at ``index``: ``model.clients`` in turn, or the global one."""
         own = self.model.clients
         return own[index % len(own)] if own else self.model
+
+
+def deciding_settings(
+    config: Config, what: Literal["run", "first_model", "experiment"]
+) -> dict[str, Any]:
+    """Return the settings marked as deciding ``what``, JSON-ready, as ``section.key`` -> value.
+
+    Networks are no part of a first model's settings: ``network_settings`` describes the one it has.
+    Weights on disk count by their content for a run, and by their file's name for an experiment.
+    """
+    found: dict[str, Any] = {}
+    for section, value in config:
+        part, prefix = (value, f"{section}.") if isinstance(value, _Section) else (config, "")
+        for key in type(part).model_fields if prefix else [section]:
+            marks = [m for m in type(part).model_fields[key].metadata if isinstance(m, Decides)]
+            if getattr(marks[0] if marks else part.decides, what):
+                found[prefix + key] = _plain(getattr(part, key), by_name=what == "experiment")
+    return found
+
+
+def network_settings(network: NetworkConfig, *, by_name: bool = False) -> dict[str, Any]:
+    """Return what decides a network, JSON-ready; weights by content (or by their file's name)."""
+    return {
+        key: _plain(getattr(network, key), by_name=by_name) for key in NetworkConfig.model_fields
+    }
+
+
+def _plain(value: Any, *, by_name: bool) -> Any:
+    if isinstance(value, Path):
+        return value.name if by_name or not value.is_file() else file_sha256(value)
+    if isinstance(value, NetworkConfig):
+        return network_settings(value, by_name=by_name)
+    return [_plain(each, by_name=by_name) for each in value] if isinstance(value, tuple) else value
 
 
 def load_config(path: Path | None, overrides: tuple[str, ...] = ()) -> Config:
@@ -293,9 +356,9 @@ def parse_config(raw: dict[str, Any], *, source: str) -> Config:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "(top level)"
         if first["type"] == "extra_forbidden":
-            raise ConfigError(
-                f"{source}: unknown key '{key}'; {_known_keys(first['loc'])}"
-            ) from error
+            now = RENAMED.get(key)
+            advice = f"it is now called {now}" if now else _known_keys(first["loc"])
+            raise ConfigError(f"{source}: unknown key '{key}'; {advice}") from error
         found = (
             "" if isinstance(first["input"], dict | BaseModel) else f"found {first['input']!r}, "
         )

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipeline.config import Config, parse_config
-from pipeline.synthetic import write_dataset
+from pipeline.data.synthetic import write_dataset
 
 TINY = {
     "data": {"image_size": 32},
@@ -27,7 +27,7 @@ TINY = {
     "model": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]},
     "federate": {
         "rounds": 2,
-        "start_steps": 2,
+        "pretrain_steps": 2,
         "local_steps": 2,
         "labelled_batch": 2,
         "unlabelled_batch": 2,

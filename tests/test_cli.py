@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from conftest import tiny_config, write_params
 
+from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError
-from pipeline.locks import writer_lock
 
 with warnings.catch_warnings():  # typer < 0.21 imports names that click 8.5 calls deprecated
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -222,7 +222,7 @@ def test_a_store_made_by_another_teacher_is_moved_aside(project: Project) -> Non
     for owner, notice in zip(("server", "site_a"), notices, strict=True):
         store = project.cache / "sam" / f"{owner}.zarr"
         assert notice.startswith(f"{store}: adapter_sha256 was ")
-        assert f"; moved the old labels to {project.cache / 'aside' / owner}/" in notice
+        assert f"; moved the old labels to {project.cache / 'archive' / owner}/" in notice
 
 
 # --------------------------------------------------------------------------- too early
@@ -447,7 +447,7 @@ def test_one_place_to_label(project: Project, command: str) -> None:
 def test_cache_info(project: Project) -> None:
     found = answer("cache", "info", *project.options)
     assert [store["state"] for store in found["stores"]] == ["complete"] * 5
-    assert found["aside"] == []
+    assert found["archive"] == []
     text = call("cache", "info", *project.options).stdout
     assert text.count("complete; of the present teacher and partition") == 5
 
@@ -455,7 +455,7 @@ def test_cache_info(project: Project) -> None:
 def test_cache_prune_asks_first(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     prune = ("cache", "prune", *project.options)
     assert call(*prune).stdout == "nothing to remove\n"
-    aside = project.cache / "aside" / "site_a" / "x.zarr"
+    aside = project.cache / "archive" / "site_a" / "x.zarr"
     aside.mkdir(parents=True)
     (aside / "zarr.json").write_text("{}")
     line = f"{aside}: 0.0 MiB, moved aside"
@@ -556,7 +556,7 @@ def test_interrupted(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.prepare.prepare", interrupt)
+    monkeypatch.setattr("pipeline.data.prepare.prepare", interrupt)
     result = call("prepare", *project.options)
     assert result.exit_code == 130
     assert result.stderr == "interrupted: run the same command again to continue\n"

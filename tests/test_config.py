@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.config import Config, load_config, parse_config
 from pipeline.errors import ConfigError
-from pipeline.models import build_model
+from pipeline.segmentation.networks import build_model
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 

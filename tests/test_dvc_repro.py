@@ -95,5 +95,5 @@ def test_repro_runs_what_changed(tiny_images: Path, tmp_path: Path) -> None:
     assert project.repro() == STAGES[2:]
     assert digest(project.root / "cache/sam") != labels
     # the old labels were moved aside, not away, and the user's folder was only read
-    assert list((project.root / "cache/aside/server").glob("*.zarr"))
+    assert list((project.root / "cache/archive/server").glob("*.zarr"))
     assert digest(tiny_images) == before

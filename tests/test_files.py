@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DataError, StageError
-from pipeline.files import (
+from pipeline.disk import (
     discard,
     file_sha256,
     flush,
@@ -22,6 +21,7 @@ from pipeline.files import (
     write_bytes,
     write_json,
 )
+from pipeline.errors import DataError, StageError
 
 
 def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.disk import writer_lock, writer_of
 from pipeline.errors import LockedStoreError
-from pipeline.locks import writer_lock, writer_of
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_second_writer_is_refused(path: Path) -> None:
 
 def test_a_second_process_is_refused(path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipeline.locks import writer_lock\n"
+        "import sys; from pathlib import Path; from pipeline.disk import writer_lock\n"
         "with writer_lock(Path(sys.argv[1])):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )

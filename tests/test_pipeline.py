@@ -18,23 +18,23 @@ import yaml
 from conftest import tiny_config, write_params
 from PIL import Image
 
-from pipeline.averaging import Averaging
-from pipeline.cohort import load_cohort
 from pipeline.config import Config
+from pipeline.data.partition import load_partition
+from pipeline.data.prepare import prepare
 from pipeline.errors import ConfigError, DataError, IdentityError, SamfedError, StageError
-from pipeline.evaluation import _write_rounds, evaluate
-from pipeline.federation import federate
-from pipeline.final import FinalModels
-from pipeline.gallery import build_gallery
-from pipeline.partition import load_partition
-from pipeline.precompute import precompute
-from pipeline.prepare import prepare
-from pipeline.report import load_run, render_report
-from pipeline.runs import Checkpoint, RunFolder
-from pipeline.sam.evaluate import evaluate_teacher
+from pipeline.federation.averaging import Averaging
+from pipeline.federation.inputs import load_inputs
+from pipeline.federation.runs import Checkpoint, RunFolder
+from pipeline.federation.server import federate
+from pipeline.federation.views import ClientData
+from pipeline.labelling.precompute import precompute
+from pipeline.results.evaluate import _write_rounds, evaluate
+from pipeline.results.evaluate_teacher import evaluate_teacher
+from pipeline.results.final_models import FinalModels
+from pipeline.results.gallery import build_gallery
+from pipeline.results.report import load_run, render_report
 from pipeline.sam.finetune import finetune
-from pipeline.stores.labels import LabelStore
-from pipeline.views import ClientData
+from pipeline.stores.label_store import LabelStore
 
 
 def run_all(config: Config) -> RunFolder:
@@ -119,7 +119,7 @@ def test_history_tells_what_agreement_did(finished: tuple[Config, RunFolder]) ->
     for entry in history:
         for client in entry["clients"].values():
             assert 0 <= client["agreement"] <= 1
-            assert 0 <= client["from_sam"] + client["from_client"] <= client["kept"] <= 1
+            assert 0 <= client["from_sam"] + client["from_client"] <= client["coverage"] <= 1
             assert client["loss"] == pytest.approx(
                 client["loss_sup"]
                 + entry["unlabelled_weight"] * client["loss_agree"]
@@ -218,7 +218,7 @@ def test_metrics_file_has_the_promised_shape(finished: tuple[Config, RunFolder])
 
 def test_rounds_as_a_table(tmp_path: Path) -> None:
     """Means and sums over the clients of a round; what nobody reported is empty."""
-    said = {"loss": 1.0, "agreement": 0.5, "kept": None, "drift": 0.25, "gradient_norm": 2.0}
+    said = {"loss": 1.0, "agreement": 0.5, "coverage": None, "drift": 0.25, "gradient_norm": 2.0}
     sent = {"bytes_up": 12_345_678, "bytes_down": 3}
     clients = {"a": {**said, **sent}, "b": {**sent, "loss": 3.0, "pseudo_label_dice": 0.75}}
     history = [
@@ -227,7 +227,7 @@ def test_rounds_as_a_table(tmp_path: Path) -> None:
     ]
     _write_rounds(tmp_path / "rounds.csv", history)
     assert (tmp_path / "rounds.csv").read_text().splitlines() == [
-        "round,val_dice,loss,agreement,kept,pseudo_label_dice,gradient_norm,drift,"
+        "round,val_dice,loss,agreement,coverage,pseudo_label_dice,gradient_norm,drift,"
         "bytes_up,bytes_down,seconds",
         "1,0.5,2,0.5,,0.75,2,0.25,24691356,6,1.5",
         "2,,2,,,,,,,,2.5",
@@ -290,7 +290,7 @@ def test_a_client_that_sends_nan_is_rejected_and_named(
     config = finished[0].model_copy(
         update={"federate": finished[0].federate.model_copy(update={"name": "nan", "rounds": 1})}
     )
-    from pipeline import averaging
+    from pipeline.federation import averaging
 
     real = averaging.local_update
     broken = {"site_b"}
@@ -411,17 +411,21 @@ def test_history_tells_what_a_round_costs(finished: tuple[Config, RunFolder]) ->
             assert 0 < client["seconds"] <= entry["seconds"]
             assert client["gradient_norm"] > 0
             assert client["drift"] > 0
-            assert {"sam_scale", "client_scale", "sam_trust"} <= set(client)
+            assert {
+                "sam_inverse_temperature",
+                "client_inverse_temperature",
+                "conflict_log_odds",
+            } <= set(client)
 
 
 def test_inconsistent_sam_is_named_in_the_first_round(finished: tuple[Config, RunFolder]) -> None:
     config = finished[0]
     store = LabelStore(config.cache.root / "sam" / "site_b.zarr")
     assert store.statistics is not None
-    floor = config.precompute.model_copy(
+    min_threshold = config.precompute.model_copy(
         update={"warn_consistency": store.statistics["flip_dice"] + 1e-6}
     )
-    strict = config.model_copy(update={"precompute": floor})
+    strict = config.model_copy(update={"precompute": min_threshold})
     named = strict.federate.model_copy(update={"name": "doubts"})
     history = federate(strict.model_copy(update={"federate": named})).history()
     assert any(w.startswith("site_b: SAM is inconsistent") for w in history[0]["warnings"])
@@ -434,15 +438,15 @@ def test_what_only_warns_does_not_end_a_run(finished: tuple[Config, RunFolder]) 
         update={
             "federate": config.federate.model_copy(update={"warn_drift": 9.0, "link_mbit": 1.0}),
             "agreement": config.agreement.model_copy(
-                update={"warn_agreement": 0.01, "warn_kept": 0.01}
+                update={"warn_agreement": 0.01, "warn_coverage": 0.01}
             ),
         }
     )
-    assert load_cohort(lenient).fingerprint == load_cohort(config).fingerprint
+    assert load_inputs(lenient).fingerprint == load_inputs(config).fingerprint
     assert federate(lenient, mode="resume").history() == run.history()
-    stricter = config.agreement.model_copy(update={"ceiling": 0.9})
+    stricter = config.agreement.model_copy(update={"max_threshold": 0.9})
     other = config.model_copy(update={"agreement": stricter})
-    assert load_cohort(other).fingerprint != load_cohort(config).fingerprint
+    assert load_inputs(other).fingerprint != load_inputs(config).fingerprint
 
 
 def test_truth_is_read_only_where_it_scores_something(tiny_images: Path, tmp_path: Path) -> None:

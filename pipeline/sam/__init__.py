@@ -1,4 +1,4 @@
 """The teacher: Segment Anything, built, adapted, and run without prompts."""
 
 # Before any module of this package imports segment_anything or timm, and so torchvision.
-from pipeline import torchvision_ops as torchvision_ops
+from pipeline import runtime as runtime

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import Config, ModelConfig
+from pipeline.disk import file_sha256
 from pipeline.errors import IdentityError, StageError
-from pipeline.files import file_sha256
-from pipeline.models import build_model, normalise
+from pipeline.segmentation.networks import build_model, normalise
 
 COARSE_FILE = "coarse.safetensors"
 COARSE_SIDE = 128  # px; a box needs no more

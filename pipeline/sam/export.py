@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from pipeline import __version__
 from pipeline.config import Config
-from pipeline.files import file_sha256, write_bytes
-from pipeline.locks import writer_lock
-from pipeline.partition import load_partition
+from pipeline.data.partition import load_partition
+from pipeline.disk import file_sha256, write_bytes, writer_lock
 from pipeline.sam.onnx import (
     INPUTS,
     MODEL_FORMAT,
@@ -69,20 +68,20 @@ class TeacherNetwork(nn.Module):
                 if isinstance(module, nn.LayerNorm | LayerNorm2d | nn.BatchNorm2d):
                     module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
 
-    def forward(self, pixels: Tensor, extents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor, valid_hw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Label a batch.
 
         Args:
-            pixels: (B, 3, S, S) uint8, padded. extents: (B, 2) int64, height and width of the
+            pixels: (B, 3, S, S) uint8, padded. valid_hw: (B, 2) int64, height and width of the
                 image in it (``to_input_frame`` makes both).
 
         Returns:
-            masks (B, L, L) uint8, confidences (B, L, L) uint8, scores (B,) float32.
+            masks (B, L, L) uint8, confidences (B, L, L) uint8, predicted_iou (B,) float32.
         """
-        inside = inside_image(extents, pixels.shape[-1])
+        inside = inside_image(valid_hw, pixels.shape[-1])
         dtype = torch.float16 if self.fp16 else torch.float32
         logits, iou = forward(self.sam, pixels, inside, dtype=dtype)
-        return to_labels(to_client_frame(logits, extents, self.size_hw), iou)
+        return to_labels(to_client_frame(logits, valid_hw, self.size_hw), iou)
 
 
 def export_teacher(
@@ -138,13 +137,13 @@ def trace(
     """``network`` (of ``INPUTS``) as an ONNX graph with a free batch dimension."""
     # two rows, because torch.export takes a dimension of one for a constant
     pixels = torch.zeros(2, 3, input_size, input_size, dtype=torch.uint8)
-    extents = torch.full((2, 2), input_size)
+    valid_hw = torch.full((2, 2), input_size)
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter warns of what it calls itself
         program = torch.onnx.export(
             network.eval(),
-            (pixels, extents),
+            (pixels, valid_hw),
             dynamo=True,
             verbose=False,
             opset_version=OPSET,

@@ -21,25 +21,11 @@ from PIL import Image
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from pipeline.augment import (
-    HEAVY,
-    Geometry,
-    change_appearance,
-    random_affine,
-    sampling_grid,
-    warp_images,
-    warp_labels,
-)
-from pipeline.card import CARD_FILE, TeacherCard
 from pipeline.config import Config, SamConfig
-from pipeline.devices import resolve_device
-from pipeline.files import file_sha256, folder_beside, write_json
-from pipeline.labelled import LabelledImage, load_labelled
-from pipeline.locks import writer_lock
-from pipeline.losses import IGNORE, supervised_loss
-from pipeline.metrics import dice_score
-from pipeline.models import normalise
-from pipeline.partition import Partition, load_partition
+from pipeline.data.partition import Partition, load_partition
+from pipeline.data.public_set import LabelledImage, load_labelled
+from pipeline.disk import file_sha256, folder_beside, write_json, writer_lock
+from pipeline.runtime import resolve_device
 from pipeline.sam.coarse import COARSE_FILE, COARSE_SIDE, build_coarse
 from pipeline.sam.frame import to_input_frame
 from pipeline.sam.lora import add_lora, merge_lora
@@ -52,6 +38,19 @@ from pipeline.sam.teacher import (
     build_base,
     forward,
 )
+from pipeline.segmentation.augmentation import (
+    HEAVY,
+    Geometry,
+    change_appearance,
+    random_affine,
+    sampling_grid,
+    warp_images,
+    warp_labels,
+)
+from pipeline.segmentation.losses import IGNORE, supervised_loss
+from pipeline.segmentation.metrics import dice_score
+from pipeline.segmentation.networks import normalise
+from pipeline.stores.teacher_card import CARD_FILE, TeacherCard
 
 Progress = Callable[[str, int, int], None]
 
@@ -182,20 +181,20 @@ def _prepare_prompt(config: Config, partition: Partition, progress: Progress | N
 
 def _mean_dice(teacher: Teacher, images: Iterable[LabelledImage]) -> float:
     """Mean foreground Dice per image, at the images' own size."""
-    scores = []
+    predicted_iou = []
     for item in images:
         probabilities, _ = teacher.probabilities([item.image], item.mask.shape)
         predicted = probabilities[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
-        scores.append(dice_score(predicted, item.mask, num_classes=teacher.card.num_classes))
-    return float(np.mean(scores))
+        predicted_iou.append(dice_score(predicted, item.mask, num_classes=teacher.card.num_classes))
+    return float(np.mean(predicted_iou))
 
 
 def _frames(items: Iterable[LabelledImage], size: int) -> tuple[Tensor, Tensor]:
     """Images (N, 3, S, S) uint8 and masks (N, S, S) uint8 in the input frame; padding = IGNORE."""
     pixels, masks = [], []
     for item in items:  # one at a time: originals may be large
-        frame, extents = to_input_frame([item.image], size)
-        height, width = extents[0].tolist()
+        frame, valid_hw = to_input_frame([item.image], size)
+        height, width = valid_hw[0].tolist()
         resized = Image.fromarray(item.mask).resize((width, height), Image.Resampling.NEAREST)
         mask = np.full((size, size), IGNORE, np.uint8)
         mask[:height, :width] = np.asarray(resized)

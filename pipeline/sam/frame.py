@@ -25,13 +25,13 @@ def to_input_frame(images: Sequence[NDArray[np.uint8]], size: int) -> tuple[Tens
     """Resize the longest side of each (H, W, 3) uint8 image to ``size`` and pad bottom and right.
 
     Returns:
-        pixels (B, 3, size, size) uint8 and the valid extents (B, 2) int64 as (height, width).
+        pixels (B, 3, size, size) uint8 and the valid valid_hw (B, 2) int64 as (height, width).
     """
     batch = np.zeros((len(images), size, size, 3), np.uint8)
-    extents = np.zeros((len(images), 2), np.int64)
+    valid_hw = np.zeros((len(images), 2), np.int64)
     for i, image in enumerate(images):
         resized = fit_longest_side(image, size)
         height, width = resized.shape[:2]
         batch[i, :height, :width] = resized
-        extents[i] = height, width
-    return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.from_numpy(extents)
+        valid_hw[i] = height, width
+    return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.from_numpy(valid_hw)

@@ -16,20 +16,20 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from pipeline.card import TeacherCard
 from pipeline.config import Config
-from pipeline.devices import resolve_device
+from pipeline.data.partition import Partition
+from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
-from pipeline.files import file_sha256
-from pipeline.partition import Partition
+from pipeline.runtime import resolve_device
 from pipeline.sam.frame import to_input_frame
 from pipeline.sam.teacher import checked_card
-from pipeline.stores.labels import Identity, Labels
+from pipeline.stores.label_store import Identity, PseudoLabels
+from pipeline.stores.teacher_card import TeacherCard
 
 log = logging.getLogger("samfed.sam.onnx")
 
-INPUTS = ("pixels", "extents")
-OUTPUTS = ("masks", "confidences", "scores")
+INPUTS = ("pixels", "valid_hw")
+OUTPUTS = ("masks", "confidences", "predicted_iou")
 #: Raised when inputs, outputs or what lies between them change: older files are then refused.
 MODEL_FORMAT = "1"
 
@@ -186,7 +186,7 @@ class OnnxTeacher:
             "samfed": version("samfed"),
         }
 
-    def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> Labels:
+    def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> PseudoLabels:
         """Labels of (H, W, 3) uint8 images of any sizes, in the client's frame ``size``.
 
         Raises:
@@ -195,9 +195,9 @@ class OnnxTeacher:
         """
         if size != self.label_size:
             raise IdentityError(f"the onnx model makes labels of {self.label_size} px, not {size}")
-        pixels, extents = to_input_frame(images, self.card.input_size)
-        masks, confidences, scores = self._run(pixels.contiguous().numpy(), extents.numpy())
-        return Labels(masks=masks, confidences=confidences, scores=scores)
+        pixels, valid_hw = to_input_frame(images, self.card.input_size)
+        masks, confidences, predicted_iou = self._run(pixels.contiguous().numpy(), valid_hw.numpy())
+        return PseudoLabels(masks=masks, confidences=confidences, predicted_iou=predicted_iou)
 
     def _run(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         """One pass with inputs and outputs bound to the device: one copy in, one copy out."""

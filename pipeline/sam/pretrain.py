@@ -172,5 +172,5 @@ def validate(sam: Sam, seed: int, scenes: int = 64) -> float:
     sam.eval()
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(SceneDataset(seed, 0, scenes), batch_size=8)
-    scores = [float(pretraining_loss(sam, x, y, generator)[1]) for x, y in _batches(loader)]
-    return float(np.mean(scores))
+    predicted_iou = [float(pretraining_loss(sam, x, y, generator)[1]) for x, y in _batches(loader)]
+    return float(np.mean(predicted_iou))

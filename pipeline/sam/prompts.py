@@ -33,7 +33,7 @@ _MIN_STABILITY = 0.95
 _STABILITY_OFFSET = 1.0  # of the logit, either way
 _EDGE = 20 / 1024  # of the input's side: a mask this near to a side of the image reaches it
 
-#: (sam, embeddings (B, C, h, w), pixels (B, 3, S, S) in 0..255, extents (B, 2) as height, width)
+#: (sam, embeddings (B, C, h, w), pixels (B, 3, S, S) in 0..255, valid_hw (B, 2) as height, width)
 #: -> two-class logits (B, 2, S/4, S/4) of the padded frame and IoU estimates (B, 2).
 Prompter = Callable[[Sam, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -66,12 +66,12 @@ class PointGrid:
         self.grid = torch.from_numpy(grid).float()
 
     def __call__(
-        self, sam: Sam, embeddings: Tensor, pixels: Tensor, extents: Tensor
+        self, sam: Sam, embeddings: Tensor, pixels: Tensor, valid_hw: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See ``Prompter``; the estimate is the best mask's, 0 where there is no mask."""
         found = [
             self._best(sam, embedding, extent, pixels.shape[-1])
-            for embedding, extent in zip(embeddings, extents.tolist(), strict=True)
+            for embedding, extent in zip(embeddings, valid_hw.tolist(), strict=True)
         ]
         return two_class(torch.stack([z for z, _ in found]), torch.stack([iou for _, iou in found]))
 
@@ -130,13 +130,13 @@ class CoarseBox:
         self.model = model.eval()
 
     def __call__(
-        self, sam: Sam, embeddings: Tensor, pixels: Tensor, extents: Tensor
+        self, sam: Sam, embeddings: Tensor, pixels: Tensor, valid_hw: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See ``Prompter``; where the coarse model finds nothing, its logits are the answer."""
         with torch.autocast(pixels.device.type, enabled=False):
             odds = coarse_log_odds(self.model, pixels)
         scale = pixels.shape[-1] / COARSE_SIDE
-        boxes, found = boxes_around(odds, extents / scale)
+        boxes, found = boxes_around(odds, valid_hw / scale)
         logits, iou = _decode(sam, embeddings, boxes=boxes * scale)
         # one box is no ambiguous prompt: segment-anything's first token answers it
         coarse = F.interpolate(odds[:, None], logits.shape[-2:], mode="bilinear")[:, 0]
@@ -144,19 +144,19 @@ class CoarseBox:
         return two_class(z, torch.where(found, iou[:, 0], 0.0))
 
 
-def boxes_around(odds: Tensor, extents: Tensor) -> tuple[Tensor, Tensor]:
+def boxes_around(odds: Tensor, valid_hw: Tensor) -> tuple[Tensor, Tensor]:
     """The box around each image's foreground, and whether it has any.
 
     Args:
         odds: (B, s, s) log-odds of the foreground in the padded frame.
-        extents: (B, 2) float, height and width of the image in that frame; the rest is padding.
+        valid_hw: (B, 2) float, height and width of the image in that frame; the rest is padding.
 
     Returns:
         boxes_xyxy (B, 4) float, edges in the same pixels (meaningless where there is nothing), and
         found (B,) bool.
     """
     steps = torch.arange(odds.shape[-1], device=odds.device) + 0.5  # a pixel's centre decides
-    inside = (steps < extents[:, :1])[:, :, None] & (steps < extents[:, 1:])[:, None, :]
+    inside = (steps < valid_hw[:, :1])[:, :, None] & (steps < valid_hw[:, 1:])[:, None, :]
     masks = (odds > 0) & inside
     boxes = batched_mask_to_box(masks).float()
     boxes[:, 2:] += 1  # from the last pixel to its far edge

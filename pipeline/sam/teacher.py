@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from pipeline.card import TeacherCard, load_card
 from pipeline.config import Config, SamConfig
-from pipeline.devices import resolve_device
+from pipeline.data.partition import Partition
+from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, DataError, IdentityError, StageError
-from pipeline.files import file_sha256
-from pipeline.partition import Partition
+from pipeline.runtime import resolve_device
 from pipeline.sam.build import (
     EMBEDDED_WEIGHTS,
     OFFICIAL_SHA256,
@@ -35,7 +34,8 @@ from pipeline.sam.coarse import load_coarse
 from pipeline.sam.frame import to_input_frame
 from pipeline.sam.lora import add_lora, merge_lora
 from pipeline.sam.prompts import MULTIMASK, CoarseBox, PointGrid, Prompter
-from pipeline.stores.labels import Labels
+from pipeline.stores.label_store import PseudoLabels
+from pipeline.stores.teacher_card import TeacherCard, load_card
 
 ADAPTER_FILE = "adapter.safetensors"
 LOGIT_STRIDE = 4  # input pixels per cell of the low-resolution logits
@@ -133,11 +133,11 @@ def _iou_output_layers(state: dict[str, Tensor]) -> list[str]:
     return [f"{head}{last}.weight", f"{head}{last}.bias"]
 
 
-def inside_image(extents: Tensor, size: int) -> Tensor:
+def inside_image(valid_hw: Tensor, size: int) -> Tensor:
     """Which pixels of the padded frame belong to the image: (B, size, size) bool."""
-    steps = torch.arange(size, device=extents.device)
-    rows = steps[None, :, None] < extents[:, 0, None, None]
-    return rows & (steps[None, None, :] < extents[:, 1, None, None])
+    steps = torch.arange(size, device=valid_hw.device)
+    rows = steps[None, :, None] < valid_hw[:, 0, None, None]
+    return rows & (steps[None, None, :] < valid_hw[:, 1, None, None])
 
 
 def encode(
@@ -174,7 +174,7 @@ def forward(
     return decode_masks(sam, embeddings, sparse, dense)
 
 
-def to_client_frame(logits: Tensor, extents: Tensor, size_hw: tuple[int, int]) -> Tensor:
+def to_client_frame(logits: Tensor, valid_hw: Tensor, size_hw: tuple[int, int]) -> Tensor:
     """Class probabilities, cropped to each image and resized to ``size_hw``.
 
     Args:
@@ -187,7 +187,7 @@ def to_client_frame(logits: Tensor, extents: Tensor, size_hw: tuple[int, int]) -
     height, width = probabilities.shape[-2:]
     grids = []
     for axis, (cells, out) in enumerate(((height, size_hw[0]), (width, size_hw[1]))):
-        valid = extents[:, axis, None].float() / LOGIT_STRIDE  # cells that lie in the image
+        valid = valid_hw[:, axis, None].float() / LOGIT_STRIDE  # cells that lie in the image
         centre = (torch.arange(out, device=logits.device) + 0.5) / out
         # never beyond the image's last cell: what lies in the padding is no prediction
         cell = torch.minimum(centre * valid, (valid - 0.5).clamp(min=0.5))
@@ -222,7 +222,7 @@ def to_labels(probabilities: Tensor, iou: Tensor) -> tuple[Tensor, Tensor, Tenso
         probabilities: (B, K+1, S, S) float32 in the client's frame. iou: (B, K+1) float32.
 
     Returns:
-        masks (B, S, S) uint8, confidences (B, S, S) uint8 in 0..255, scores (B,) float32.
+        masks (B, S, S) uint8, confidences (B, S, S) uint8 in 0..255, predicted_iou (B,) float32.
     """
     confidences, masks = probabilities.max(dim=1)
     levels = (confidences * 255).round().clamp(0, 255).to(torch.uint8)
@@ -301,21 +301,21 @@ class Teacher:
         self, images: Sequence[NDArray[np.uint8]], size_hw: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Class probabilities (B, K+1, *size_hw) float32 and IoU estimates (B, K+1) float32."""
-        pixels, extents = to_input_frame(images, self.card.input_size)
-        pixels, extents = pixels.to(self.device), extents.to(self.device)
-        inside = inside_image(extents, pixels.shape[-1])
+        pixels, valid_hw = to_input_frame(images, self.card.input_size)
+        pixels, valid_hw = pixels.to(self.device), valid_hw.to(self.device)
+        inside = inside_image(valid_hw, pixels.shape[-1])
         if self.prompter is None:
             logits, iou = forward(self.sam, pixels, inside, dtype=self.dtype)
         else:
             embeddings = encode(self.sam, pixels, inside, dtype=self.dtype)
-            logits, iou = self.prompter(self.sam, embeddings, pixels, extents)
-        return to_client_frame(logits, extents, size_hw), iou.float()
+            logits, iou = self.prompter(self.sam, embeddings, pixels, valid_hw)
+        return to_client_frame(logits, valid_hw, size_hw), iou.float()
 
-    def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> Labels:
+    def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> PseudoLabels:
         """Labels of (H, W, 3) uint8 images of any sizes, in the client's frame ``size``."""
         tensors = to_labels(*self.probabilities(images, (size, size)))
-        masks, confidences, scores = (tensor.cpu().numpy() for tensor in tensors)
-        return Labels(masks=masks, confidences=confidences, scores=scores)
+        masks, confidences, predicted_iou = (tensor.cpu().numpy() for tensor in tensors)
+        return PseudoLabels(masks=masks, confidences=confidences, predicted_iou=predicted_iou)
 
 
 def checked_card(settings: Config, partition: Partition) -> TeacherCard:
@@ -326,7 +326,7 @@ def checked_card(settings: Config, partition: Partition) -> TeacherCard:
     """
     folder = settings.cache.root / "teacher"
     card = load_card(folder)
-    card.check(settings, partition, path=folder)
+    card.check(settings, partition.server_sha256(), path=folder)
     _, base_sha256 = base_checkpoint(settings.sam)
     if card.base_sha256 != base_sha256:
         raise IdentityError(

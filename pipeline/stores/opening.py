@@ -1,4 +1,4 @@
-"""The label store to write to: the one that is there, one from aside, or a new one.
+"""The label store to write to: the one that is there, one from archive, or a new one.
 
 No finished label is lost to another teacher, nor, of an image that stays, to other images.
 """
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.disk import flush_tree, folder_beside, recover_folder, unused_name
 from pipeline.errors import CorruptStoreError
-from pipeline.files import flush_tree, folder_beside, recover_folder, unused_name
-from pipeline.stores.chunks import SHARD_ROWS, remove_partial_files
-from pipeline.stores.labels import (
+from pipeline.stores.arrays import SHARD_ROWS, remove_partial_files
+from pipeline.stores.label_store import (
     Identity,
-    Labels,
     LabelStore,
+    PseudoLabels,
     RowKey,
     create_arrays,
     first_difference,
@@ -26,11 +26,11 @@ from pipeline.stores.labels import (
 
 
 def open_label_store(
-    path: Path, identity: Identity, rows: Sequence[RowKey], *, aside: Path
+    path: Path, identity: Identity, rows: Sequence[RowKey], *, archive: Path
 ) -> tuple[LabelStore, str | None]:
-    """The store to write to: the one at ``path``, one taken back from ``aside``, or a new one.
+    """The store to write to: the one at ``path``, one taken back from ``archive``, or a new one.
 
-    A store with another identity is moved to ``aside/<its digest>.zarr`` (``-2``, ``-3`` if there
+    A store with another identity is moved to ``archive/<its digest>.zarr`` (``-2``, ``-3`` if there
     is one already: nothing is deleted) and taken back from there when its identity is asked for
     again. Rows whose image file is unchanged are kept when images come or go. What a killed run
     left half done is made good first; the caller holds the lock.
@@ -44,10 +44,10 @@ def open_label_store(
         found = LabelStore(path).identity
         if found != identity:
             field, old, new = first_difference(found, identity)
-            retired = unused_name(aside / f"{found.digest}.zarr")
+            retired = unused_name(archive / f"{found.digest}.zarr")
             _replace(path, retired)
             notice = f"{path}: {field} was {old}, now {new}; moved the old labels to {retired}"
-    kept = None if path.exists() else _fullest(aside, identity, rows)
+    kept = None if path.exists() else _fullest(archive, identity, rows)
     if kept is not None:
         _replace(kept, path)
         notice = f"{notice + '; ' if notice else ''}took back labels made earlier from {kept}"
@@ -62,8 +62,8 @@ def open_label_store(
     return carried, f"{notice}; {change}" if notice else change
 
 
-def _fullest(aside: Path, identity: Identity, rows: Sequence[RowKey]) -> Path | None:
-    """Of the stores with this identity in ``aside``, the one with most of ``rows`` labelled."""
+def _fullest(archive: Path, identity: Identity, rows: Sequence[RowKey]) -> Path | None:
+    """Of the stores with this identity in ``archive``, the one with most of ``rows`` labelled."""
 
     def labelled(path: Path) -> int:
         try:
@@ -76,8 +76,8 @@ def _fullest(aside: Path, identity: Identity, rows: Sequence[RowKey]) -> Path | 
             return -1  # only if there is no other
 
     stores = [
-        *aside.glob(f"{identity.digest}.zarr"),
-        *sorted(aside.glob(f"{identity.digest}-*.zarr")),
+        *archive.glob(f"{identity.digest}.zarr"),
+        *sorted(archive.glob(f"{identity.digest}-*.zarr")),
     ]
     return max(stores, key=labelled, default=None)
 
@@ -116,14 +116,14 @@ def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, in
     return LabelStore(old.path), count
 
 
-def _pick(read_shard: Callable[[int], Labels], rows: Sequence[int]) -> Labels:
+def _pick(read_shard: Callable[[int], PseudoLabels], rows: Sequence[int]) -> PseudoLabels:
     """The labels of these ``rows``, in this order, reading each run of one shard's rows once."""
     parts = [
         (read_shard(shard), [row - shard * SHARD_ROWS for row in run])
         for shard, run in groupby(rows, lambda row: row // SHARD_ROWS)
     ]
-    return Labels(
+    return PseudoLabels(
         masks=np.concatenate([part.masks[inside] for part, inside in parts]),
         confidences=np.concatenate([part.confidences[inside] for part, inside in parts]),
-        scores=np.concatenate([part.scores[inside] for part, inside in parts]),
+        predicted_iou=np.concatenate([part.predicted_iou[inside] for part, inside in parts]),
     )

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import zarr
 
+from pipeline.disk import flush, write_bytes
 from pipeline.errors import CorruptStoreError
-from pipeline.files import flush, write_bytes
-from pipeline.stores.chunks import SHARD_ROWS, chunk_file, open_arrays, read_rows
-from pipeline.stores.labels import Identity, LabelStore, RowKey
-from pipeline.stores.verify import LABEL_ARRAYS, read_what_can_be
+from pipeline.stores.arrays import SHARD_ROWS, chunk_file, open_arrays, read_rows
+from pipeline.stores.integrity import LABEL_ARRAYS, read_what_can_be
+from pipeline.stores.label_store import Identity, LabelStore, RowKey
 
 
 def forget_shards(path: Path, shards: Sequence[int]) -> None:

@@ -1,0 +1,1 @@
+"""Stage two: federated rounds on the cached labels; never loads SAM."""

@@ -1,0 +1,111 @@
+"""What a training step draws: labelled batches of D_p, and two views of unlabelled images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.segmentation.augmentation import (
+    LIGHT,
+    STRONG,
+    Geometry,
+    change_appearance,
+    random_affine,
+    sampling_grid,
+    warp_images,
+    warp_labels,
+)
+from pipeline.stores.image_store import ImageSet
+
+
+@dataclass(frozen=True)
+class ServerData:
+    """D_p, which every client holds. Images (N, 3, S, S) uint8, labels (N, S, S) uint8.
+
+    The calibration part carries the teacher's labels too where the method uses SAM.
+    """
+
+    images: Tensor
+    labels: Tensor
+    calibration_images: Tensor
+    calibration_labels: Tensor
+    calibration_groups: tuple[str, ...]
+    calibration_masks: Tensor | None = None
+    calibration_confidences: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """A client's unlabelled images (N, 3, S, S) uint8 and what labels them, (N, S, S) uint8.
+
+    ``masks`` and ``confidences`` come from the label cache (SAM methods); for ``oracle`` the masks
+    are the truth. Both are None where the method uses neither. ``truth`` is there for an audit
+    alone: it scores pseudo-labels and never trains anything.
+    """
+
+    name: str
+    images: Tensor
+    masks: Tensor | None = None
+    confidences: Tensor | None = None
+    truth: Tensor | None = None
+
+
+def as_tensor(stored: ImageSet) -> Tensor:
+    """Stored images as (N, 3, S, S) uint8."""
+    return torch.from_numpy(stored.images).permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Views:
+    """Two views of an unlabelled batch with one geometry, and its labels under it."""
+
+    weak: Tensor  # (B, 3, S, S) float 0..1
+    strong: Tensor  # likewise
+    masks: Tensor | None  # (B, S, S) int64
+    confidences: Tensor | None  # (B, S, S) float32 probabilities
+    truth: Tensor | None  # (B, S, S) int64
+
+
+def labelled_batch(
+    server: ServerData, size: int, generator: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """An augmented labelled batch: images (B, 3, S, S) float 0..1, truth (B, S, S) int64."""
+    chosen = _choose(len(server.images), size, generator)
+    grid = sampling_grid(random_affine(len(chosen), Geometry(), generator), server.images)
+    images = warp_images(server.images[chosen].float() / 255, grid)
+    images = change_appearance(images, STRONG, generator)
+    truth = warp_labels(server.labels[chosen], grid).long()
+    return images.to(device), truth.to(device)
+
+
+def draw_views(
+    client: ClientData, size: int, generator: torch.Generator, device: torch.device
+) -> Views:
+    """A weak and a strong view of ``size`` of the client's images."""
+    chosen = _choose(len(client.images), size, generator)
+    grid = sampling_grid(random_affine(len(chosen), Geometry(), generator), client.images)
+    base = warp_images(client.images[chosen].float() / 255, grid)
+    weak = change_appearance(base, LIGHT, generator)
+    strong = change_appearance(base, STRONG, generator)
+
+    def warped(values: Tensor | None) -> Tensor | None:
+        return None if values is None else warp_labels(values[chosen], grid).to(device)
+
+    masks, confidences, truth = map(warped, (client.masks, client.confidences, client.truth))
+    return Views(
+        weak=weak.to(device),
+        strong=strong.to(device),
+        masks=None if masks is None else masks.long(),
+        # agreement never takes a probability as certain, so 0 and 255 may stand
+        confidences=None if confidences is None else confidences.float() / 255,
+        truth=None if truth is None else truth.long(),
+    )
+
+
+def _choose(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """``size`` rows of ``count``, without repetition where there are enough."""
+    rounds = -(-size // count)
+    orders = [torch.randperm(count, generator=generator) for _ in range(rounds)]
+    return torch.cat(orders)[:size]

@@ -1,0 +1,1 @@
+"""Stage one: the teacher labels every client's images, once, into label stores."""

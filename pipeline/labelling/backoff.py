@@ -1,0 +1,112 @@
+"""Whatever turns images into labels, and how its batches shrink when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.errors import SamfedError
+from pipeline.stores.arrays import Record
+from pipeline.stores.label_store import PseudoLabels
+from pipeline.stores.teacher_card import TeacherCard
+
+log = logging.getLogger("samfed.precompute")
+
+Image = NDArray[np.uint8]
+
+
+class TeacherBackend(Protocol):
+    """Whatever turns images into labels: the teacher in torch, or in ONNX Runtime."""
+
+    @property
+    def card(self) -> TeacherCard:
+        """What the teacher is."""
+        ...
+
+    def label(self, images: Sequence[Image], size: int) -> PseudoLabels:
+        """Labels of (H, W, 3) uint8 images of any sizes, in the client's frame ``size``."""
+        ...
+
+    def provenance(self) -> Record:
+        """What computed this thread's last batch: backend, precision, device, versions."""
+        ...
+
+
+class MemoryAwareTeacher:
+    """A labeller that halves its batches when memory runs out, and says so.
+
+    The smaller size stays for the rest of the run and is recorded with every shard that it made:
+    kernels may round differently at another batch size. Threads that share it take turns, a batch
+    at a time, and each is told the size of its own.
+    """
+
+    def __init__(self, teacher: TeacherBackend, batch_size: int) -> None:
+        self._teacher = teacher
+        self._limit = self._asked = batch_size
+        self._turn = threading.Lock()
+        self._last = threading.local()  # .limit of this thread's last batch
+
+    @property
+    def card(self) -> TeacherCard:
+        """The teacher's."""
+        return self._teacher.card
+
+    def label(self, images: Sequence[Image], size: int) -> PseudoLabels:
+        """Labels of ``images``, in as many passes as memory asks for.
+
+        Raises:
+            SamfedError: memory does not suffice for one image.
+        """
+        with self._turn:
+            while True:
+                try:
+                    parts = [
+                        self._teacher.label(images[start : start + self._limit], size)
+                        for start in range(0, len(images), self._limit)
+                    ]
+                    break
+                except Exception as error:
+                    if not _out_of_memory(error):
+                        raise
+                    self._back_off(error)
+            self._last.limit = self._limit
+        return PseudoLabels(
+            masks=np.concatenate([part.masks for part in parts]),
+            confidences=np.concatenate([part.confidences for part in parts]),
+            predicted_iou=np.concatenate([part.predicted_iou for part in parts]),
+        )
+
+    def _back_off(self, error: Exception) -> None:
+        if self._limit == 1:
+            raise SamfedError(
+                "memory does not suffice for one image; choose a smaller sam.variant or "
+                "precompute.precision, or another precompute.device"
+            ) from error
+        self._limit = (self._limit + 1) // 2
+        log.warning(
+            "out of memory; going on with batches of %d (precompute.batch_size: %d)",
+            self._limit,
+            self._asked,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def provenance(self) -> Record:
+        """The teacher's, with the batch size where it is not the one asked for."""
+        record = self._teacher.provenance()
+        limit = getattr(self._last, "limit", self._asked)
+        return record if limit == self._asked else record | {"batch_size": str(limit)}
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch and ONNX Runtime say it each in their own way, on the CPU in words only."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = ("can't allocate memory", "out of memory", "Failed to allocate memory", "bad allocation")
+    return any(words in str(error) for words in said)

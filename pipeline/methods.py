@@ -1,0 +1,78 @@
+"""Everything that depends on ``federate.method``, as one row for each method.
+
+``docs/method.md`` says where each comes from. A new method is a new row here and, where its target
+is new, a function in ``federation/local_update.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+Method = Literal[
+    "supervised",
+    "fedavg_ssl",
+    "semifl",
+    "fedmd",
+    "rc_rf",
+    "sam_only",
+    "sam_fed",
+    "shuffled",
+    "oracle",
+]
+
+Target = Literal["none", "client", "received", "sam", "agreement", "truth"]
+Exchange = Literal["none", "mean", "condensation"]
+Networks = Literal["equal", "own", "any"]
+
+
+@dataclass(frozen=True)
+class MethodTraits:
+    """What a method does, beside what all methods do alike."""
+
+    target: Target  # of the unlabelled term: nothing, the client's own label at each step, the
+    # received model's fixed for the round, SAM's, the agreement of SAM and client, or the truth
+    networks: Networks = "any"  # the clients it is for: with one network, with their own, or both
+    exchange: Exchange = "none"  # between own networks: nothing, mean logits (FedMD), RC and RF
+    shuffles_labels: bool = False  # the control: SAM's labels of the wrong images
+    distils_broadcast: bool = False  # a KL term to the broadcast model, where there is one
+    tunes_at_server: bool = False  # the averaged model goes on with D_p alone (SemiFL)
+
+    @property
+    def uses_sam(self) -> bool:
+        """Whether it reads the label stores."""
+        return self.target in ("sam", "agreement")
+
+    @property
+    def uses_agreement(self) -> bool:
+        """Whether it weighs SAM against the client."""
+        return self.target == "agreement"
+
+    @property
+    def needs_truth(self) -> bool:
+        """Whether it trains on the clients' true masks, from ``prepare --with-oracle``."""
+        return self.target == "truth"
+
+
+METHODS: Mapping[Method, MethodTraits] = MappingProxyType(
+    {
+        "supervised": MethodTraits("none"),
+        "fedavg_ssl": MethodTraits("client", networks="equal"),
+        "semifl": MethodTraits("received", networks="equal", tunes_at_server=True),
+        "fedmd": MethodTraits("client", networks="own", exchange="mean"),
+        "rc_rf": MethodTraits("client", networks="own", exchange="condensation"),
+        "sam_only": MethodTraits("sam"),
+        "sam_fed": MethodTraits("agreement", exchange="condensation", distils_broadcast=True),
+        "shuffled": MethodTraits(
+            "agreement", exchange="condensation", distils_broadcast=True, shuffles_labels=True
+        ),
+        "oracle": MethodTraits("truth"),
+    }
+)
+
+
+def methods_for(networks: Networks) -> tuple[Method, ...]:
+    """Return the methods for clients with ``equal`` networks or with their ``own``."""
+    return tuple(name for name, row in METHODS.items() if row.networks in (networks, "any"))

@@ -1,0 +1,1 @@
+"""Reading what finished runs left: scores, comparisons, reports, the demo."""

@@ -1,0 +1,120 @@
+"""What samfed's HTML pages share: figures, masks over images, numbers and templates.
+
+A page is one file that asks for nothing from a network and needs no script. The same input gives
+the same bytes. No text of the user enters a figure: legends are HTML, so names in any script, or
+with ``$`` and ``<`` in them, are shown as they are.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image, ImageColor
+from scipy.ndimage import maximum_filter, minimum_filter
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; yellow is too pale for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("solid", "dashed", "dotted")  # the same words in matplotlib and in CSS
+CLASS_COLOURS = ("#00E5FF", "#FFD400", "#FF4FD8", "#7CFF4F", "#FF7A1A")  # on skin and mucosa
+GREY = "#B8BEC6"
+DASH = "\N{EN DASH}"
+_FIGURE_COLOURS = 64  # of lines, grey and what smooths their edges
+DECIMALS = {"dice": 3, "iou": 3, "hd95": 1, "assd": 1, "hd95_defined": 1, "assd_defined": 1}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One entry of a legend."""
+
+    label: str
+    colour: str
+    dash: str = "solid"
+    area: bool = False  # a filled patch rather than a line
+
+
+def render_page(template: str, **context: Any) -> str:
+    """A template of this package as HTML text; ``page.html.j2`` holds what templates share."""
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    environment.filters["number"] = format_number
+    environment.globals["decimals"] = DECIMALS
+    return environment.get_template(template).render(context)
+
+
+def format_number(value: float | None, decimals: int) -> str:
+    """``value`` with so many decimals; a dash where there is none."""
+    return DASH if value is None or not math.isfinite(value) else f"{value:.{decimals}f}"
+
+
+def style_axes(axes: Axes, *, xlabel: str, ylabel: str) -> None:
+    """Light axes with a grid, as every figure has them."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#8A939E")
+    axes.tick_params(colors="#4A5360", labelsize=8)
+    axes.grid(axis="y", color="#E6E9ED", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(xlabel, fontsize=8, color="#4A5360")
+    axes.set_ylabel(ylabel, fontsize=8, color="#4A5360")
+
+
+def png_uri(picture: Figure | Image.Image) -> str:
+    """The picture as a data URI; a figure in 64 colours, which makes it four times smaller."""
+    if isinstance(picture, Figure):
+        drawn = io.BytesIO()
+        picture.savefig(drawn, format="png", dpi=150)
+        picture = Image.open(drawn).convert("RGB")
+        picture = picture.quantize(_FIGURE_COLOURS, dither=Image.Dither.NONE)
+    # Anew, without metadata: matplotlib's version would be other bytes for the same picture.
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def thumbnail(image: NDArray[np.uint8], side: int) -> str:
+    """An image (S, S, 3) at ``side`` pixels, as a data URI."""
+    return png_uri(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))
+
+
+def overlay(mask: NDArray[np.uint8], truth: NDArray[np.uint8] | None, side: int) -> str:
+    """A transparent PNG: each class tinted and outlined, the truth as a thin white line on top."""
+    side *= max(1, round(360 / side))  # finer than the image, for thin lines
+    labels, edge = _enlarge(mask, side, line_px=2)
+    rgba = np.zeros((side, side, 4), dtype=np.uint8)
+    for index in np.unique(labels[labels > 0]):
+        colour = ImageColor.getrgb(CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)])
+        rgba[labels == index] = (*colour, 70)
+    rgba[edge, 3] = 255
+    if truth is not None and truth is not mask:
+        rgba[_enlarge(truth, side, line_px=1)[1]] = 255
+    return png_uri(Image.fromarray(rgba))
+
+
+def _enlarge(
+    mask: NDArray[np.uint8], side: int, *, line_px: int
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Class index, and the foreground pixels within ``line_px`` of another class; (side, side)."""
+    labels = np.asarray(Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST))
+    window = 2 * line_px + 1
+    edge = maximum_filter(labels, window) != minimum_filter(labels, window)
+    return labels, edge & (labels > 0)
+
+
+def class_keys(masks: Iterable[NDArray[np.uint8] | None]) -> list[Key]:
+    """The legend of the classes that any of ``masks`` shows."""
+    highest = max((int(mask.max()) for mask in masks if mask is not None), default=0)
+    names = ["foreground"] if highest <= 1 else [f"class {k}" for k in range(1, highest + 1)]
+    colours = itertools.cycle(CLASS_COLOURS)
+    return [Key(name, colour, area=True) for name, colour in zip(names, colours, strict=False)]

@@ -1,0 +1,102 @@
+"""``cache/evaluate-sam.html``: teachers side by side, so that one sees whether SAM is worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from pipeline.results.pages import (
+    COLOURS,
+    GREY,
+    Key,
+    class_keys,
+    overlay,
+    png_uri,
+    render_page,
+    style_axes,
+    thumbnail,
+)
+
+_PANEL_PX = 192  # of an example's picture
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image (S, S, 3) RGB uint8 with its truth and each teacher's mask, (S, S) uint8."""
+
+    image_id: str
+    image: NDArray[np.uint8]
+    truth: NDArray[np.uint8]
+    masks: dict[str, NDArray[np.uint8]]
+    dice: dict[str, float]
+
+
+def render_evaluation(
+    teachers: dict[str, dict[str, Any]],
+    examples: Sequence[Example],
+    *,
+    variant: str,
+    configured: str,
+) -> str:
+    """The page as HTML text; the same input gives the same bytes.
+
+    Args:
+        teachers: by name what ``evaluate_teacher`` measured, or why it did not (``missing``).
+        variant: of SAM.
+        configured: the teacher that ``sam.prompt`` asks for.
+    """
+    measured = {name: row for name, row in teachers.items() if "missing" not in row}
+    keys = [Key(name, COLOURS[list(teachers).index(name)]) for name in measured]
+    masks = [mask for row in examples for mask in (row.truth, *row.masks.values())]
+    return render_page(
+        "evaluate_sam.html.j2",
+        teachers=teachers,
+        measured=list(measured),
+        variant=variant,
+        configured=configured,
+        images=next(iter(measured.values()))["n"],
+        reliability=png_uri(_reliability(list(measured.values()), keys)),
+        keys=keys,
+        examples=[_panels(row) for row in examples],
+        class_keys=class_keys(masks),
+    )
+
+
+def _reliability(rows: Sequence[dict[str, Any]], keys: Sequence[Key]) -> Figure:
+    """Left, accuracy over confidence; right, the share of the pixels in each bin."""
+    figure = Figure(figsize=(9.2, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    style_axes(left, xlabel="confidence", ylabel="share of pixels that are right")
+    style_axes(right, xlabel="confidence", ylabel="share of pixels (log scale)")
+    right.set_yscale("log")
+    left.plot([0, 1], [0, 1], color=GREY, lw=1.2)
+    for row, key in zip(rows, keys, strict=True):
+        bins = row["reliability"]
+        pixels = np.array(bins["pixels"])
+        filled = pixels > 0
+        confidence, accuracy = (
+            np.array(bins[name], np.float64)[filled] for name in ("confidence", "accuracy")
+        )
+        style = {"color": key.colour, "ls": key.dash, "lw": 1.6, "marker": "o", "ms": 3.5}
+        left.plot(confidence, accuracy, **style)
+        right.plot(confidence, (pixels / pixels.sum())[filled], **style)
+    left.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    right.set_xlim(0, 1.02)
+    return figure
+
+
+def _panels(row: Example) -> dict[str, Any]:
+    """An example's pictures as data URIs; masks are overlays, so the image goes in once."""
+    scores = ", ".join(f"{value:.2f} {name}" for name, value in row.dice.items())
+    overlays = {"truth": overlay(row.truth, row.truth, _PANEL_PX)}
+    overlays |= {name: overlay(mask, row.truth, _PANEL_PX) for name, mask in row.masks.items()}
+    return {
+        "caption": f"{row.image_id}: Dice {scores}",
+        "image": thumbnail(row.image, _PANEL_PX),
+        "overlays": overlays,
+    }

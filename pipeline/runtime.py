@@ -1,0 +1,82 @@
+"""What torch runs on: its device, its threads, and torchvision beside a CPU-only torch.
+
+Import this module before torchvision. segment-anything, timm and segmentation-models-pytorch import
+torchvision. The wheel of torchvision on the package index is built against the CUDA build of torch;
+beside a CPU-only torch its compiled operators cannot be loaded, and its import then fails with
+``operator torchvision::nms does not exist``, because it registers a meta kernel for an operator
+that nobody declared. Declaring the two schemas it names is enough for the import. samfed never
+calls these operators.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pipeline.errors import ConfigError
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+
+def _compiled_operators_load() -> bool:
+    """Load torchvision's compiled operators the way torchvision itself does; False if it cannot."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return True  # the coming import says plainly that torchvision is missing
+    libraries = sorted(Path(spec.origin).parent.glob("_C*.so"))
+    try:
+        for library in libraries:
+            torch.ops.load_library(str(library))
+    except OSError:
+        return False
+    return bool(libraries)
+
+
+# Only Linux has separate CPU and CUDA builds under one version number. The library object is kept
+# for the life of the process: torch forgets the schemas when it is collected.
+_declared: torch.library.Library | None = None
+if sys.platform == "linux" and "torchvision" not in sys.modules and not _compiled_operators_load():
+    _declared = torch.library.Library("torchvision", "DEF")
+    for _schema in _SCHEMAS:
+        _declared.define(_schema)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: the name is no device, or the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: found '{name}', expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: '{name}' asked for, but torch finds no CUDA device; use auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: '{name}' asked for, but torch finds {torch.cuda.device_count()} CUDA "
+            f"device(s), numbered from 0; use cuda:0 or auto"
+        )
+    return device
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Pin torch's threads on the CPU (None: leave them): equal counts give equal bytes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

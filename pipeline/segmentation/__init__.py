@@ -1,0 +1,1 @@
+"""What any segmentation project has: networks, augmentation, losses, metrics."""

@@ -1,0 +1,114 @@
+"""Random views of whole batches: geometry shared by image and labels, photometry on images alone.
+
+Every image of a batch draws its own parameters, all at once as tensors. torchvision v2 draws one
+set for a batch, or needs a Python loop over images; on the small networks of stage two that loop
+costs as much as a tenth of a training step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipeline import runtime  # noqa: F401  (before torchvision)
+
+# isort: split
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
+
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Limits of the random affine map; flips and quarter turns are always drawn."""
+
+    rotation_deg: float = 20.0
+    scale: float = 0.2  # relative, either way
+    shift: float = 0.08  # of the image's side, either way
+
+
+@dataclass(frozen=True)
+class Photometry:
+    """Limits of the random change of appearance."""
+
+    brightness: float = 0.2  # of the full range, either way
+    contrast: float = 0.3
+    saturation: float = 0.4
+    colour_cast: float = 0.1  # per channel, of the full range
+    blur_probability: float = 0.3  # of the whole batch
+    noise: float = 0.03  # standard deviation, of the full range
+
+
+STRONG = Photometry()
+LIGHT = Photometry(0.1, 0.15, 0.2, 0.04, 0.0, 0.0)
+#: For a teacher that must hold at sites whose light and colour its few labelled images lack.
+HEAVY = Photometry(0.3, 0.5, 0.8, 0.2, 0.3, 0.05)
+
+
+def random_affine(count: int, limits: Geometry, generator: torch.Generator) -> Tensor:
+    """``count`` random maps (count, 2, 3) from output to input, in coordinates -1..1."""
+    draw = torch.rand((count, 7), generator=generator)
+    turns = (draw[:, 0] * 4).floor() * (math.pi / 2)
+    angle = turns + (draw[:, 1] * 2 - 1) * math.radians(limits.rotation_deg)
+    zoom = 1 + (draw[:, 2] * 2 - 1) * limits.scale
+    flip = torch.where(draw[:, 3] < 0.5, -1.0, 1.0)
+    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    shift = (draw[:, 4:6] * 2 - 1) * limits.shift * 2
+    rows = torch.stack(
+        [torch.stack([cos * flip, -sin], dim=1), torch.stack([sin * flip, cos], dim=1)], dim=1
+    )
+    return torch.cat([rows, shift[:, :, None]], dim=2)
+
+
+def sampling_grid(maps: Tensor, pixels: Tensor) -> Tensor:
+    """Where each pixel of ``pixels`` (B, ..., H, W) comes from under ``maps``: (B, H, W, 2) float.
+
+    It costs half of a resampling, so images and their labels share one.
+    """
+    shape = [len(maps), 1, *pixels.shape[-2:]]
+    return F.affine_grid(maps, shape, align_corners=False)
+
+
+def warp_images(images: Tensor, grid: Tensor, *, padding: str = "reflection") -> Tensor:
+    """Resample images (B, C, H, W) float bilinearly at a ``sampling_grid``."""
+    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+
+
+def warp_labels(
+    labels: Tensor, grid: Tensor, *, padding: str = "reflection", fill: int = 0
+) -> Tensor:
+    """Resample class indices or stored confidences (B, H, W), nearest neighbour, dtype kept.
+
+    With ``padding="zeros"`` what comes from outside becomes ``fill``.
+    """
+    values = labels[:, None].float() - fill
+    out = F.grid_sample(values, grid, mode="nearest", padding_mode=padding, align_corners=False)
+    return (out[:, 0] + fill).to(labels.dtype)
+
+
+def change_appearance(images: Tensor, limits: Photometry, generator: torch.Generator) -> Tensor:
+    """Random light, contrast, colour, blur and noise of images (B, 3, H, W) in 0..1."""
+    count = images.shape[0]
+
+    def uniform(limit: float, channels: int = 1) -> Tensor:
+        draw = torch.rand((count, channels, 1, 1), generator=generator)
+        return ((draw * 2 - 1) * limit).to(images)
+
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    out = (images - mean) * (1 + uniform(limits.contrast)) + mean + uniform(limits.brightness)
+    grey = (out * out.new_tensor(_GREY)[None, :, None, None]).sum(dim=1, keepdim=True)
+    out = grey + (out - grey) * (1 + uniform(limits.saturation))
+    out = out + uniform(limits.colour_cast, 3)
+    if (
+        limits.blur_probability > 0
+        and torch.rand((), generator=generator) < limits.blur_probability
+    ):
+        sigma = 0.3 + float(torch.rand((), generator=generator))
+        out = gaussian_blur(out, [5, 5], [sigma, sigma])
+    if limits.noise > 0:
+        strength = torch.rand((count, 1, 1, 1), generator=generator) * limits.noise
+        out = out + (torch.randn(out.shape, generator=generator) * strength).to(out)
+    return out.clamp(0, 1)

@@ -1,0 +1,153 @@
+"""Client networks by name, from segmentation-models-pytorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline import runtime  # noqa: F401  (before smp imports torchvision)
+
+# isort: split
+import safetensors
+import safetensors.torch
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config, NetworkConfig
+from pipeline.errors import ConfigError, DataError
+
+State = dict[str, Tensor]
+
+_ARCHITECTURES: dict[str, Any] = {
+    "unet": smp.Unet,
+    "fpn": smp.FPN,
+    "linknet": smp.Linknet,
+    "deeplabv3plus": smp.DeepLabV3Plus,
+    "segformer": smp.Segformer,
+}
+
+
+def build_model(settings: Config, *, seed: int, network: NetworkConfig | None = None) -> nn.Module:
+    """A network for ``settings``, with weights drawn from ``seed``.
+
+    It maps (B, 3, S, S) float images, normalised by ``normalise``, to logits (B, K+1, S, S).
+
+    Args:
+        network: which one; the global one, ``settings.model``, if None.
+
+    Raises:
+        ConfigError: architecture, encoder and image size do not fit. DataError: bad weights.
+    """
+    config, num_classes = network or settings.model, settings.data.num_classes
+    arguments = _decoder_arguments(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model: nn.Module = _ARCHITECTURES[config.architecture](
+                config.encoder, encoder_weights=None, classes=num_classes + 1, **arguments
+            )
+        except Exception as error:  # smp and timm raise KeyError, ValueError, RuntimeError here
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"model: {config.architecture} with encoder '{config.encoder}' cannot be built "
+                f"({message}); see segmentation-models-pytorch's list of encoders"
+            ) from error
+    if config.encoder_weights is not None:
+        _load_encoder(model, config.encoder_weights)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _check_output(model, settings, config)
+    return model
+
+
+def _decoder_arguments(config: NetworkConfig) -> dict[str, Any]:
+    """Depth and widths in smp's words."""
+    depth, channels = config.encoder_depth, config.decoder_channels
+    arguments: dict[str, Any] = {"encoder_depth": depth}
+    if config.architecture == "unet":
+        if len(channels) != depth:
+            raise ConfigError(
+                f"model.decoder_channels: found {len(channels)} values, expected one for each of "
+                f"model.encoder_depth={depth}"
+            )
+        arguments["decoder_channels"] = channels
+    if config.architecture == "segformer":
+        if len(channels) != 1:
+            raise ConfigError(
+                f"model.decoder_channels: found {len(channels)} values, expected one for segformer"
+            )
+        arguments["decoder_segmentation_channels"] = channels[0]
+    return arguments
+
+
+@torch.inference_mode()
+def _check_output(model: nn.Module, settings: Config, config: NetworkConfig) -> None:
+    """Some architectures need sizes that their strides divide, or answer at another size."""
+    size = settings.data.image_size
+    try:
+        found = tuple(model.eval()(torch.zeros(1, 3, size, size)).shape[1:])
+    except RuntimeError as error:
+        message = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model: {config.architecture} cannot take {size} px ({message})"
+        ) from error
+    expected = (settings.data.num_classes + 1, size, size)
+    if found != expected:
+        raise ConfigError(
+            f"model: {config.architecture} of depth {config.encoder_depth} answers with {found} "
+            f"for images of {size} px, expected {expected}; change model.encoder_depth"
+        )
+
+
+def _load_encoder(model: nn.Module, path: Path) -> None:
+    """Load timm weights into the encoder; a classifier in the file is not used."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; correct model.encoder_weights, or set it to null")
+    encoder: Any = model.encoder
+    target: nn.Module = getattr(encoder, "model", encoder)
+    try:
+        state = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise DataError(
+            f"{path}: not a readable safetensors file ({error}); correct model.encoder_weights, or "
+            "set it to null"
+        ) from error
+    wanted = target.state_dict()
+    for name, value in wanted.items():
+        if name not in state or state[name].shape != value.shape:
+            raise DataError(
+                f"{path}: '{name}' is missing or of another shape; expected the weights of the "
+                "encoder that model.encoder names"
+            )
+    target.load_state_dict({name: state[name].to(wanted[name].dtype) for name in wanted})
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images (B, 3, S, S) in 0..1 to the networks' range -1..1, channels last in memory."""
+    return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def get_state(model: nn.Module) -> State:
+    """A copy of the model's parameters and buffers, on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+@torch.inference_mode()
+def predict_probabilities(model: nn.Module, images: Tensor, *, batch_size: int = 32) -> Tensor:
+    """Class probabilities (N, K+1, S, S) float32 of uint8 images (N, 3, S, S), evaluation mode."""
+    device = next(model.parameters()).device
+    model.eval()
+    parts = [
+        model(normalise(batch.to(device).float() / 255)).float().softmax(dim=1).cpu()
+        for batch in images.split(batch_size)
+    ]
+    return torch.cat(parts)
+
+
+def predict_masks(model: nn.Module, images: Tensor) -> Tensor:
+    """Class indices (N, S, S) uint8 of uint8 images (N, 3, S, S)."""
+    parts = [
+        predict_probabilities(model, batch).argmax(dim=1).to(torch.uint8)
+        for batch in images.split(32)
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,85 @@
+"""The teacher's card: what it is, known to both stages without loading it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.config import Config
+from pipeline.disk import read_json
+from pipeline.errors import DataError, IdentityError
+from pipeline.stores.label_store import Identity
+
+CARD_FILE = "card.json"
+
+
+class TeacherCard(BaseModel):
+    """``card.json``: what the adapted teacher is, and how good it is where truth is known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    variant: str
+    input_size: int  # px
+    num_classes: int
+    prompt: str  # policy: "none" (adapted), "points:<per side>" or "box"
+    lora_rank: int | None  # None: fine-tuned whole
+    base_sha256: str  # of the checkpoint's file; "random" if it started from none
+    adapter_sha256: str  # of adapter.safetensors; "none" under a prompt
+    coarse_sha256: str | None = None  # of coarse.safetensors, which draws the boxes
+    parameters: int  # of the whole teacher
+    trained_parameters: int
+    server_sha256: str  # of the images and masks it was trained on and measured with
+    train_images: int
+    calibration_images: int
+    calibration_dice: float  # mean foreground Dice per image, 0..1, at the images' own size
+    seed: int
+
+    def identity(self, *, label_size: int) -> Identity:
+        """The identity of labels that this teacher makes at ``label_size`` pixels."""
+        return Identity(
+            variant=self.variant,
+            base_sha256=self.base_sha256,
+            adapter_sha256=self.adapter_sha256,
+            prompt=self.prompt if self.coarse_sha256 is None else f"box:{self.coarse_sha256}",
+            input_size=self.input_size,
+            label_size=label_size,
+            num_classes=self.num_classes,
+        )
+
+    def check(self, config: Config, server_sha256: str, *, path: Path) -> None:
+        """Refuse a teacher that is not the one that the settings and the server's set ask for.
+
+        Raises:
+            IdentityError: names what differs and the way out.
+        """
+        wanted: dict[str, object] = {
+            "variant": config.sam.variant,
+            "prompt": config.sam.prompt_policy,
+            "num_classes": config.data.num_classes,
+            "input_size": config.sam.input_size or self.input_size,
+            "server_sha256": server_sha256,
+        }
+        for field, value in wanted.items():
+            found = getattr(self, field)
+            if found != value:
+                what = "was adapted on another server set" if field == "server_sha256" else None
+                raise IdentityError(
+                    f"{path}: {what or f'{field} is {found}, the settings ask for {value}'}; "
+                    "run `samfed finetune-sam`"
+                )
+
+
+def load_card(folder: Path) -> TeacherCard:
+    """Read ``card.json``.
+
+    Raises:
+        StageError: there is no teacher yet. DataError: the card is damaged.
+    """
+    raw = read_json(folder / CARD_FILE, stage="finetune-sam")
+    try:
+        return TeacherCard.model_validate(raw)
+    except ValueError as error:
+        raise DataError(
+            f"{folder / CARD_FILE}: not a teacher card; rerun `samfed finetune-sam`"
+        ) from error

@@ -1,0 +1,406 @@
+"""Every file format that is read, and one clear line for every file that cannot be."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.data import images
+from pipeline.data.images import load_image, read_image, read_mask, resize_image, resize_mask, scan
+from pipeline.disk import file_sha256
+from pipeline.errors import DataError
+
+RGB = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3
+ORIENTATION = 0x0112
+
+
+def save(path: Path, values: NDArray[np.generic], **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_image(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two images, the first with a mask."""
+    for name in ("a", "b"):
+        save(tmp_path / "images" / f"{name}.png", RGB)
+    save(tmp_path / "masks" / "a.png", np.eye(6, 4, dtype=np.uint8))
+    return tmp_path
+
+
+# --------------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "tiff", "bmp", "PNG"])
+def test_lossless_formats_keep_every_value(tmp_path: Path, suffix: str) -> None:
+    path = save(tmp_path / f"x.{suffix}", RGB)
+    found = read_image(path)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, RGB)
+
+
+def test_jpeg(tmp_path: Path) -> None:
+    smooth = np.full((16, 24, 3), (200, 100, 50), np.uint8)
+    found = read_image(save(tmp_path / "x.jpg", smooth, quality=95))
+    assert found.shape == (16, 24, 3)
+    assert np.abs(found.astype(int) - smooth).max() <= 3
+
+
+def test_grey_is_repeated_over_the_channels(tmp_path: Path) -> None:
+    found = read_image(save(tmp_path / "x.png", RGB[:, :, 0]))
+    np.testing.assert_array_equal(found, np.repeat(RGB[:, :, :1], 3, axis=2))
+
+
+def test_alpha_is_dropped(tmp_path: Path) -> None:
+    rgba = np.concatenate([RGB, np.full((6, 4, 1), 7, np.uint8)], axis=2)
+    np.testing.assert_array_equal(read_image(save(tmp_path / "x.png", rgba)), RGB)
+
+
+@pytest.mark.parametrize("transparency", [None, 0, b"\x00\xff"])
+def test_palette_gives_its_colours(tmp_path: Path, transparency: int | bytes | None) -> None:
+    image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8)).convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    extra = {} if transparency is None else {"transparency": transparency}
+    image.save(tmp_path / "x.png", **extra)
+    first, second = [10, 20, 30], [40, 50, 60]
+    assert read_image(tmp_path / "x.png").tolist() == [[first, second], [second, first]]
+
+
+def test_one_bit(tmp_path: Path) -> None:
+    bits = np.array([[True, False, True]])
+    found = read_image(save(tmp_path / "x.png", bits))
+    assert found[:, :, 0].tolist() == [[255, 0, 255]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_is_scaled_from_its_own_range(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[1000, 2000], [3000, 1500]], np.uint16)
+    found = read_image(save(tmp_path / f"x.{suffix}", values))
+    assert found[:, :, 0].tolist() == [[0, 128], [255, 64]]  # 127.5 rounds to the even number
+    assert (found == found[:, :, :1]).all()
+
+
+@pytest.mark.parametrize("value", [0, 4095, 65535])
+def test_a_constant_16_bit_image_is_black(tmp_path: Path, value: int) -> None:
+    found = read_image(save(tmp_path / "x.png", np.full((3, 2), value, np.uint16)))
+    assert found.shape == (3, 2, 3)
+    assert not found.any()
+
+
+def test_a_float_image_with_holes_is_refused_or_finite(tmp_path: Path) -> None:
+    values = np.array([[0.0, np.nan], [1.0, 2.0]], np.float32)
+    path = save(tmp_path / "x.tif", values)
+    assert "not finite" in refusal(path)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_exif_orientation_is_applied(tmp_path: Path, suffix: str) -> None:
+    wide = np.zeros((16, 32, 3), np.uint8)
+    wide[:, :16] = 255  # left half white
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6  # to be turned by 90 degrees clockwise: left becomes top
+    found = read_image(save(tmp_path / f"x.{suffix}", wide, exif=exif))
+    assert found.shape == (32, 16, 3)
+    assert found[:14].min() > 250
+    assert found[18:].max() < 5
+
+
+def test_only_the_first_page_of_a_tiff_is_read(tmp_path: Path) -> None:
+    pages = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif"), RGB)
+
+
+# --------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp"])
+def test_a_truncated_image_is_refused(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    path = save(tmp_path / f"x.{suffix}", noise)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    text = refusal(path)
+    assert "damaged image" in text
+    assert text.endswith("; replace or remove it")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp"])
+def test_damaged_bytes_give_an_image_or_a_refusal(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(1)
+    noise = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    for _ in range(150):
+        content = bytearray(whole)
+        for place in rng.integers(0, min(len(whole), 300), 3):
+            content[place] = rng.integers(256)
+        path.write_bytes(bytes(content[: rng.integers(1, len(content) + 1)]))
+        refused = ""
+        try:
+            found = read_image(path)
+        except DataError as error:
+            refused = str(error)
+        if refused:
+            assert refused.startswith(f"{path}: ")
+            assert "\n" not in refused
+        else:
+            assert found.ndim == 3
+            assert found.dtype == np.uint8
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"])
+def test_not_an_image(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    assert "replace or remove it" in refusal(path)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "EPS"])
+def test_another_format_under_a_known_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.png"
+    Image.fromarray(RGB).save(path, kind)
+    assert refusal(path) == f"{path}: not an image that can be read; replace or remove it"
+
+
+def test_missing_image(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    assert refusal(path) == f"{path}: no such file; run `samfed prepare` again"
+
+
+def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 23)
+    path = save(tmp_path / "x.png", RGB)
+    assert refusal(path) == f"{path}: 4 x 6 pixels; at most 23 are read; scale it down"
+
+
+def test_changed_since_prepare(root: Path) -> None:
+    path = root / "images" / "a.png"
+    digest = file_sha256(path)
+    np.testing.assert_array_equal(load_image(root, "images/a.png", sha256=digest), RGB)
+    save(path, RGB + 1)
+    with pytest.raises(DataError) as caught:
+        load_image(root, "images/a.png", sha256=digest)
+    assert str(caught.value) == (
+        f"{path}: changed since `samfed prepare`; run `samfed prepare` again"
+    )
+
+
+def test_gone_since_prepare(root: Path) -> None:
+    with pytest.raises(DataError, match=r"no such file; run `samfed prepare` again"):
+        load_image(root, "images/c.png", sha256="0" * 64)
+
+
+# --------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("foreground", [1, 255])
+def test_binary_masks(tmp_path: Path, foreground: int) -> None:
+    path = save(tmp_path / "m.png", np.array([[0, foreground]], np.uint8))
+    found = read_mask(path, size_hw=(1, 2), num_classes=1)
+    assert found.dtype == np.uint8
+    assert found.tolist() == [[0, 1]]
+
+
+def test_a_grey_mask_in_three_channels_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.png", np.repeat(np.array([[[0], [255]]], np.uint8), 3, axis=2))
+    assert read_mask(path, size_hw=(1, 2), num_classes=1).tolist() == [[0, 1]]
+
+
+def test_a_one_bit_and_a_palette_mask_are_read(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.png", np.array([[True, False]]))
+    assert read_mask(path, size_hw=(1, 2), num_classes=1).tolist() == [[1, 0]]
+    palette = Image.fromarray(np.array([[2, 0, 1]], np.uint8)).convert("P")
+    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    palette = Image.frombytes("P", (3, 1), bytes([2, 0, 1]))
+    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    palette.save(path)
+    assert read_mask(path, size_hw=(1, 3), num_classes=2).tolist() == [[2, 0, 1]]
+
+
+def test_a_colour_mask_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.png", RGB)
+    with pytest.raises(DataError) as caught:
+        read_mask(path, size_hw=(6, 4), num_classes=1)
+    assert str(caught.value) == (f"{path}: a colour image; expected class indices in one channel")
+
+
+def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.png", np.zeros((4, 6), np.uint8))
+    with pytest.raises(DataError) as caught:
+        read_mask(path, size_hw=(6, 4), num_classes=1)
+    assert str(caught.value) == (
+        f"{path}: mask is 6 x 4 pixels, its image is 4 x 6; they must be equal"
+    )
+
+
+def test_an_unknown_class_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.png", np.array([[0, 1, 3]], np.uint8))
+    assert read_mask(path, size_hw=(1, 3), num_classes=3).tolist() == [[0, 1, 3]]
+    with pytest.raises(DataError) as caught:
+        read_mask(path, size_hw=(1, 3), num_classes=2)
+    assert str(caught.value) == f"{path}: found class 3, expected 0..2 (data.num_classes)"
+
+
+def test_a_truncated_mask_is_refused(root: Path) -> None:
+    path = root / "masks" / "a.png"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(DataError, match="replace or remove it"):
+        read_mask(path, size_hw=(6, 4), num_classes=1)
+
+
+def test_resizing(tmp_path: Path) -> None:
+    assert resize_image(RGB, 8).shape == (8, 8, 3)
+    mask = np.array([[0, 2], [2, 0]], np.uint8)
+    assert resize_mask(mask, 4).tolist() == np.kron(mask, np.ones((2, 2), int)).tolist()
+
+
+# --------------------------------------------------------------------------- the folder
+
+
+def scan_refusal(root: Path, file: str) -> str:
+    with pytest.raises(DataError) as caught:
+        scan(root)
+    text = str(caught.value)
+    assert text.startswith(str(root / file))
+    assert "\n" not in text
+    return text.removeprefix(str(root / file))
+
+
+def test_scan(root: Path) -> None:
+    (root / "images" / "notes.txt").write_text("not an image")
+    (root / "images" / ".hidden.png").write_text("left by an editor")
+    found = scan(root)
+    assert list(found) == ["a", "b"]
+    assert (found["a"].image, found["a"].mask) == ("images/a.png", "masks/a.png")
+    assert (found["b"].mask, found["b"].site, found["b"].group) == (None, "site", "b")
+
+
+def test_no_images_folder(tmp_path: Path) -> None:
+    assert scan_refusal(tmp_path, "images") == (
+        ": no such folder; expected images/<id>.png|jpg|tif|bmp in data.root"
+    )
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    assert scan_refusal(tmp_path, "images") == (
+        ": no images found; expected .png .jpg .jpeg .tif .tiff .bmp files"
+    )
+
+
+def test_two_images_with_one_id(root: Path) -> None:
+    save(root / "images" / "a.jpg", RGB)
+    assert scan_refusal(root, "images/a.png") == (
+        ": a second image with id 'a' beside a.jpg; rename or remove one"
+    )
+
+
+def test_a_file_name_that_is_no_text(root: Path) -> None:
+    name = b"\xff.png"
+    try:
+        Path(str(root / "images").encode().decode(), name.decode(errors="surrogateescape")).touch()
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with pytest.raises(DataError, match=r"file name is not valid UTF-8; rename it$"):
+        scan(root)
+
+
+def test_two_masks_with_one_id(root: Path) -> None:
+    save(root / "masks" / "a.PNG", np.zeros((6, 4), np.uint8))
+    if len(list((root / "masks").iterdir())) == 1:
+        pytest.skip("this file system does not tell a.png from a.PNG")
+    assert "a second mask with id 'a'" in scan_refusal(root, "masks/a.png")
+
+
+def test_mask_without_image(root: Path) -> None:
+    save(root / "masks" / "c.png", np.zeros((6, 4), np.uint8))
+    assert scan_refusal(root, "masks/c.png") == ": mask without an image; expected images/c.*"
+
+
+# --------------------------------------------------------------------------- sites.csv
+
+
+def write_sites(root: Path, text: str, encoding: str = "utf-8") -> None:
+    (root / "sites.csv").write_bytes(text.encode(encoding))
+
+
+def test_sites(root: Path) -> None:
+    write_sites(root, "image_id,site,group\na,north,p1\nb,south,p1\n")
+    found = scan(root)
+    assert (found["a"].site, found["a"].group) == ("north", "north/p1")
+    assert (found["b"].site, found["b"].group) == ("south", "south/p1")  # another p1
+
+
+def test_sites_with_a_byte_order_mark_and_no_groups(root: Path) -> None:
+    write_sites(root, "image_id,site\r\na,north\r\nb,north\r\n", "utf-8-sig")
+    assert [record.group for record in scan(root).values()] == ["north/a", "north/b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "image_id,hospital\na,x\nb,x\n",
+            ": found columns ['image_id', 'hospital']; expected image_id, site and optionally "
+            "group",
+        ),
+        ("", ": found columns None; expected image_id, site and optionally group"),
+        ("image_id,site\na,x\n", ": no row for image 'b' (1 images lack one)"),
+        ("image_id,site\na,x\nb,x\na,y\n", " line 4: 'a' is listed twice"),
+        ("image_id,site\na,x\nb,\n", " line 3: empty image_id or site"),
+        ("image_id,site\na,x\nb\n", " line 3: empty image_id or site"),
+        (
+            "image_id,site\na,x/y\nb,x\n",
+            " line 2: site 'x/y' cannot name a client's folder; avoid / \\ : and a dot in "
+            "front, and 'server'",
+        ),
+        (
+            "image_id,site\na,server\nb,x\n",
+            " line 2: site 'server' cannot name a client's folder; avoid / \\ : and a dot in "
+            "front, and 'server'",
+        ),
+        (
+            "image_id,site\na,..\nb,x\n",
+            " line 2: site '..' cannot name a client's folder; avoid / \\ : and a dot in "
+            "front, and 'server'",
+        ),
+    ],
+)
+def test_a_wrong_sites_table(root: Path, text: str, expected: str) -> None:
+    write_sites(root, text)
+    assert scan_refusal(root, "sites.csv") == expected
+
+
+def test_a_sites_table_that_is_no_utf8(root: Path) -> None:
+    write_sites(root, "image_id,site\na,K\u00f6ln\nb,x\n", "latin-1")
+    assert scan_refusal(root, "sites.csv") == ": not a UTF-8 table; save it as CSV in UTF-8"
+
+
+def test_a_site_named_outside_ascii(root: Path) -> None:
+    write_sites(root, "image_id,site\na,K\u00f6ln\nb,x\n")
+    assert scan(root)["a"].site == "K\u00f6ln"
+
+
+def test_decoding_leaves_no_file_open(tmp_path: Path) -> None:
+    # pytest turns the ResourceWarning of an unclosed file into a failure
+    noise = io.BytesIO()
+    Image.fromarray(RGB).save(noise, "png")
+    (tmp_path / "x.png").write_bytes(noise.getvalue()[:-30])
+    with pytest.raises(DataError):
+        read_image(tmp_path / "x.png")

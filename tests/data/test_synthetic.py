@@ -1,0 +1,146 @@
+"""The embedded dataset: deterministic, exact masks, whole or absent."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data import synthetic
+from pipeline.data.synthetic import SITE_NAMES, write_dataset
+from pipeline.errors import ConfigError, DataError
+
+
+def make(out: Path, *, images_per_site: int = 3, seed: int = 5) -> dict[str, bytes]:
+    """Write a tiny dataset; returns every file's bytes by its path inside ``out``."""
+    write_dataset(out, images_per_site=images_per_site, size_px=48, seed=seed)
+    files = (path for path in out.rglob("*") if path.is_file())
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
+
+
+def read_rows(out: Path) -> list[dict[str, str]]:
+    with (out / "sites.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_same_seed_same_bytes_and_another_seed_differs(tmp_path: Path) -> None:
+    first = make(tmp_path / "first")
+    assert first == make(tmp_path / "second")
+    assert first == make(tmp_path / "first"), "replacing a dataset changes nothing"
+    other = make(tmp_path / "other", seed=6)
+    assert other.keys() == first.keys()
+    assert all(first[name] != other[name] for name in first if name.endswith(".png"))
+
+
+def test_more_images_keep_the_earlier_ones(tmp_path: Path) -> None:
+    few, more = make(tmp_path / "few", images_per_site=2), make(tmp_path / "more")
+    assert {name: more[name] for name in few if name.endswith(".png")} == {
+        name: few[name] for name in few if name.endswith(".png")
+    }
+    rows = read_rows(tmp_path / "more")
+    assert all(row in rows for row in read_rows(tmp_path / "few"))
+
+
+def test_images_masks_and_table_agree(tmp_path: Path) -> None:
+    make(tmp_path / "data")
+    rows = read_rows(tmp_path / "data")
+    assert [row["site"] for row in rows] == [name for name in SITE_NAMES for _ in range(3)]
+    for row in rows:
+        name = f"{row['image_id']}.png"
+        with Image.open(tmp_path / "data" / "images" / name) as image:
+            assert (image.mode, image.height) == ("RGB", 48)
+            size_wh = image.size
+        with Image.open(tmp_path / "data" / "masks" / name) as picture:
+            assert (picture.mode, picture.size) == ("L", size_wh)
+            mask = np.asarray(picture)
+        assert set(np.unique(mask)) == {0, 255}
+        assert 0.03 < (mask > 0).mean() < 0.41
+    assert rows[0]["image_id"] == "site_a_0001"
+
+
+def test_sites_differ_in_aspect_and_groups_never_span_sites(tmp_path: Path) -> None:
+    make(tmp_path / "data", images_per_site=6)
+    rows = read_rows(tmp_path / "data")
+    sites_of: dict[str, set[str]] = {}
+    for row in rows:
+        sites_of.setdefault(row["group"], set()).add(row["site"])
+    assert all(len(sites) == 1 for sites in sites_of.values())
+    sizes = [sum(row["group"] == group for row in rows) for group in sites_of]
+    assert set(sizes) <= {1, 2, 3}
+    assert max(sizes) > 1, "no patient has two images: groups would not be exercised"
+    with Image.open(tmp_path / "data" / "images" / "site_d_0001.png") as image:
+        assert image.size == (64, 48)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("photo.jpg", "mine", "a folder without a synthetic.json of samfed's"),
+        ("synthetic.json", "not json", "a folder without a synthetic.json of samfed's"),
+        ("synthetic.json", '{"generator": "x"}', "a folder without a synthetic.json of samfed's"),
+    ],
+)
+def test_a_users_folder_is_refused(tmp_path: Path, name: str, content: str, found: str) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / name).write_text(content)
+    expected = (
+        f"{out}: found {found}, expected no such path, an empty folder or an earlier synthetic "
+        "dataset; move it away or choose another output folder"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(expected)}$"):
+        make(out)
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_text() == content
+
+
+def test_a_users_file_is_refused_and_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match="found a file, expected"):
+        make(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert "sites.csv" in make(tmp_path / "empty", images_per_site=1)
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_interrupted_write_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existed: bool
+) -> None:
+    out, render, calls = tmp_path / "data", synthetic._render, iter(range(9))
+    before = make(out, images_per_site=1) if existed else {}
+
+    def interrupted(*args: object) -> object:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return render(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(synthetic, "_render", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(out)
+    assert [path.name for path in tmp_path.iterdir()] == (["data"] if existed else [])
+    assert all((out / name).read_bytes() == content for name, content in before.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "least"), [("images_per_site", 0, 1), ("size_px", 31, 32), ("seed", -1, 0)]
+)
+def test_arguments_out_of_range(tmp_path: Path, key: str, value: int, least: int) -> None:
+    arguments = {"images_per_site": 1, "size_px": 48, "seed": 0, key: value}
+    with pytest.raises(ConfigError, match=f"^{key}: found {value}, expected at least {least}$"):
+        write_dataset(tmp_path / "data", **arguments)
+
+
+def test_the_card_records_the_arguments(tmp_path: Path) -> None:
+    card = json.loads(make(tmp_path / "data", images_per_site=1)["synthetic.json"])
+    assert card == {
+        "generator": "samfed.synthetic",
+        "version": synthetic.GENERATOR_VERSION,
+        "images_per_site": 1,
+        "size_px": 48,
+        "seed": 5,
+    }

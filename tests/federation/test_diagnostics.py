@@ -1,0 +1,126 @@
+"""What a round reports, and the warnings that name a client or its link."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import Config, parse_config
+from pipeline.federation.agreement import AgreementState
+from pipeline.federation.diagnostics import (
+    client_warnings,
+    finite,
+    report,
+    round_note,
+    round_warnings,
+)
+from pipeline.federation.local_update import LocalResult, _Audit, _Target
+from pipeline.federation.schedule import client_seed, participants, unlabelled_weight
+
+
+def settings(**federate: Any) -> Config:
+    return parse_config({"federate": federate}, source="test")
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {
+        "agreement": 0.8,
+        "coverage": 0.9,
+        "drift": 0.01,
+        "seconds": 10.0,
+        "bytes_up": 1_000_000,
+        "bytes_down": 1_000_000,
+    } | changes
+
+
+def test_a_good_client_is_not_mentioned() -> None:
+    assert client_warnings(settings(), "a", entry()) == []
+
+
+def test_poor_agreement_and_few_pixels_name_the_client() -> None:
+    assert client_warnings(settings(), "a", entry(agreement=0.2, coverage=0.1)) == [
+        "a: foreground Dice of SAM and client is 0.20, below 0.30",
+        "a: share of pixels kept is 0.10, below 0.30",
+    ]
+    assert client_warnings(settings(method="sam_only"), "a", entry(agreement=0.2)) == []
+
+
+def test_a_link_slower_than_computing_by_hand() -> None:
+    """2 MB are 16 Mbit: 16 s at 1 Mbit/s, 1.6 s at 10."""
+    assert client_warnings(settings(link_mbit=1.0), "a", entry()) == [
+        "a: 2.0 MB a round take 16.0 s on a link of 1 Mbit/s, computing takes 10.0 s; "
+        "raise federate.local_steps"
+    ]
+    assert client_warnings(settings(link_mbit=10.0), "a", entry()) == []
+
+
+def test_a_client_that_drifts_is_named() -> None:
+    clients = {name: entry(drift=drift) for name, drift in zip("abcd", (1, 1, 1, 3.1), strict=True)}
+    assert round_warnings(settings(), clients) == [
+        "d: drifts, it changed the model by 310.0%, more than 3 times the median client's 100.0%"
+    ]
+    assert round_warnings(settings(warn_drift=4.0), clients) == []
+    assert round_warnings(settings(), {name: clients[name] for name in "ad"}) == []
+    broken = clients | {"d": entry(drift=math.nan)}
+    assert round_warnings(settings(), broken) == []
+
+
+def test_what_is_not_finite_becomes_null() -> None:
+    assert finite({"a": math.nan, "b": math.inf, "c": 1.5, "d": None, "e": 7}) == {
+        "a": None,
+        "b": None,
+        "c": 1.5,
+        "d": None,
+        "e": 7,
+    }
+
+
+def test_a_report_holds_what_the_client_says() -> None:
+    result = LocalResult({}, AgreementState.initial(1), 12, {"loss": 0.5})
+    assert report(result, seconds=1.23456, bytes_up=3, bytes_down=4) == {
+        "images": 12,
+        "loss": 0.5,
+        "seconds": 1.235,
+        "bytes_up": 3,
+        "bytes_down": 4,
+    }
+
+
+def test_an_audit_by_hand() -> None:
+    """Kept: 1|1, 1|0, 0|1, 0|0 (target|truth); dropped: 1|1. Dice = 2*1 / (2 + 2)."""
+    audit = _Audit()
+    assert audit.dice() is None
+    label, truth = torch.tensor([[[1, 1, 0, 0, 1]]]), torch.tensor([[[1, 0, 1, 0, 1]]])
+    audit.add(_Target(label, torch.tensor([[[1.0, 0.5, 0.1, 1.0, 0.0]]])), truth)
+    assert audit.dice() == 0.5
+    classes = torch.tensor([[[2]]])  # foreground in both, but another class
+    audit.add(_Target(classes, torch.ones(1, 1, 1)), torch.tensor([[[1]]]))
+    assert audit.dice() == pytest.approx(2 / 6)
+
+
+def test_participants_are_drawn_anew_and_repeatably() -> None:
+    config = settings(clients_per_round=3)
+    drawn = [participants(config, 10, number) for number in range(1, 40)]
+    assert drawn == [participants(config, 10, number) for number in range(1, 40)]
+    assert all(len(set(each)) == 3 and list(each) == sorted(each) for each in drawn)
+    assert {index for each in drawn for index in each} == set(range(10))
+    assert len({tuple(each) for each in drawn}) > 20
+    assert list(participants(settings(), 4, 1)) == [0, 1, 2, 3]
+    assert list(participants(config, 2, 1)) == [0, 1]
+
+
+def test_schedules_by_hand() -> None:
+    config = settings(ramp_rounds=4, unlabelled_weight=2.0)
+    assert [unlabelled_weight(config, n) for n in (1, 2, 4, 9)] == [0.5, 1.0, 2.0, 2.0]
+    assert unlabelled_weight(settings(ramp_rounds=0), 1) == 1.0
+    assert len({client_seed(0, n, i) for n in range(20) for i in range(20)}) == 400
+
+
+def test_a_round_in_a_few_words() -> None:
+    clients = {"a": {"agreement": 0.5, "coverage": 0.8}, "b": {"agreement": 0.7, "coverage": None}}
+    entry = {"val": {"dice": 0.654}, "clients": clients}
+    assert round_note(entry) == "Dice 0.65, agreement 0.60, coverage 0.80"
+    assert round_note({"val": {"dice": None}, "clients": {"a": {"loss": 1.0}}}) == ""

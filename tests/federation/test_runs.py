@@ -1,0 +1,229 @@
+"""A run's folder: checkpoints that prove themselves, and runs that are never deleted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, CorruptStoreError, StageError
+from pipeline.federation.runs import Checkpoint, RunFolder
+
+PRINT = "f" * 64
+OTHER = "e" * 64
+
+
+def checkpoint(number: int) -> Checkpoint:
+    values = torch.arange(6, dtype=torch.float32).reshape(2, 3) + number
+    weights = {"conv.weight": values.t(), "bn.count": torch.tensor(number)}  # t(): not contiguous
+    states = {"site_a": torch.tensor([0.5, float(number)])}
+    return Checkpoint(number, weights, states, partition="p" * 64)
+
+
+def equal(found: Checkpoint | None, expected: Checkpoint) -> None:
+    assert found is not None
+    assert found.round == expected.round
+    assert found.partition == expected.partition
+    for name in ("weights", "client_states"):
+        one, two = getattr(found, name), getattr(expected, name)
+        assert list(one) == sorted(two)
+        for key, value in two.items():
+            assert one[key].dtype == value.dtype
+            assert torch.equal(one[key], value)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Config:
+    return tiny_config(tmp_path / "data", tmp_path / "cache")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "runs" / "sam_fed")
+
+
+def begin(run: RunFolder, config: Config, fingerprint: str = PRINT, mode: str = "auto") -> str:
+    aside = run.path.parent.parent / "archive"
+    return run.begin(config, fingerprint, mode=mode, archive=aside) or ""
+
+
+def files(run: RunFolder) -> list[str]:
+    return sorted(path.name for path in (run.path / "checkpoints").iterdir())
+
+
+def test_checkpoint_round_trip(run: RunFolder) -> None:
+    assert run.load_checkpoint() is None
+    run.save_checkpoint(checkpoint(3), PRINT)
+    equal(run.load_checkpoint(), checkpoint(3))
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(run: RunFolder) -> None:
+    path = run.path / "checkpoints" / "round_0003.safetensors"
+    run.save_checkpoint(checkpoint(3), PRINT)
+    before = path.read_bytes()
+    run.save_checkpoint(checkpoint(3), PRINT)
+    assert path.read_bytes() == before
+
+
+def test_only_the_last_two_are_kept(run: RunFolder) -> None:
+    for number in range(12):
+        run.save_checkpoint(checkpoint(number), PRINT)
+    assert files(run) == ["round_0010.safetensors", "round_0011.safetensors"]
+    equal(run.load_checkpoint(), checkpoint(11))
+
+
+def test_the_last_is_the_highest_round_beyond_four_digits(run: RunFolder) -> None:
+    for number in (9998, 9999, 10000, 10001):
+        run.save_checkpoint(checkpoint(number), PRINT)
+    assert files(run) == ["round_10000.safetensors", "round_10001.safetensors"]
+    equal(run.load_checkpoint(), checkpoint(10001))
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_found(run: RunFolder) -> None:
+    run.save_checkpoint(checkpoint(2), PRINT)
+    path = run.path / "checkpoints" / "round_0002.safetensors"
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    silent = []
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(damaged))
+        try:
+            equal(run.load_checkpoint(), checkpoint(2))
+        except CorruptStoreError as error:
+            if not str(error).startswith(f"{path}: damaged ("):
+                silent.append(place)
+    assert silent == []  # a flip that goes unseen must leave the content as it was
+
+
+def test_a_flipped_byte_of_a_models_weights_is_found(run: RunFolder) -> None:
+    weights = {"layer.weight": torch.arange(12.0).reshape(3, 4).t()}
+    run.finish({"global": weights})
+    assert torch.equal(run.load_model()["layer.weight"], weights["layer.weight"])
+    path = run.path / "models" / "global.safetensors"
+    whole = path.read_bytes()
+    run.finish({"global": weights})
+    assert path.read_bytes() == whole
+    damaged = bytearray(whole)
+    damaged[-3] ^= 1
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(CorruptStoreError, match="sha256 differs"):
+        run.load_model()
+
+
+def test_a_flipped_byte_in_the_data_names_the_file(run: RunFolder) -> None:
+    run.save_checkpoint(checkpoint(1), PRINT)
+    run.save_checkpoint(checkpoint(2), PRINT)
+    path = run.path / "checkpoints" / "round_0002.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-3] ^= 1
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(CorruptStoreError) as caught:
+        run.load_checkpoint()
+    assert str(caught.value) == f"{path}: damaged (sha256 differs); delete it and run again"
+    path.unlink()  # as the message says: the round before is still there
+    equal(run.load_checkpoint(), checkpoint(1))
+
+
+@pytest.mark.parametrize("size", [0, 5, 100])
+def test_a_truncated_checkpoint(run: RunFolder, settings: Config, size: int) -> None:
+    begin(run, settings)
+    run.save_checkpoint(checkpoint(2), PRINT)
+    path = run.path / "checkpoints" / "round_0002.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CorruptStoreError, match=r"delete it and run again$"):
+        begin(run, settings)
+    assert "moved the earlier run to" in begin(run, settings, mode="restart")
+
+
+# --------------------------------------------------------------------------- begin
+
+
+def test_the_same_run_continues(run: RunFolder, settings: Config) -> None:
+    assert begin(run, settings) == ""
+    run.save_checkpoint(checkpoint(1), PRINT)
+    assert begin(run, settings) == ""
+    assert begin(run, settings, mode="resume") == ""
+    equal(run.load_checkpoint(), checkpoint(1))
+    assert run.config() == settings
+
+
+def test_another_run_is_moved_aside(run: RunFolder, settings: Config, tmp_path: Path) -> None:
+    for number in (1, 2):
+        begin(run, settings, PRINT)
+        run.save_checkpoint(checkpoint(number), PRINT)
+        notice = begin(run, settings, OTHER)
+        suffix = "" if number == 1 else f"-{number}"
+        target = tmp_path / "archive" / f"sam_fed-{PRINT[:12]}{suffix}"
+        assert notice == f"{run.path}: moved the earlier run to {target}"
+        equal(RunFolder(target).load_checkpoint(), checkpoint(number))
+        assert run.load_checkpoint() is None
+
+
+def test_restart_moves_the_same_run_aside(run: RunFolder, settings: Config, tmp_path: Path) -> None:
+    assert begin(run, settings, mode="restart") == ""  # nothing there yet
+    run.save_checkpoint(checkpoint(1), PRINT)
+    assert "moved the earlier run to" in begin(run, settings, mode="restart")
+    assert run.load_checkpoint() is None
+    assert len(list((tmp_path / "archive").iterdir())) == 1
+
+
+def test_resume_without_a_run(run: RunFolder, settings: Config) -> None:
+    with pytest.raises(ConfigError) as caught:
+        begin(run, settings, mode="resume")
+    assert str(caught.value) == (f"--resume: found no checkpoint in {run.path}; leave --resume out")
+    assert not run.path.exists()
+
+
+def test_resume_of_another_run(run: RunFolder, settings: Config) -> None:
+    begin(run, settings)
+    run.save_checkpoint(checkpoint(1), PRINT)
+    with pytest.raises(ConfigError) as caught:
+        begin(run, settings, OTHER, mode="resume")
+    assert str(caught.value) == (
+        f"--resume: found a run with other parameters or data in {run.path}; leave --resume out"
+    )
+    equal(run.load_checkpoint(), checkpoint(1))
+
+
+# --------------------------------------------------------------------------- history, model
+
+
+def test_history_is_replaced_from_the_resumed_round_on(run: RunFolder) -> None:
+    assert run.history() == []
+    for number in (1, 2, 3):
+        run.append_history({"round": number, "try": 1})
+    run.append_history({"round": 2, "try": 2})
+    assert run.history() == [{"round": 1, "try": 1}, {"round": 2, "try": 2}]
+
+
+def test_the_final_model(run: RunFolder) -> None:
+    with pytest.raises(StageError) as caught:
+        run.load_model()
+    assert str(caught.value) == f"{run.model_path}: not found; run `samfed federate` first"
+    run.finish({"global": checkpoint(2).weights})
+    found = run.load_model()
+    assert torch.equal(found["conv.weight"], checkpoint(2).weights["conv.weight"])
+
+
+def test_settings_of_a_run_that_is_not_there(run: RunFolder) -> None:
+    with pytest.raises(StageError) as caught:
+        run.config()
+    assert (
+        str(caught.value) == f"{run.path / 'params.yaml'}: not found; run `samfed federate` first"
+    )
+
+
+def test_a_run_that_begins_again_outlives_its_old_checkpoints(run: RunFolder) -> None:
+    """Old later rounds would hide the new ones, and a second kill would lose them."""
+    for number in (14, 15):
+        run.save_checkpoint(checkpoint(number), PRINT)
+    run.save_checkpoint(checkpoint(0), PRINT)
+    assert files(run) == ["round_0000.safetensors"]
+    run.save_checkpoint(checkpoint(1), PRINT)
+    equal(run.load_checkpoint(), checkpoint(1))

@@ -1,0 +1,281 @@
+"""One client's update: what every method shares, and what it must not touch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import AgreementConfig, FederateConfig, parse_config
+from pipeline.errors import ConfigError
+from pipeline.federation import local_update as training
+from pipeline.federation.agreement import AgreementState
+from pipeline.federation.local_update import LocalResult, broadcast_model, cosine, local_update
+from pipeline.federation.views import ClientData, ServerData
+from pipeline.segmentation.augmentation import (
+    LIGHT,
+    STRONG,
+    Geometry,
+    change_appearance,
+    random_affine,
+    sampling_grid,
+    warp_images,
+    warp_labels,
+)
+from pipeline.segmentation.losses import IGNORE
+from pipeline.segmentation.networks import build_model, get_state, predict_probabilities
+
+SETTINGS = parse_config(
+    {
+        "data": {"image_size": 32},
+        "model": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]},
+    },
+    source="test",
+)
+
+
+def blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) uint8 of a bright disc, and its mask."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, cols = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    centre = torch.randint(10, 22, (count, 2, 1, 1), generator=generator)
+    mask = ((rows - centre[:, 0]) ** 2 + (cols - centre[:, 1]) ** 2 < 50).to(torch.uint8)
+    noise = torch.randint(0, 60, (count, 3, 32, 32), generator=generator)
+    return (mask[:, None] * 150 + noise).to(torch.uint8), mask
+
+
+def make_data() -> tuple[ServerData, ClientData]:
+    images, labels = blobs(6, 0)
+    calibration, truth = blobs(6, 1)
+    server = ServerData(
+        images,
+        labels,
+        calibration,
+        truth,
+        tuple("abcdef"),
+        truth,
+        torch.full(truth.shape, 240, dtype=torch.uint8),
+    )
+    own, masks = blobs(8, 2)
+    return server, ClientData("one", own, masks, torch.full(masks.shape, 240, dtype=torch.uint8))
+
+
+def update(
+    method: str, *, seed: int = 5, broadcast: nn.Module | None = None, **settings: Any
+) -> LocalResult:
+    server, client = make_data()
+    config = FederateConfig(
+        method=method,  # type: ignore[arg-type]
+        local_steps=2,
+        labelled_batch=3,
+        unlabelled_batch=3,
+        threads=1,
+        **settings,
+    )
+    model = build_model(SETTINGS, seed=0)
+    return local_update(
+        model,
+        get_state(model),
+        client,
+        server,
+        AgreementState.initial(1),
+        config=config,
+        agreement=AgreementConfig(),
+        learning_rate=1e-3,
+        unlabelled_weight=1.0,
+        seed=seed,
+        broadcast=broadcast,
+    )
+
+
+def test_one_broadcast_model_serves_many_clients() -> None:
+    """It is neither trained nor changed, and the update is that of a copy made for the client."""
+    model = build_model(SETTINGS, seed=0)
+    broadcast = broadcast_model(model, FederateConfig(method="sam_fed"))
+    assert broadcast is not None
+    before = get_state(broadcast)
+    alone = update("sam_fed")
+    for _ in range(2):
+        shared = update("sam_fed", broadcast=broadcast)
+        assert all(torch.equal(shared.weights[name], alone.weights[name]) for name in alone.weights)
+    assert all(torch.equal(value, before[name]) for name, value in get_state(broadcast).items())
+    assert alone.diagnostics["loss_kd"]
+    assert broadcast_model(model, FederateConfig(method="oracle")) is None
+    assert broadcast_model(model, FederateConfig(method="sam_fed", kd_weight=0)) is None
+
+
+@pytest.mark.parametrize("architecture", ["unet", "fpn", "linknet", "deeplabv3plus"])
+def test_the_same_bytes_whatever_was_drawn_before(architecture: str) -> None:
+    """Some architectures have dropout, which draws from torch's global generator."""
+    settings = parse_config(
+        {
+            "data": {"image_size": 64},
+            "model": {
+                "architecture": architecture,
+                "encoder_depth": 5,
+                "decoder_channels": [16, 16, 8, 8, 8],
+            },
+        },
+        source="test",
+    )
+    server, client = make_data()
+    states = []
+    for drawn in (0, 7):
+        torch.rand(drawn)
+        model = build_model(settings, seed=0)
+        config = FederateConfig(local_steps=1, labelled_batch=2, unlabelled_batch=2, threads=1)
+        result = local_update(
+            model,
+            get_state(model),
+            client,
+            server,
+            AgreementState.initial(1),
+            config=config.model_copy(update={"method": "supervised"}),
+            agreement=AgreementConfig(),
+            learning_rate=1e-3,
+            unlabelled_weight=1.0,
+            seed=5,
+        )
+        states.append(result.weights)
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "message"),
+    [
+        ({"architecture": "fpn", "encoder_depth": 4}, 64, "answers with (2, 128, 128)"),
+        ({"architecture": "linknet", "encoder_depth": 5}, 48, "cannot take 48 px"),
+        ({"encoder_depth": 4, "decoder_channels": [8, 8]}, 64, "found 2 values, expected one"),
+        ({"encoder": "no_such_encoder"}, 64, "cannot be built"),
+    ],
+)
+def test_models_that_do_not_fit_are_named(model: dict[str, Any], size: int, message: str) -> None:
+    settings = parse_config({"data": {"image_size": size}, "model": model}, source="test")
+    with pytest.raises(ConfigError) as error:
+        build_model(settings, seed=0)
+    assert message in str(error.value)
+
+
+METHODS = ["supervised", "fedavg_ssl", "semifl", "sam_only", "sam_fed", "oracle"]
+
+
+def test_a_pure_function_of_its_arguments() -> None:
+    first, again, other = update("sam_fed"), update("sam_fed"), update("sam_fed", seed=6)
+    for name, value in first.weights.items():
+        assert torch.equal(value, again.weights[name])
+    assert any(not torch.equal(v, other.weights[n]) for n, v in first.weights.items())
+    assert first.diagnostics == again.diagnostics
+
+
+def test_every_method_sees_the_same_labelled_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[Tensor]] = {}
+    real = training.supervised_loss
+    for method in METHODS:
+        batches: list[Tensor] = []
+
+        def record(
+            logits: Tensor, target: Tensor, batches: list[Tensor] = batches, **rest: Any
+        ) -> Tensor:
+            batches.append(target)
+            return real(logits, target, **rest)
+
+        monkeypatch.setattr(training, "supervised_loss", record)
+        update(method)
+        seen[method] = batches
+    assert all(len(batches) == 2 for batches in seen.values())
+    for batches in seen.values():
+        for mine, reference in zip(batches, seen["supervised"], strict=True):
+            assert torch.equal(mine, reference)
+
+
+def test_every_unlabelled_method_sees_the_same_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[Tensor]] = {}
+    real = training.draw_views
+    for method in METHODS[1:]:
+        views: list[Tensor] = []
+
+        def record(*arguments: Any, views: list[Tensor] = views) -> Any:
+            drawn = real(*arguments)
+            views.append(drawn.strong)
+            return drawn
+
+        monkeypatch.setattr(training, "draw_views", record)
+        update(method)
+        seen[method] = views
+    for views in seen.values():
+        for mine, reference in zip(views, seen["oracle"], strict=True):
+            assert torch.equal(mine, reference)
+
+
+def test_only_sam_fed_distils() -> None:
+    assert update("sam_fed").diagnostics["loss_kd"] != 0
+    assert update("sam_fed", kd_weight=0.0).diagnostics["loss_kd"] == 0
+    assert update("sam_only").diagnostics["loss_kd"] == 0
+
+
+def test_supervised_never_touches_the_clients_images() -> None:
+    server, client = make_data()
+    model = build_model(SETTINGS, seed=0)
+    config = FederateConfig(method="supervised", local_steps=2, labelled_batch=3)
+    results = [
+        local_update(
+            model,
+            get_state(build_model(SETTINGS, seed=0)),
+            ClientData("one", images),
+            server,
+            AgreementState.initial(1),
+            config=config,
+            agreement=AgreementConfig(),
+            learning_rate=1e-3,
+            unlabelled_weight=1.0,
+            seed=5,
+        ).weights
+        for images in (client.images, 255 - client.images)
+    ]
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_training_learns() -> None:
+    server, _ = make_data()
+    model = build_model(SETTINGS, seed=0)
+    config = FederateConfig(labelled_batch=6)
+    training.train_on_server(
+        model, server, config=config, steps=60, rate=lambda step: 5e-3 * cosine(step, 60), seed=0
+    )
+    images, truth = blobs(8, 9)
+    predicted = predict_probabilities(model, images).argmax(dim=1)
+    overlap = 2 * (predicted * truth).sum() / (predicted.sum() + truth.sum())
+    assert float(overlap) > 0.8
+
+
+def test_geometry_is_shared() -> None:
+    """An image warped with its own mask as a channel stays aligned with the warped mask."""
+    _, masks = blobs(16, 3)
+    maps = random_affine(16, Geometry(), torch.Generator().manual_seed(4))
+    grid = sampling_grid(maps, masks)
+    warped = warp_images(masks[:, None].float().expand(-1, 3, -1, -1), grid)
+    labels = warp_labels(masks, grid)
+    assert labels.dtype == torch.uint8
+    sure = (warped[:, 0] < 0.01) | (warped[:, 0] > 0.99)  # away from interpolated edges
+    assert float(sure.float().mean()) > 0.8
+    assert torch.equal((warped[:, 0] > 0.5)[sure], (labels == 1)[sure])
+
+
+def test_padding_can_be_ignored() -> None:
+    maps = torch.tensor([[[1.0, 0, 1.0], [0, 1, 0]]])  # half an image to the right
+    ones = torch.ones(1, 8, 8, dtype=torch.uint8)
+    labels = warp_labels(ones, sampling_grid(maps, ones), padding="zeros", fill=IGNORE)
+    assert labels[0, 0].tolist() == [1, 1, 1, 1, IGNORE, IGNORE, IGNORE, IGNORE]
+
+
+def test_appearance_stays_in_range_and_differs_by_image() -> None:
+    images = torch.full((4, 3, 16, 16), 0.5)
+    strong = change_appearance(images, STRONG, torch.Generator().manual_seed(0))
+    assert float(strong.min()) >= 0
+    assert float(strong.max()) <= 1
+    means = strong.mean(dim=(1, 2, 3))
+    assert len(set(means.tolist())) == 4
+    light = change_appearance(images, LIGHT, torch.Generator().manual_seed(0))
+    assert float((light - images).abs().mean()) < float((strong - images).abs().mean())

@@ -1,0 +1,233 @@
+"""Stage one against what may go wrong around it: kills, full and read-only disks, lost images.
+
+Each time the next run goes on where the last one stopped, and the stores end in the same bytes.
+(Ctrl-C, changed images and two writers: ``test_precompute``. Damage: ``test_maintenance``.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_maintenance import config, content, finished, settings, teacher_of, whole
+from test_precompute import stand_in
+
+from pipeline.config import Config
+from pipeline.data.partition import load_partition
+from pipeline.labelling.maintenance import verify
+from pipeline.labelling.precompute import StageOneResult, precompute
+from pipeline.stores.label_store import LabelStore
+
+__all__ = ["config", "finished", "whole"]  # fixtures
+
+HERE = Path(__file__).parent
+KILLS = 20
+
+
+def run(config: Config, **changes: object) -> tuple[StageOneResult, int]:
+    """Stage one by a teacher with these changes; also the number of images that it labelled."""
+    teacher = teacher_of(config, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch, teacher, check=False)
+        return precompute(config), teacher.images
+
+
+def labelled_rows(config: Config) -> int:
+    """Rows on disk with a done mark, over all stores."""
+    stores = [LabelStore(path) for path in (config.cache.root / "sam").glob("[!.]*.zarr")]
+    return sum(int(store.done().sum()) for store in stores)
+
+
+def forget(config: Config) -> None:
+    """Back to nothing labelled."""
+    shutil.rmtree(config.cache.root / "sam", ignore_errors=True)
+
+
+# --------------------------------------------------------------------------- other processes
+
+_SERVER = """
+import json, os, sys, time
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+from test_faults import run, settings
+
+print("ready", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        if order["user"] is not None:
+            os.setuid(order["user"])
+        try:
+            run(settings(Path(order["root"]), Path(order["cache"])))
+        except OSError as error:
+            os._exit(error.errno)
+        os._exit(0)
+    if order["seconds"] is not None:
+        time.sleep(order["seconds"])
+        os.kill(child, 9)
+    status = os.waitpid(child, 0)[1]
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class Forks:
+    """Runs stage one in forks of a process that has imported everything and done nothing."""
+
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        self._server = server
+
+    def run(self, config: Config, *, seconds: float | None = None, user: int | None = None) -> int:
+        """Its exit code: of a kill after ``seconds`` -9, of an OSError its number, else 0."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        order: dict[str, Any] = {"root": str(config.data.root), "cache": str(config.cache.root)}
+        print(json.dumps(order | {"seconds": seconds, "user": user}), file=self._server.stdin)
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    command = [sys.executable, "-c", _SERVER, str(HERE.parent), str(HERE)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        yield Forks(server)
+
+
+def test_kill_9_at_20_moments(config: Config, whole: dict[str, bytes], forks: Forks) -> None:
+    """Spread over a run, from its first folder to its last mark."""
+    forget(config)
+    begin = time.perf_counter()
+    assert forks.run(config) == 0
+    whole_run = time.perf_counter() - begin
+    assert content(config.cache.root / "sam") == whole
+    total = labelled_rows(config)
+    rng = random.Random(0)
+    stopped, killed = set(), 0
+    for number in range(KILLS):
+        forget(config)
+        code = forks.run(config, seconds=(number + rng.random()) / KILLS * whole_run)
+        assert code in (-9, 0)  # a quick run may end before its kill
+        killed += code == -9
+        before = labelled_rows(config)
+        stopped.add(before)
+        result, images = run(config)
+        assert (result.kept, result.labelled, images) == (before, total - before, total - before)
+        assert content(config.cache.root / "sam") == whole
+    assert killed > KILLS // 2
+    assert {0} < stopped  # some before the first done mark, some after
+
+
+def test_a_read_only_cache(config: Config, whole: dict[str, bytes], forks: Forks) -> None:
+    """Root may write anywhere, so that the run is another user's."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(config.data.root, folder / "data")
+        shutil.copytree(config.cache.root, folder / "cache")
+        there = settings(folder / "data", folder / "cache")
+        forget(there)
+        folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+        before = content(folder)
+        for path in folders:
+            path.chmod(0o555)
+        user = 65534 if os.geteuid() == 0 else None
+        try:
+            assert os.strerror(forks.run(there, user=user)) == "Permission denied"
+            assert content(folder) == before
+        finally:
+            for path in folders:
+                path.chmod(0o755)
+        assert forks.run(there) == 0
+        assert content(folder / "cache" / "sam") == whole
+
+
+# --------------------------------------------------------------------------- a full disk
+
+
+@pytest.mark.parametrize("size", [600, 6000])  # bytes: metadata does not fit; a shard does not
+def test_a_full_disk(config: Config, whole: dict[str, bytes], size: int) -> None:
+    """Writing fails in the midst of a file, as on a full disk; what is there stays sound."""
+    forget(config)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            run(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    sam = config.cache.root / "sam"
+    at = sam / "server.zarr" if size == 600 else sam / "site.zarr/confidences/c/0/0/0"
+    assert caught.value.filename == str(at)
+    assert list(sam.rglob("*.partial")) == list(sam.glob(".*")) == []
+    assert verify(config).faults == []
+    before = labelled_rows(config)
+    assert before == (0 if size == 600 else 2)
+    result, images = run(config)
+    assert (result.kept, images) == (before, result.labelled)
+    assert content(config.cache.root / "sam") == whole
+
+
+# --------------------------------------------------------------------------- images
+
+
+def test_an_image_that_went_and_came_back(
+    config: Config, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """It is named at the end, the others are labelled, and later only it is."""
+    root = tmp_path / "data"
+    shutil.copytree(config.data.root, root)
+    config = settings(root, config.cache.root)
+    forget(config)
+    partition = load_partition(config.cache.root / "partition.json")
+    path = root / partition.images[partition.clients["site"].train[70]].image
+    good = path.read_bytes()
+    path.unlink()
+    result, images = run(config)
+    assert [line.split(": ")[0] for line in result.failed] == [str(path)]
+    store = LabelStore(config.cache.root / "sam" / "site.zarr")
+    assert [row for row, done in enumerate(store.done()) if not done] == [70]
+    assert verify(config).faults == []
+    path.write_bytes(good)
+    result, images = run(config)
+    assert (result.failed, result.labelled, images) == ([], 1, 1)
+    assert content(config.cache.root / "sam") == whole
+
+
+# --------------------------------------------------------------------------- another teacher
+
+
+@pytest.mark.parametrize(
+    "change", [{"adapter_sha256": "c" * 64}, {"prompt": "points"}, {"image_size": 32}]
+)
+def test_another_teacher_and_back(
+    config: Config, whole: dict[str, bytes], change: dict[str, Any]
+) -> None:
+    """The first labels return without being computed again."""
+    total = labelled_rows(config)
+    other = config
+    if "image_size" in change:
+        data = config.data.model_copy(update=change)
+        other, change = config.model_copy(update={"data": data}), {}
+    assert run(other, **change)[1] == total
+    assert labelled_rows(config) == total
+    assert content(config.cache.root / "sam") != whole
+    result, images = run(config)
+    assert (result.labelled, images) == (0, 0)
+    assert len(result.notices) == 2
+    assert content(config.cache.root / "sam") == whole
+    assert run(other, **change)[1] == 0

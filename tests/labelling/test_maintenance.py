@@ -1,0 +1,680 @@
+"""``samfed cache``: every damage is found and named, mended to the same bytes, and space freed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+from PIL import Image
+from test_precompute import FakeTeacher, content, stand_in
+
+from pipeline.config import Config
+from pipeline.data.partition import load_partition
+from pipeline.data.prepare import prepare
+from pipeline.disk import write_json, writer_lock
+from pipeline.errors import ConfigError, IdentityError, LockedStoreError, StageError
+from pipeline.labelling.cluster import Cluster
+from pipeline.labelling.maintenance import info, info_text, prune, removable, verify
+from pipeline.labelling.precompute import precompute
+from pipeline.labelling.repair import Repair, repair
+from pipeline.stores.arrays import seal
+from pipeline.stores.integrity import Fault, check_store
+from pipeline.stores.label_store import LabelStore
+from pipeline.stores.teacher_card import TeacherCard
+
+ROOT = Path(__file__).parents[2]
+COUNT = 110  # two shards of labels, the second one partly filled
+
+
+def settings(root: Path, cache: Path) -> Config:
+    return tiny_config(
+        root,
+        cache,
+        partition={"val_fraction": 0.02, "test_fraction": 0.02},
+        precompute={"batch_size": 16},
+        sam={"variant": "fake"},
+        data={"image_size": 16},
+    )
+
+
+def teacher_of(config: Config, **changes: object) -> FakeTeacher:
+    """A teacher of labels that follow from pixels alone, with a card on disk."""
+    card = TeacherCard(
+        variant="fake",
+        input_size=64,
+        num_classes=1,
+        prompt="none",
+        lora_rank=2,
+        base_sha256="b" * 64,
+        adapter_sha256="a" * 64,
+        parameters=1,
+        trained_parameters=1,
+        server_sha256=load_partition(config.cache.root / "partition.json").server_sha256(),
+        train_images=1,
+        calibration_images=1,
+        calibration_dice=0.5,
+        seed=0,
+    ).model_copy(update=changes)
+    write_json(config.cache.root / "teacher" / "card.json", card.model_dump())
+    teacher = FakeTeacher()
+    teacher.card = card  # type: ignore[assignment]
+    return teacher
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A cache that is whole; tests only read it."""
+    folder = tmp_path_factory.mktemp("finished")
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / "data" / name).mkdir(parents=True)
+    for i in range(COUNT):
+        image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / "data" / "images" / f"{i:03d}.png")
+        mask = (image[..., 0] > 127).astype(np.uint8)
+        Image.fromarray(mask).save(folder / "data" / "masks" / f"{i:03d}.png")
+    config = settings(folder / "data", folder / "cache")
+    prepare(config, with_oracle=True)
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch, teacher_of(config), check=False)
+        precompute(config)
+    return config
+
+
+@pytest.fixture
+def config(finished: Config, tmp_path: Path) -> Config:
+    """A copy of the whole cache, to be damaged."""
+    shutil.copytree(finished.cache.root, tmp_path / "cache")
+    return settings(finished.data.root, tmp_path / "cache")
+
+
+@pytest.fixture
+def whole(finished: Config) -> dict[str, bytes]:
+    return content(finished.cache.root / "sam")
+
+
+@pytest.fixture
+def teacher(config: Config, monkeypatch: pytest.MonkeyPatch) -> FakeTeacher:
+    """Stands in for the teacher of ``config`` wherever stage one loads one."""
+    teacher = teacher_of(config)
+    stand_in(monkeypatch, teacher, check=False)
+    return teacher
+
+
+def store_of(config: Config) -> Path:
+    return config.cache.root / "sam" / "site.zarr"
+
+
+def lock_of(config: Config) -> Path:
+    return config.cache.root / "locks" / "sam-site.lock"
+
+
+def flip(file: Path, place: int, bit: int = 3) -> None:
+    damaged = bytearray(file.read_bytes())
+    damaged[place] ^= 1 << bit
+    file.write_bytes(bytes(damaged))
+
+
+# --------------------------------------------------------------------------- verify
+
+
+def test_a_whole_cache_has_no_fault(config: Config) -> None:
+    before = content(config.cache.root)
+    seen: list[tuple[str, int, int]] = []
+    found = verify(config, progress=lambda *step: seen.append(step))
+    assert (found.stores, found.faults) == (8, [])
+    assert found.bytes == sum(
+        len(value)
+        for name, value in before.items()
+        if name.startswith(("images/", "oracle/", "sam/"))
+    )
+    assert seen == sorted(seen)
+    assert 0 < seen[-1][1] <= seen[-1][2]
+    assert content(config.cache.root) == before
+
+
+def test_200_flipped_bits_are_all_found(config: Config) -> None:
+    """Over every file of every store, metadata and shard indexes included."""
+    rng = np.random.default_rng(0)
+    cache = config.cache.root
+    stores = [*cache.glob("sam/*.zarr"), cache / "images" / "site" / "train.zarr"]
+    files = sorted((s, f) for s in stores for f in s.rglob("*") if f.is_file())
+    assert len(files) > 35
+    for number in range(200):
+        store, file = files[number % len(files)]
+        before = file.read_bytes()
+        # by turns anywhere, and in the last bytes, where a shard has its index
+        size = len(before) if number % 2 else min(len(before), 140)
+        place = len(before) - 1 - int(rng.integers(size))
+        flip(file, place, int(rng.integers(8)))
+        faults = check_store(store)
+        file.write_bytes(before)
+        name = file.relative_to(store).parts[0]
+        expected = "metadata" if file.name == "zarr.json" else name
+        assert {fault.array for fault in faults} == {expected}, f"{file} byte {place}"
+        if expected in ("masks", "confidences", "predicted_iou", "images"):
+            shard = int(file.relative_to(store).parts[2])
+            rows = {row // 64 for fault in faults for row in fault.rows or ()}
+            assert rows == {shard}, f"{file} byte {place}"
+    assert verify(config).faults == []
+
+
+def test_all_that_is_wrong_is_listed(config: Config) -> None:
+    """Verification goes on after the first fault, and names the rows of the chunks that fail."""
+    store, cache = store_of(config), config.cache.root
+    flip(store / "masks" / "c" / "0" / "0" / "0", 5)
+    (store / "confidences" / "c" / "0" / "0" / "0").unlink()
+    predicted_iou = store / "predicted_iou" / "c" / "1"
+    predicted_iou.write_bytes(predicted_iou.read_bytes()[:-3])
+    (cache / "sam" / "server.zarr" / "masks" / "c" / "0" / "0" / "0").write_bytes(b"")
+    (cache / "oracle" / "site.zarr" / "zarr.json").unlink()
+    found = [str(fault) for fault in verify(config).faults]
+    rows = len(LabelStore(store)) - 1
+    assert found == [
+        f"{cache}/oracle/site.zarr: metadata: unreadable (FileNotFoundError)",
+        f"{cache}/sam/server.zarr: masks rows 0..1: missing",
+        f"{store}: confidences rows 0..63: missing",
+        f"{store}: masks rows 0..7: damaged",
+        f"{store}: predicted_iou rows 64..{rows}: damaged",
+    ]
+
+
+def test_a_chunk_that_a_shard_does_not_name(config: Config) -> None:
+    """zarr reads it as zeros: nothing but the index tells."""
+    store = LabelStore(store_of(config))
+    labels = store.read_shard(0)
+    masks = labels.masks.copy()
+    masks[8:16] = 0
+    array = store._arrays["masks"].with_config({"write_empty_chunks": False})
+    array[0:64] = masks
+    assert [str(fault) for fault in verify(config).faults] == [
+        f"{store.path}: masks rows 8..15: missing"
+    ]
+
+
+def test_bytes_that_no_chunk_owns(config: Config) -> None:
+    shard = store_of(config) / "masks" / "c" / "0" / "0" / "0"
+    index = 8 * 16 + 4
+    before = shard.read_bytes()
+    shard.write_bytes(before[:-index] + b"\0" + before[-index:])
+    assert [str(fault) for fault in verify(config).faults] == [
+        f"{store_of(config)}: masks rows 0..63: damaged (bytes that belong to no chunk)"
+    ]
+
+
+def test_an_unfinished_store_is_whole(config: Config) -> None:
+    store = LabelStore(store_of(config))
+    rows = store.rows
+    shutil.rmtree(store.path)
+    LabelStore.create(store.path, store.identity, rows)
+    assert verify(config).faults == []
+
+
+def busy(config: Config, writer: str) -> str:
+    ends = "writes to it; run `samfed cache verify` when it has ended"
+    return f"{store_of(config)}: {writer} {ends}"
+
+
+def test_a_store_that_is_being_written_is_skipped(config: Config) -> None:
+    (store_of(config) / "masks" / "c" / "0" / "0" / "0").unlink()
+    before = content(config.cache.root)
+    with writer_lock(lock_of(config)):
+        found = verify(config)
+    assert (found.stores, found.faults) == (7, [])
+    assert found.skipped == [busy(config, f"process {os.getpid()}")]
+    lock_of(config).write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    advice = f"(if it is dead, delete {lock_of(config)})"
+    assert verify(config).skipped == [busy(config, f"process 7 on host 'elsewhere' {advice}")]
+    lock_of(config).write_bytes(b"")
+    assert content(config.cache.root) == before
+    found = verify(config)
+    assert (len(found.faults), found.skipped) == (1, [])
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_writer_that_comes_while_a_store_is_read(
+    config: Config, monkeypatch: pytest.MonkeyPatch, stays: bool
+) -> None:
+    """What was missing while it wrote is read again, or is no word against the store."""
+    shard = store_of(config) / "masks" / "c" / "0" / "0" / "0"
+    good, read = shard.read_bytes(), list[Path]()
+    writer = ExitStack()
+
+    def check(path: Path, advance: Callable[[int], None]) -> list[Fault]:
+        read.append(path)
+        if read.count(store_of(config)) > 1 or path != store_of(config):
+            return check_store(path, advance)
+        writer.enter_context(writer_lock(lock_of(config)))
+        shard.unlink()
+        faults = check_store(path, advance)
+        assert faults
+        shard.write_bytes(good)
+        if not stays:
+            writer.close()
+        return faults
+
+    monkeypatch.setattr("pipeline.labelling.maintenance.check_store", check)
+    with writer:
+        found = verify(config)
+    assert found.faults == []
+    assert len(found.skipped) == stays
+    assert read.count(store_of(config)) == 2 - stays
+
+
+def test_damage_is_read_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that nobody has touched meanwhile leaves no doubt; nor one of a killed process."""
+    (store_of(config) / "masks" / "c" / "0" / "0" / "0").unlink()
+    read: list[Path] = []
+
+    def check(path: Path, advance: Callable[[int], None]) -> list[Fault]:
+        read.append(path)
+        return check_store(path, advance)
+
+    monkeypatch.setattr("pipeline.labelling.maintenance.check_store", check)
+    lock_of(config).write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1}))
+    assert len(verify(config).faults) == 1
+    assert read.count(store_of(config)) == 1
+
+
+def test_image_stores_that_are_being_written(config: Config) -> None:
+    with writer_lock(config.cache.root / "locks" / "prepare.lock"):
+        assert len(verify(config).skipped) == 6
+
+
+def test_done_rows_without_provenance(config: Config) -> None:
+    store = LabelStore(store_of(config))
+    store._arrays["provenance"][1] = np.zeros(512, np.uint8)
+    assert [str(fault) for fault in verify(config).faults] == [
+        f"{store.path}: provenance rows 64..{len(store) - 1}: no record of what computed it"
+    ]
+
+
+def test_no_store_at_all(tmp_path: Path) -> None:
+    config = settings(tmp_path, tmp_path / "cache")
+    with pytest.raises(StageError) as caught:
+        verify(config)
+    assert str(caught.value) == f"{tmp_path}/cache: found no store; run `samfed prepare` first"
+    assert info(config) == {"stores": [], "archive": []}
+    assert info_text(info(config)) == "no label store"
+
+
+# --------------------------------------------------------------------------- repair
+
+
+def unlink(file: Path) -> None:
+    file.unlink()
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [lambda file: flip(file, 9), unlink, cut])
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    [
+        ("masks/c/0/0/0", [0]),
+        ("confidences/c/1/0/0", [1]),
+        ("predicted_iou/c/1", [1]),
+        ("done/c/0", [0, 1]),
+        ("provenance/c/0/0", [0, 1]),
+        ("image_ids/c/0/0", []),
+        ("masks/zarr.json", []),
+    ],
+)
+def test_repair_computes_what_failed_and_nothing_else(
+    config: Config,
+    teacher: FakeTeacher,
+    whole: dict[str, bytes],
+    name: str,
+    shards: list[int],
+    damage: Callable[[Path], None],
+) -> None:
+    store = LabelStore(store_of(config))
+    damage(store.path / name)
+    result = repair(config)
+    expected = sum(len(store.shard_rows(shard)) for shard in shards)
+    assert (result.labelled, teacher.images) == (expected, expected)
+    assert (result.remaining, result.failed) == ([], [])
+    assert result.faults
+    assert content(config.cache.root / "sam") == whole
+    assert verify(config).faults == []
+    assert not (config.cache.root / "archive").exists()
+    assert repair(config) == Repair()
+
+
+def test_a_killed_repair_leaves_an_unfinished_store(
+    config: Config, teacher: FakeTeacher, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No mark promises what is about to be removed."""
+    flip(store_of(config) / "masks" / "c" / "0" / "0" / "0", 9)
+
+    unlink = Path.unlink
+
+    def stop(path: Path, missing_ok: bool = False) -> None:
+        if "masks" in path.parts:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stop)
+        with pytest.raises(KeyboardInterrupt):
+            repair(config)
+    store = LabelStore(store_of(config))
+    assert store.pending() == [0]
+    assert store.provenance() == [[], [{"backend": "fake"}]]
+    precompute(config)
+    assert teacher.images == 64
+    assert content(config.cache.root / "sam") == whole
+
+
+def test_a_repair_that_stops_while_it_labels(
+    config: Config, teacher: FakeTeacher, whole: dict[str, bytes]
+) -> None:
+    """Nothing is damaged any more; that something is missing is said."""
+    flip(store_of(config) / "masks" / "c" / "0" / "0" / "0", 9)
+
+    def stop(batch: int) -> None:
+        raise KeyboardInterrupt
+
+    teacher.on_batch = stop
+    with pytest.raises(KeyboardInterrupt):
+        repair(config)
+    advice = f"{store_of(config)}: some rows are not labelled yet; run `samfed precompute-sam`"
+    assert repair(config) == Repair(notices=[advice])
+    teacher.on_batch = lambda batch: None
+    precompute(config)
+    assert content(config.cache.root / "sam") == whole
+
+
+def test_a_lack_of_memory_is_no_damage(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repair would remove good labels."""
+
+    def lack(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("pipeline.stores.decode.decompress", lack)
+    with pytest.raises(MemoryError):
+        verify(config)
+
+
+@pytest.mark.parametrize("key", ["base_sha256", "metadata_sha256", "attributes"])
+def test_repair_of_a_root_that_still_says_what_it_was(
+    config: Config, teacher: FakeTeacher, whole: dict[str, bytes], key: str
+) -> None:
+    root = store_of(config) / "zarr.json"
+    flip(root, root.read_bytes().index(key.encode()) + (20 if key == "metadata_sha256" else 0))
+    flip(store_of(config) / "masks" / "c" / "1" / "0" / "0", 9)  # seen once metadata is back
+    result = repair(config)
+    assert result.notices == [
+        f"{store_of(config)}: wrote metadata and image ids again as they were"
+    ]
+    assert teacher.images == len(LabelStore(store_of(config))) - 64
+    assert content(config.cache.root / "sam") == whole
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "image_sha256/c/0/0"])
+def test_a_store_that_nothing_vouches_for_is_moved_aside(
+    config: Config, teacher: FakeTeacher, whole: dict[str, bytes], name: str
+) -> None:
+    for number in (1, 2):
+        (store_of(config) / name).unlink()
+        damaged = content(store_of(config))
+        result = repair(config)
+        aside = config.cache.root / "archive" / "site" / f"damaged-{number}.zarr"
+        assert result.notices == [
+            f"{store_of(config)}: cannot tell whose labels these are; moved them to {aside}, and "
+            "labelled every image anew"
+        ]
+        assert content(aside) == damaged
+        assert teacher.images == number * len(LabelStore(store_of(config)))
+        assert content(config.cache.root / "sam") == whole
+
+
+def test_metadata_of_another_teacher_is_never_guessed(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels of an earlier teacher do not become the present one's when their metadata breaks."""
+    new = teacher_of(config, adapter_sha256="c" * 64)
+    stand_in(monkeypatch, new, check=False)
+    flip(store_of(config) / "masks" / "zarr.json", 9)
+    repair(config)
+    assert (config.cache.root / "archive" / "site" / "damaged-1.zarr").is_dir()
+    assert new.images == len(LabelStore(store_of(config)))  # and nobody else's
+
+
+def test_damaged_labels_of_another_teacher(config: Config) -> None:
+    teacher_of(config, adapter_sha256="c" * 64)
+    flip(store_of(config) / "masks" / "c" / "0" / "0" / "0", 9)
+    before = content(config.cache.root / "sam")
+    result = repair(config)
+    assert result.remaining == [
+        f"{store_of(config)}: adapter_sha256 is {'a' * 64}, the run asks for {'c' * 64}; "
+        "run `samfed precompute-sam`"
+    ]
+    assert content(config.cache.root / "sam") == before
+
+
+def test_the_calibration_part_alone(
+    config: Config, teacher: FakeTeacher, whole: dict[str, bytes]
+) -> None:
+    (config.cache.root / "sam" / "server.zarr" / "predicted_iou" / "c" / "0").unlink()
+    shutil.rmtree(store_of(config))  # not labelled yet, and not repair's to label
+    result = repair(config)
+    assert result.labelled == teacher.images == 2
+    server = {name: value for name, value in whole.items() if name.startswith("server")}
+    assert content(config.cache.root / "sam") == server
+
+
+def test_what_repair_cannot_mend(config: Config, teacher: FakeTeacher) -> None:
+    cache = config.cache.root
+    (cache / "sam" / "old.zarr").mkdir()
+    flip(cache / "images" / "site" / "train.zarr" / "image_ids" / "c" / "0" / "0", 9)
+    later = LabelStore(cache / "sam" / "server.zarr").identity.model_dump()
+    seal(store_of(config), {"kind": "labels", "format": 2, "identity": later})
+    before = content(cache)
+    result = repair(config)
+    rows = len(load_partition(cache / "partition.json").clients["site"].train)
+    assert result.remaining == [
+        f"{cache}/images/site/train.zarr: image_ids rows 0..{rows - 1}: damaged; "
+        "run `samfed prepare` again",
+        f"{cache}/sam/old.zarr: 'old' is no client of the partition; remove it",
+        f"{store_of(config)}: format: 2, this samfed reads format 1",
+    ]
+    assert teacher.images == 0
+    assert {k: v for k, v in content(cache).items() if k not in before} == {
+        "locks/sam-old.lock": b""
+    }
+    assert {k: v for k, v in content(cache).items() if k in before} == before
+
+
+def test_repair_waits_for_no_writer(config: Config, teacher: FakeTeacher) -> None:
+    flip(store_of(config) / "masks" / "c" / "0" / "0" / "0", 9)
+    before = content(store_of(config))
+    with (
+        writer_lock(config.cache.root / "locks" / "sam-site.lock"),
+        pytest.raises(LockedStoreError),
+    ):
+        repair(config)
+    assert content(store_of(config)) == before
+
+
+def test_repair_without_a_teacher(config: Config) -> None:
+    flip(store_of(config) / "masks" / "c" / "0" / "0" / "0", 9)
+    before = content(store_of(config))
+    shutil.rmtree(config.cache.root / "teacher")
+    with pytest.raises(StageError):
+        repair(config)
+    card = teacher_of(config, variant="other").card
+    assert card.variant == "other"
+    with pytest.raises(IdentityError):
+        repair(config)
+    assert content(store_of(config)) == before
+
+
+def test_repair_asks_for_workers_before_it_removes_anything(config: Config) -> None:
+    @contextmanager
+    def refuse() -> Iterator[Cluster]:
+        raise ConfigError("no scheduler")
+        yield
+
+    assert repair(config, cluster=refuse()) == Repair()  # nothing to label
+    flip(store_of(config) / "masks" / "c" / "0" / "0" / "0", 9)
+    before = content(store_of(config))
+    with pytest.raises(ConfigError, match="no scheduler"):
+        repair(config, cluster=refuse())
+    assert content(store_of(config)) == before
+
+
+# --------------------------------------------------------------------------- info
+
+
+def test_info(config: Config) -> None:
+    store = LabelStore(store_of(config))
+    found = info(config)
+    assert [each["owner"] for each in found["stores"]] == ["server", "site"]
+    site = found["stores"][1]
+    assert site == {
+        "owner": "site",
+        "path": str(store.path),
+        "state": "complete",
+        "rows": len(store),
+        "done": len(store),
+        "bytes": sum(map(len, content(store.path).values())),
+        "identity": store.identity.model_dump() | {"digest": store.identity.digest},
+        "provenance": [{"backend": "fake", "shards": 2}],
+        "differs": [],
+    }
+    assert info_text(found).splitlines()[3:] == [
+        f"{store.path}: {len(store)} of {len(store)} rows, {site['bytes'] / 2**20:.1f} MiB, "
+        "complete; of the present teacher and partition",
+        f"  identity {store.identity.digest}: fake, prompt none, input 64 px, labels 16 px, "
+        "1 class(es)",
+        "  2 shard(s) by backend fake",
+    ]
+    json.dumps(found)
+    store.mark_done(1, [64], [{"backend": "other"}])
+    lines = info_text(info(config)).splitlines()[5:]
+    assert lines == ["  2 shard(s) by backend fake", "  1 shard(s) by backend other"]
+
+
+def test_info_of_what_is_not_as_it_should_be(config: Config) -> None:
+    cache = config.cache.root
+    store = LabelStore(store_of(config))
+    other, rows = store.identity.model_copy(update={"prompt": "points"}), store.rows
+    shutil.rmtree(store.path)
+    LabelStore.create(store.path, other, rows[:70])
+    (cache / "sam" / "server.zarr" / "done" / "c" / "0").unlink()
+    store.path.parent.joinpath("old.zarr").mkdir()
+    old = cache / "archive" / "site" / "x.zarr"
+    old.mkdir(parents=True)
+    (old / "zarr.json").write_bytes(b"12345")
+    found = info(config)
+    states = {each["owner"]: (each["state"], each.get("differs")) for each in found["stores"]}
+    assert states == {
+        "old": ("damaged", None),
+        "server": ("damaged", None),
+        "site": ("unfinished", ["prompt", "images"]),
+    }
+    assert found["archive"] == [{"path": str(old), "bytes": 5}]
+    text = info_text(found)
+    assert f"{store.path}: 0 of 70 rows, " in text
+    assert "unfinished; differs from the present run in prompt, images" in text
+    assert f"{old}: moved aside, 0.0 MiB" in text
+    shutil.rmtree(store.path)
+    assert f"{store.path}: none of {len(rows)} rows yet" in info_text(info(config))
+    shutil.rmtree(cache / "teacher")
+    LabelStore.create(store.path, other, rows[:70])
+    text = info_text(info(config))
+    assert "unfinished; not compared: no teacher or no partition" in text
+
+
+# --------------------------------------------------------------------------- prune
+
+
+def test_prune(config: Config, whole: dict[str, bytes]) -> None:
+    cache = config.cache.root
+    aside = cache / "archive" / "site" / "0123.zarr"
+    shutil.copytree(store_of(config), aside)
+    run = cache / "archive" / "runs" / "sam_fed-0123"
+    run.mkdir(parents=True)
+    building, retired = (cache / "sam" / f".site.zarr.{end}" for end in ("building", "retired"))
+    lost = cache / "sam" / ".gone.zarr.retired"  # its successor never came: no rubbish
+    half = aside.with_name(".4567.zarr.building")
+    for folder in (building, retired, lost, half):
+        folder.mkdir()
+    partial = store_of(config) / "masks" / "c" / "0" / "0" / "0.ab.partial"
+    partial.write_bytes(b"half")
+    found = removable(config)
+    assert {(each.path, each.why) for each in found} == {
+        (aside, "moved aside"),
+        *((path, "left by a killed run") for path in (half, building, retired, partial)),
+    }
+    assert {each.bytes for each in found if each.path == partial} == {4}
+    with writer_lock(cache / "locks" / "sam-site.lock"), pytest.raises(LockedStoreError):
+        prune(config, found)
+    assert aside.exists()
+    assert set(prune(config, found)) == set(found)
+    assert removable(config) == []
+    assert content(cache / "sam") == whole
+    assert (run.is_dir(), lost.is_dir(), aside.exists()) == (True, True, False)
+    assert prune(config, found) == []
+
+
+def test_prune_of_single_files_that_a_kill_left(config: Config, whole: dict[str, bytes]) -> None:
+    """Only our own, and only old ones: a young one may be somebody's who writes it now."""
+    cache = config.cache.root
+    code = (
+        "import os, sys; from pathlib import Path; from pipeline.disk import write_bytes\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
+        "write_bytes(Path(sys.argv[1]), b'half')"
+    )
+    aside = cache / "archive" / "site" / "0123.zarr"
+    shutil.copytree(store_of(config), aside)
+    finals = [cache / "partition.json", store_of(config) / "zarr.json", aside / "zarr.json"]
+    for final in finals:
+        done = subprocess.run([sys.executable, "-c", code, str(final)], cwd=ROOT)
+        assert done.returncode == -9
+    left = [path for path in cache.rglob(".*") if path.is_file()]
+    assert {path.parent for path in left} == {path.parent for path in finals}
+    others = [cache / ".notes.abcdefgh", cache / ".a.abcdefgh.tmp", cache / "b.abcdefgh.samfed-tmp"]
+    for path in others:
+        path.write_bytes(b"a user's")
+    folder = cache / ".c.abcdefgh.samfed-tmp"
+    folder.mkdir()
+    assert {each.path for each in removable(config)} == {aside}
+    hours_ago = time.time() - 2 * 60 * 60
+    for path in [*left, *others, folder]:
+        os.utime(path, (hours_ago, hours_ago))
+    found = removable(config)
+    wanted = {path for path in left if aside not in path.parents}
+    assert len(wanted) == 2
+    assert {each.path for each in found} == {aside, *wanted}  # what goes with it is not named twice
+    assert {(each.bytes, each.why) for each in found if each.path in wanted} == {
+        (4, "left by a killed run")
+    }
+    with writer_lock(cache / "locks" / "prepare.lock"):
+        assert set(prune(config, found)) == set(found)
+    assert content(cache / "sam") == whole
+    assert all(path.exists() for path in [*others, folder])
+
+
+def test_prune_keeps_what_came_back_meanwhile(config: Config) -> None:
+    aside = config.cache.root / "archive" / "site" / "0123.zarr"
+    shutil.copytree(store_of(config), aside)
+    found = removable(config)
+    shutil.rmtree(store_of(config))
+    aside.rename(store_of(config))
+    assert prune(config, found) == []
+    assert verify(config).faults == []

@@ -1,0 +1,401 @@
+"""Stage one stops anywhere, by Ctrl-C (by kill -9: test_faults.py), and goes on: same bytes.
+
+And what it is given: devices and checkpoints that cannot be used are refused in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import tiny_config
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.config import Config
+from pipeline.data.partition import load_partition
+from pipeline.data.prepare import prepare
+from pipeline.errors import ConfigError, DataError, LockedStoreError, SamfedError
+from pipeline.labelling import precompute as stage
+from pipeline.labelling import worker as labelling
+from pipeline.labelling.precompute import StageOneResult, precompute
+from pipeline.labelling.quality import FLIPPED_IMAGES
+from pipeline.runtime import resolve_device
+from pipeline.sam import build
+from pipeline.sam.build import TimmImageEncoder, load_state
+from pipeline.stores.label_store import Identity, LabelStore, PseudoLabels
+
+COUNT = 150
+Images = Sequence[NDArray[np.uint8]]
+
+
+class FakeTeacher:
+    """Labels that follow from an image's pixels alone; counts the images that it labelled."""
+
+    def __init__(self, on_batch: Callable[[int], None] = lambda batch: None) -> None:
+        self.card = SimpleNamespace(identity=self._identity, input_size=64)
+        self.on_batch, self.batches, self.images = on_batch, 0, 0
+
+    def _identity(self, *, label_size: int) -> Identity:
+        return Identity(
+            variant="fake",
+            base_sha256="b" * 64,
+            adapter_sha256="a" * 64,
+            prompt="none",
+            input_size=64,
+            label_size=label_size,
+            num_classes=1,
+        )
+
+    def provenance(self) -> dict[str, str]:
+        return {"backend": "fake"}
+
+    def label(self, images: Images, size: int) -> PseudoLabels:
+        self.on_batch(self.batches)
+        self.batches, self.images = self.batches + 1, self.images + len(images)
+        small = np.stack([image[:size, :size] for image in images])
+        return PseudoLabels(
+            masks=(small[..., 0] > 127).astype(np.uint8),
+            confidences=small[..., 1],
+            predicted_iou=(small.mean((1, 2, 3)) / 255).astype(np.float32),
+        )
+
+
+def settings(root: Path, cache: Path) -> Config:
+    return tiny_config(
+        root,
+        cache,
+        partition={"val_fraction": 0.02, "test_fraction": 0.02},
+        precompute={"batch_size": 10},
+    )
+
+
+def stand_in(patch: pytest.MonkeyPatch, teacher: FakeTeacher, *, check: bool = True) -> None:
+    """Let stage one find ``teacher`` where it would load one.
+
+    Without ``check`` no statistics are made, so the images that the teacher counts are the rows.
+    """
+    if not check:
+        patch.setattr(stage._Stores, "unmeasured", lambda stores: [])
+    patch.setattr(stage, "checked_card", lambda *args: teacher.card)
+    patch.setattr(labelling, "load_teacher", lambda *args: teacher)
+
+
+def run(config: Config, teacher: FakeTeacher) -> StageOneResult:
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch, teacher)
+        return precompute(config)
+
+
+def mirrored(config: Config) -> int:
+    """Images that a finishing run labels once more, mirrored, for statistics not there yet."""
+    partition = load_partition(config.cache.root / "partition.json")
+    sizes = {"server": len(partition.server.calibration)}
+    sizes |= {name: len(part.train) for name, part in partition.clients.items()}
+    paths = {owner: config.cache.root / "sam" / f"{owner}.zarr" for owner in sizes}
+    return sum(
+        min(FLIPPED_IMAGES, images)
+        for owner, images in sizes.items()
+        if not paths[owner].is_dir() or LabelStore(paths[owner]).statistics is None
+    )
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """150 images of one site, three shards of labels, done without a stop."""
+    folder = tmp_path_factory.mktemp("stage_one")
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / "data" / name).mkdir(parents=True)
+    for i in range(COUNT):
+        image = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / "data" / "images" / f"{i:03d}.png")
+        mask = (image[..., 0] > 127).astype(np.uint8)
+        Image.fromarray(mask).save(folder / "data" / "masks" / f"{i:03d}.png")
+    config = settings(folder / "data", folder / "cache")
+    prepare(config)
+    result = run(config, FakeTeacher())
+    assert (result.kept, result.failed, result.notices) == (0, [], [])
+    assert LabelStore(folder / "cache" / "sam" / "site.zarr").shards == 3
+    return config
+
+
+@pytest.fixture
+def config(prepared: Config, tmp_path: Path) -> Config:
+    """The same images and partition, nothing labelled."""
+    (tmp_path / "cache").mkdir()
+    shutil.copy(prepared.cache.root / "partition.json", tmp_path / "cache")
+    return settings(prepared.data.root, tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def whole(prepared: Config) -> dict[str, bytes]:
+    """The stores of a run that nothing stopped."""
+    return content(prepared.cache.root / "sam")
+
+
+def labelled_rows(config: Config) -> int:
+    """Rows on disk with a done mark, over all stores."""
+    stores = [LabelStore(path) for path in (config.cache.root / "sam").glob("[!.]*.zarr")]
+    return sum(int(store.done().sum()) for store in stores)
+
+
+# --------------------------------------------------------------------------- stops
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 7, 8, 9, 14, 15, 16, 17])
+def test_ctrl_c_and_again(config: Config, whole: dict[str, bytes], stop: int) -> None:
+    """Batches 0 and 1 are the server's labels and statistics, 2..8, 9..15 and 16 the client's
+    three shards, 17 and 18 its statistics."""
+
+    def interrupt(batch: int) -> None:
+        if batch == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, FakeTeacher(interrupt))
+    finished = labelled_rows(config)
+    partition = load_partition(config.cache.root / "partition.json")
+    server, client = len(partition.server.calibration), len(partition.clients["site"].train)
+    shards = sum(64 * (stop > last) for last in (8, 15)) + (client - 128) * (stop > 16)
+    assert finished == (server + shards if stop else 0)
+    flips = mirrored(config)
+    teacher = FakeTeacher()
+    result = run(config, teacher)
+    assert content(config.cache.root / "sam") == whole
+    total = labelled_rows(config)
+    assert (result.kept, result.labelled, result.failed) == (finished, total - finished, [])
+    assert teacher.images == total - finished + flips
+    again = FakeTeacher()
+    assert run(config, again).kept == total
+    assert again.batches == 0
+
+
+def test_an_unreadable_image(config: Config, whole: dict[str, bytes], tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(config.data.root, root)
+    config = settings(root, config.cache.root)
+    partition = load_partition(config.cache.root / "partition.json")
+    path = root / partition.images[partition.clients["site"].train[70]].image
+    good = path.read_bytes()
+    path.write_bytes(good[:100])
+    teacher = FakeTeacher()
+    result = run(config, teacher)
+    assert result.failed == [f"{path}: changed since `samfed prepare`; run `samfed prepare` again"]
+    store = LabelStore(config.cache.root / "sam" / "site.zarr")
+    assert np.flatnonzero(~store.done()).tolist() == [70]
+    assert result.labelled == labelled_rows(config)
+    assert teacher.images == result.labelled + len(partition.server.calibration)
+    assert list(result.statistics) == ["server"]
+    path.write_bytes(good)
+    later = FakeTeacher()
+    result = run(config, later)
+    assert (result.failed, result.labelled, later.images) == ([], 1, 1 + FLIPPED_IMAGES)
+    assert content(config.cache.root / "sam") == whole
+
+
+def test_a_shard_that_two_teachers_finish(config: Config, tmp_path: Path) -> None:
+    """One identity, but another backend, where an image could not be read at first."""
+    root = tmp_path / "data"
+    shutil.copytree(config.data.root, root)
+    config = settings(root, config.cache.root)
+    partition = load_partition(config.cache.root / "partition.json")
+    path = root / partition.images[partition.clients["site"].train[70]].image
+    good = path.read_bytes()
+    path.unlink()
+    run(config, FakeTeacher())
+    path.write_bytes(good)
+    other = FakeTeacher()
+    other.provenance = lambda: {"backend": "other"}  # type: ignore[method-assign]
+    assert run(config, other).labelled == 1
+    store = LabelStore(config.cache.root / "sam" / "site.zarr")
+    first = {"backend": "fake"}
+    assert store.provenance() == [[first], [first, {"backend": "other"}], [first]]
+
+
+def test_a_second_writer_is_refused(config: Config, whole: dict[str, bytes]) -> None:
+    refused: list[str] = []
+
+    def second(batch: int) -> None:
+        if batch in (0, 9):
+            while batch and (locks / "sam-server.lock").read_text():
+                time.sleep(0.01)  # a finished store's lock is free while others are labelled
+            with pytest.raises(LockedStoreError) as caught:
+                precompute(config, clients=["site"] if batch else ())
+            refused.append(str(caught.value))
+
+    locks = config.cache.root / "locks"
+    run(config, FakeTeacher(second))  # the refused runs come to no batch of their own
+    ends = "writes to this store; wait for it or stop it"
+    assert refused == [
+        f"{locks}/sam-{owner}.lock: process {os.getpid()} {ends}" for owner in ("server", "site")
+    ]
+    assert content(config.cache.root / "sam") == whole
+
+
+# --------------------------------------------------------------------------- memory
+
+
+class Hungry(FakeTeacher):
+    """Holds so many images at once and no more; says so as ``error`` does."""
+
+    def __init__(self, capacity: int, error: Exception) -> None:
+        super().__init__()
+        self.capacity, self.error = capacity, error
+
+    def label(self, images: Images, size: int) -> PseudoLabels:
+        if len(images) > self.capacity:
+            raise self.error
+        return super().label(images, size)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError("Failed to allocate memory for requested buffer of size 9"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_batches_shrink_when_memory_runs_out(
+    config: Config, prepared: Config, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = run(config, Hungry(3, error))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"out of memory; going on with batches of {size} (precompute.batch_size: 10)"
+        for size in (5, 3)
+    ]
+    assert result.failed == []
+    stores = [LabelStore(c.cache.root / "sam" / "site.zarr") for c in (config, prepared)]
+    ours, whole = (store.read() for store in stores)
+    assert np.array_equal(ours.masks, whole.masks)
+    assert np.array_equal(ours.confidences, whole.confidences)
+    fake = {"backend": "fake"}
+    assert [store.provenance()[0] for store in stores] == [[fake | {"batch_size": "3"}], [fake]]
+
+
+def test_a_shard_records_its_own_batches(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of one dask worker share its teacher: one backs off while another is at its end."""
+    teacher = Hungry(10, MemoryError())
+    shared = labelling.MemoryAwareTeacher(teacher, 10)
+    monkeypatch.setattr(stage, "load_backend", lambda *args: shared)
+    server = len(load_partition(config.cache.root / "partition.json").server.calibration)
+
+    def other(what: str, done: int, total: int) -> None:
+        if done == server + 74:  # one batch of the second shard
+            teacher.capacity = 2
+        if done == server + 64:  # the first shard is labelled, not written yet
+            teacher.capacity = 3
+            images = [np.zeros((32, 32, 3), np.uint8)] * 10
+            task = threading.Thread(target=shared.label, args=(images, 32))
+            task.start()
+            task.join()
+
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch, teacher)
+        precompute(config, progress=other)
+    store = LabelStore(config.cache.root / "sam" / "site.zarr")
+    fake = {"backend": "fake"}
+    three, two = fake | {"batch_size": "3"}, fake | {"batch_size": "2"}
+    assert store.provenance() == [[fake], [three, two], [two]]
+
+
+def test_memory_for_no_image_at_all(config: Config) -> None:
+    with pytest.raises(SamfedError, match="memory does not suffice for one image"):
+        run(config, Hungry(0, MemoryError()))
+    assert labelled_rows(config) == 0
+
+
+def test_another_error_is_no_lack_of_memory(config: Config) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(config, Hungry(3, RuntimeError("shapes cannot be multiplied")))
+
+
+# --------------------------------------------------------------------------- devices, checkpoints
+
+
+def test_a_cuda_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert resolve_device("cuda") == torch.device("cuda")
+    for name in ("cuda:2", "cuda:9"):
+        with pytest.raises(ConfigError) as caught:
+            resolve_device(name)
+        assert str(caught.value) == (
+            f"device: '{name}' asked for, but torch finds 2 CUDA device(s), numbered from 0; "
+            "use cuda:0 or auto"
+        )
+
+
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        ({"state_dict": {"weight": torch.zeros(1)}}, "'state_dict' holds a dict"),
+        ({"weight": torch.zeros(1), "epoch": 3}, "'epoch' holds a int"),
+        ({0: torch.zeros(1)}, "0 holds a Tensor"),
+        ([torch.zeros(1)], "holds a list"),
+        (torch.zeros(1), "holds a Tensor"),
+    ],
+)
+def test_a_checkpoint_of_anything_but_named_tensors(
+    tmp_path: Path, state: object, found: str
+) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(state, path)
+    with pytest.raises(DataError) as caught:
+        load_state(path)
+    assert str(caught.value) == (
+        f"{path}: {found}; expected tensors by name; save the model's own state_dict()"
+    )
+    torch.save({"weight": torch.ones(2)}, path)
+    assert load_state(path)["weight"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -3])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_damaged_checkpoint(tmp_path: Path, suffix: str, keep: int) -> None:
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "pth":
+        torch.save({"weight": torch.ones(20)}, path)
+    else:
+        safetensors.torch.save_file({"weight": torch.ones(20)}, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError) as caught:
+        load_state(path)
+    assert str(caught.value).startswith(f"{path}: not a readable checkpoint (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [("first line\n  second line", "first line"), ("", "RuntimeError"), ("\n\n x\ny", "x")],
+)
+def test_a_timm_error_of_many_lines(
+    monkeypatch: pytest.MonkeyPatch, message: str, shown: str
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(build.timm, "create_model", refuse)
+    with pytest.raises(ConfigError) as caught:
+        TimmImageEncoder("nothing", img_size=64, out_channels=8)
+    assert str(caught.value) == (
+        f"sam.variant: 'timm:nothing' is no timm model with feature maps ({shown}); "
+        "see timm.list_models()"
+    )

@@ -1,0 +1,550 @@
+"""The exported teacher says what the torch teacher says, and a file that is not it is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pipeline.sam  # noqa: F401  (before segment_anything and timm import torchvision)
+
+# isort: split
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime as ort
+import pytest
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from test_cli import (
+    Project,
+    _own_log,  # noqa: F401  (a fixture)
+    answer,
+    fails,
+    listing,
+)
+
+from pipeline.config import load_config
+from pipeline.data.partition import load_partition
+from pipeline.disk import file_sha256, write_json, writer_lock
+from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
+from pipeline.labelling.cluster import local_cluster
+from pipeline.labelling.precompute import precompute
+from pipeline.sam import export
+from pipeline.sam import onnx as backend
+from pipeline.sam.build import build_sam
+from pipeline.sam.export import TeacherNetwork, trace, write_model
+from pipeline.sam.onnx import CPU, CUDA, INPUTS, OUTPUTS, OnnxTeacher, read_properties
+from pipeline.sam.teacher import ADAPTER_FILE, Teacher, load_teacher, to_input_frame
+from pipeline.stores.label_store import LabelStore, PseudoLabels
+from pipeline.stores.teacher_card import CARD_FILE, TeacherCard
+
+Images = list[NDArray[np.uint8]]
+BACKBONE = "timm:test_resnet"  # timm's smallest: tracing costs by the operator
+AGAIN = "run `samfed export-onnx` again"
+SQUARE, WIDE, TALL = (96, 96), (48, 120), (300, 90)
+
+
+def images(*sizes_hw: tuple[int, int]) -> Images:
+    """Smooth random images: a coarse grid of colours, enlarged."""
+    rng = np.random.default_rng(7)
+    made = []
+    for height, width in sizes_hw:
+        coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 5, 5)))
+        smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+        made.append(smooth[0].permute(1, 2, 0).clamp(0, 255).to(torch.uint8).numpy())
+    return made
+
+
+def assert_close(
+    found: PseudoLabels, expected: PseudoLabels, *, levels: int = 1, pixels: float = 1e-3
+) -> None:
+    """Equal but for what another order of float operations may change."""
+    for name in ("masks", "confidences", "predicted_iou"):
+        assert getattr(found, name).dtype == getattr(expected, name).dtype
+        assert getattr(found, name).shape == getattr(expected, name).shape
+    assert float((found.masks != expected.masks).mean()) <= pixels
+    gap = np.abs(found.confidences.astype(int) - expected.confidences.astype(int))
+    assert gap.max() <= levels
+    assert np.abs(found.predicted_iou - expected.predicted_iou).max() <= 1e-4 * levels
+
+
+def disturb(folder: Path) -> None:
+    """Move the adapter away from what one epoch reached, so that its masks show something."""
+    path, generator = folder / ADAPTER_FILE, torch.Generator().manual_seed(0)
+    state = safetensors.torch.load_file(path)
+    for name, value in state.items():
+        if any(part in name for part in ("image_encoder", "mask_tokens", "hypernet")):
+            noise = torch.randn(value.shape, generator=generator)
+            state[name] = value + 0.3 * value.std().clamp(min=0.02) * noise
+    safetensors.torch.save_file(state, path)
+    card = json.loads((folder / CARD_FILE).read_text())
+    write_json(folder / CARD_FILE, {**card, "adapter_sha256": file_sha256(path)})
+
+
+class Exported(Project):
+    """A project whose vit_t teacher was exported by the command."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        answer("synth", self.images, *self.options)
+        answer("prepare", *self.options)
+        answer("finetune-sam", *self.options)
+        disturb(self.cache / "teacher")
+        before = {path.name for path in (self.cache / "teacher").iterdir()}
+        self.said = answer("export-onnx", *self.options)
+        # that folder is finetune-sam's output: DVC would run it again
+        assert {path.name for path in (self.cache / "teacher").iterdir()} == before
+        self.model = self.cache / "onnx" / "teacher.onnx"
+        exact = load_config(self.params, ("precompute.precision=fp32",))
+        self.torch = load_teacher(exact, self.partition())
+
+    def partition(self) -> Any:
+        return load_partition(self.cache / "partition.json")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return Exported(tmp_path_factory.mktemp("onnx"))
+
+
+@pytest.fixture
+def project(exported: Exported, tmp_path: Path) -> Project:
+    """A copy that a test may change."""
+    copy = Project(tmp_path)
+    shutil.copytree(exported.cache, copy.cache)
+    shutil.copytree(exported.images, copy.images)
+    return copy
+
+
+class Timm:
+    """A timm teacher of two classes, made in memory, and its ONNX graphs."""
+
+    label_size = 48
+
+    def __init__(self) -> None:
+        torch.manual_seed(3)
+        sam = build_sam(BACKBONE, input_size=64, num_multimask=2)
+        sam.mask_decoder.transformer.layers = sam.mask_decoder.transformer.layers[:1]
+        for parameter in sam.mask_decoder.parameters():
+            parameter.data *= 3  # so that every class wins somewhere
+        self.card = TeacherCard(
+            variant=BACKBONE,
+            input_size=64,
+            num_classes=2,
+            prompt="none",
+            lora_rank=None,
+            base_sha256="random",
+            adapter_sha256="a" * 64,
+            parameters=0,
+            trained_parameters=0,
+            server_sha256="s" * 64,
+            train_images=0,
+            calibration_images=0,
+            calibration_dice=0.0,
+            seed=0,
+        )
+        self.torch = Teacher(sam, self.card, device="cpu", precision="fp32")
+        self.graph, self.fp16 = self._trace(fp16=False), self._trace(fp16=True)
+
+    def _trace(self, *, fp16: bool) -> onnx_ir.Model:
+        network = TeacherNetwork(self.torch.sam, label_size=self.label_size, fp16=fp16)
+        graph = trace(network, input_size=64)
+        for module in network.modules():
+            module._forward_pre_hooks.clear()
+        return graph
+
+    def properties(self, *, precision: str = "fp32", **changes: object) -> dict[str, str]:
+        identity = self.card.identity(label_size=self.label_size).model_dump()
+        return {
+            "samfed.format": backend.MODEL_FORMAT,
+            "samfed.identity": json.dumps({**identity, **changes}),
+            "samfed.precision": precision,
+        }
+
+    def write(self, path: Path, *, external_above: int = 1 << 29, **changes: object) -> Path | None:
+        return write_model(
+            path, self.graph, self.properties(**changes), external_above=external_above
+        )
+
+    def load(self, path: Path, **options: Any) -> OnnxTeacher:
+        options = {"label_size": self.label_size, "device": "cpu", "precision": "auto", **options}
+        return OnnxTeacher(path, self.card, **options)
+
+
+@pytest.fixture(scope="module")
+def timm() -> Timm:
+    return Timm()
+
+
+# --------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("sizes", [[WIDE], [SQUARE, TALL, WIDE]], ids=["one", "three"])
+def test_vit_t_labels_as_torch_does(exported: Exported, sizes: Sequence[tuple[int, int]]) -> None:
+    config = load_config(exported.params)
+    teacher = backend.load_onnx_teacher(config, exported.partition())
+    batch = images(*sizes)
+    expected = exported.torch.label(batch, 32)
+    assert set(np.unique(expected.masks)) == {0, 1}
+    found = teacher.label(batch, 32)
+    assert_close(found, expected)
+    again = teacher.label(batch, 32)
+    assert all(getattr(again, n).tobytes() == getattr(found, n).tobytes() for n in OUTPUTS)
+
+
+@pytest.mark.parametrize("sizes", [[TALL], [SQUARE, WIDE]], ids=["one", "two"])
+def test_timm_labels_of_two_classes(
+    timm: Timm, tmp_path: Path, sizes: Sequence[tuple[int, int]]
+) -> None:
+    timm.write(tmp_path / "t.onnx")
+    batch = images(*sizes)
+    expected = timm.torch.label(batch, 48)
+    assert set(np.unique(expected.masks)) == {0, 1, 2}
+    assert_close(timm.load(tmp_path / "t.onnx").label(batch, 48), expected)
+
+
+def test_fp16_is_near_fp32(timm: Timm, tmp_path: Path) -> None:
+    """On the CPU provider, which has few fp16 kernels but computes in fp16 all the same."""
+    proto = onnx_ir.to_proto(timm.fp16)
+    assert any(t.data_type == onnx.TensorProto.FLOAT16 for t in proto.graph.initializer)
+    session = ort.InferenceSession(proto.SerializeToString(), providers=[CPU])
+    batch = images(SQUARE, TALL, WIDE)
+    pixels, valid_hw = to_input_frame(batch, 64)
+    inputs = (pixels.contiguous().numpy(), valid_hw.numpy())
+    found = PseudoLabels(*session.run(list(OUTPUTS), dict(zip(INPUTS, inputs, strict=True))))
+    expected = timm.torch.label(batch, 48)
+    assert float((found.masks != expected.masks).mean()) < 0.005
+    gap = np.abs(found.confidences.astype(int) - expected.confidences.astype(int))
+    assert np.percentile(gap, 98) <= 4  # of 255 levels
+    assert np.abs(found.predicted_iou - expected.predicted_iou).max() < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_cuda_labels_as_torch_does(timm: Timm, tmp_path: Path, precision: str) -> None:
+    graph = timm.fp16 if precision == "fp16" else timm.graph
+    properties = timm.properties(precision=precision)
+    write_model(tmp_path / "t.onnx", graph, properties, external_above=1 << 29)
+    teacher = timm.load(tmp_path / "t.onnx", device="cuda")
+    assert teacher.provenance()["provider"] == CUDA
+    batch = images(SQUARE, TALL, WIDE)
+    found = teacher.label(batch, 48)
+    loose = {"levels": 4, "pixels": 0.02} if precision == "fp16" else {}
+    assert_close(found, timm.torch.label(batch, 48), **loose)  # type: ignore[arg-type]
+    again = teacher.label(batch, 48)
+    assert all(getattr(again, n).tobytes() == getattr(found, n).tobytes() for n in OUTPUTS)
+
+
+# --------------------------------------------------------------------------- the file
+
+
+def test_what_the_model_says_of_itself(exported: Exported) -> None:
+    model = onnx.load(exported.model)
+    onnx.checker.check_model(model)
+    identity = exported.torch.card.identity(label_size=32)
+    properties = read_properties(exported.model)
+    assert json.loads(properties["samfed.identity"]) == identity.model_dump()
+    assert properties["samfed.precision"] == "fp32"
+    (opset,) = (entry.version for entry in model.opset_import if entry.domain == "")
+    assert int(properties["samfed.opset"]) == opset == exported.said["opset"]
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    batch = shapes["pixels"][0]
+    assert isinstance(batch, str)
+    assert shapes == {
+        "pixels": [batch, 3, 256, 256],
+        "valid_hw": [batch, 2],
+        "masks": [batch, 32, 32],
+        "confidences": [batch, 32, 32],
+        "predicted_iou": [batch],
+    }
+    assert exported.said["model"] == str(exported.model)
+    assert exported.said["weights"] is None
+    assert exported.said["megabytes"] == exported.model.stat().st_size / 1e6
+    assert str(Path(export.__file__).parent).encode() not in exported.model.read_bytes()
+
+
+def test_weights_beside_the_model(timm: Timm, tmp_path: Path) -> None:
+    path, batch = tmp_path / "t.onnx", images(SQUARE, WIDE)
+    weights = timm.write(path, external_above=0)
+    assert weights is not None
+    assert sorted(tmp_path.iterdir()) == [path, weights]
+    assert path.stat().st_size < weights.stat().st_size
+    found = timm.load(path).label(batch, 48)
+    assert_close(found, timm.torch.label(batch, 48))
+    assert timm.write(path, external_above=0) == weights  # named by its content
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CorruptStoreError) as caught:
+        timm.load(path)
+    ends = f"missing or damaged; t.onnx needs it beside it; {AGAIN}"
+    assert str(caught.value) == f"{weights}: {ends}"
+    weights.unlink()
+    with pytest.raises(CorruptStoreError, match="missing or damaged"):
+        timm.load(path)
+    assert timm.write(path) is None
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_export_that_stops_leaves_the_old_model(
+    timm: Timm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.onnx"
+    old = timm.write(path, external_above=0)
+    assert old is not None
+    (tmp_path / ".t.onnx.building").mkdir()  # a killed run's
+    other = onnx_ir.from_proto(onnx_ir.to_proto(timm.graph))
+    name, value = next(iter(other.graph.initializers.items()))
+    assert value.const_value is not None
+    changed = value.const_value.numpy() + 1
+    value.const_value = onnx_ir.tensor(changed, name=name)
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "write_bytes", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_model(path, other, timm.properties(), external_above=0)
+    timm.load(path)
+    new = write_model(path, other, timm.properties(), external_above=0)
+    timm.load(path)
+    assert new not in (None, old)
+    assert sorted(tmp_path.iterdir()) == sorted([path, new])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter_sha256": "b" * 64}, f"adapter_sha256 is {'b' * 64}, expected {'a' * 64}"),
+        ({"label_size": 32}, "label_size is 32, expected 48"),
+        ({"samfed.format": "0"}, f"format is 0, expected {backend.MODEL_FORMAT}"),
+    ],
+)
+def test_a_stale_model(
+    timm: Timm, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "t.onnx"
+    top = {key: str(value) for key, value in changes.items() if key.startswith("samfed.")}
+    fields = {key: value for key, value in changes.items() if key not in top}
+    write_model(path, timm.graph, {**timm.properties(**fields), **top}, external_above=1 << 29)
+    with pytest.raises(IdentityError) as caught:
+        timm.load(path)
+    assert str(caught.value) == f"{path}: {message}; {AGAIN}"
+
+
+def test_no_model(timm: Timm, tmp_path: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        timm.load(tmp_path / "t.onnx")
+    assert str(caught.value) == f"{tmp_path / 't.onnx'}: not found; run `samfed export-onnx` first"
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "cut", "flip", "longer", "unsealed"])
+def test_a_damaged_model(timm: Timm, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "t.onnx"
+    timm.write(path)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(
+        {
+            "empty": b"",
+            "short": content[:20],
+            "cut": content[:middle],
+            "flip": content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :],
+            "longer": content + b"\0",
+            "unsealed": content[: -len(backend.seal(b""))],
+        }[damage]
+    )
+    with pytest.raises(CorruptStoreError) as caught:
+        timm.load(path)
+    assert str(caught.value) == f"{path}: damaged, or not written by samfed; {AGAIN}"
+
+
+# --------------------------------------------------------------------------- device, precision
+
+
+def test_where_it_runs_is_recorded(timm: Timm, tmp_path: Path) -> None:
+    timm.write(tmp_path / "t.onnx")
+    teacher = timm.load(tmp_path / "t.onnx")
+    found = teacher.provenance()
+    assert found.pop("samfed")
+    assert found == {
+        "backend": "onnx",
+        "provider": CPU,
+        "precision": "fp32",
+        "device": "cpu",
+        "onnxruntime": ort.__version__,
+    }
+    threads = teacher._session.get_session_options().intra_op_num_threads
+    assert threads == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_that_the_model_does_not_have(
+    timm: Timm, tmp_path: Path, precision: str
+) -> None:
+    path = tmp_path / "t.onnx"
+    timm.write(path)
+    with pytest.raises(ConfigError) as caught:
+        timm.load(path, precision=precision)
+    assert (
+        str(caught.value)
+        == {
+            "bf16": "precompute.precision: bf16 is not offered by the onnx backend; use fp32 "
+            "or, on CUDA, fp16",
+            "fp16": f"precompute.precision: 'fp16' asked for, but {path} holds fp32; {AGAIN}",
+        }[precision]
+    )
+
+
+def test_fp16_needs_cuda(timm: Timm, tmp_path: Path) -> None:
+    path = tmp_path / "t.onnx"
+    timm.write(path, precision="fp16")
+    with pytest.raises(ConfigError, match="holds fp16, which needs a CUDA device"):
+        timm.load(path)
+
+
+@pytest.fixture(params=["no provider", "no libraries"])
+def no_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A machine where torch finds CUDA and ONNX Runtime does not: a build without, or no cuDNN."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    providers = [CPU] if request.param == "no provider" else [CUDA, CPU]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
+    start = backend._session
+    # what ONNX Runtime does where libraries are missing: it logs, and goes on
+    monkeypatch.setattr(backend, "_session", lambda path, providers: start(path, [CPU]))
+    expected = {"no provider": "is a build without it", "no libraries": "cannot load its CUDA"}
+    return expected[request.param]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_cuda_asked_for_and_not_there(
+    timm: Timm, tmp_path: Path, no_cuda: str, device: str
+) -> None:
+    timm.write(tmp_path / "t.onnx")
+    with pytest.raises(ConfigError) as caught:
+        timm.load(tmp_path / "t.onnx", device=device)
+    assert str(caught.value).startswith("precompute.device: cuda asked for, but onnxruntime ")
+    assert no_cuda in str(caught.value)
+
+
+def test_auto_says_that_it_takes_the_cpu(
+    timm: Timm, tmp_path: Path, no_cuda: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    timm.write(tmp_path / "t.onnx")
+    with caplog.at_level(logging.WARNING, "samfed"):
+        teacher = timm.load(tmp_path / "t.onnx", device="auto")
+    assert no_cuda in caplog.text
+    assert "labelling on the CPU" in caplog.text
+    assert (teacher.provenance()["device"], teacher.provenance()["provider"]) == ("cpu", CPU)
+
+
+def test_a_model_that_onnxruntime_cannot_run(timm: Timm, tmp_path: Path) -> None:
+    path = tmp_path / "t.onnx"
+    graph = onnx_ir.from_proto(onnx_ir.to_proto(timm.graph))
+    graph.graph[0].op_type = "NoSuchOperator"
+    write_model(path, graph, timm.properties(), external_above=1 << 29)
+    with pytest.raises(ConfigError) as caught:
+        timm.load(path)
+    assert str(caught.value).startswith(f"{path}: onnxruntime {ort.__version__} cannot run it (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("Failed to allocate memory for requested buffer of size 8\nmore", MemoryError),
+        ("std::bad_alloc", MemoryError),
+        ("Invalid shape", RuntimeError),
+    ],
+)
+def test_a_batch_too_large(timm: Timm, tmp_path: Path, message: str, kind: type[Exception]) -> None:
+    """The caller is told of missing memory, and of nothing else, by MemoryError."""
+    timm.write(tmp_path / "t.onnx")
+    teacher = timm.load(tmp_path / "t.onnx")
+
+    def fail(binding: object) -> None:
+        raise RuntimeError(message)
+
+    session: Any = SimpleNamespace(io_binding=teacher._session.io_binding, run_with_iobinding=fail)
+    teacher._session = session
+    with pytest.raises(kind) as caught:
+        teacher.label(images(SQUARE), 48)
+    assert str(caught.value) == message.splitlines()[0]
+
+
+def test_labels_of_another_size(timm: Timm, tmp_path: Path) -> None:
+    timm.write(tmp_path / "t.onnx")
+    with pytest.raises(IdentityError, match="makes labels of 48 px, not 32"):
+        timm.load(tmp_path / "t.onnx").label(images(SQUARE), 32)
+
+
+# --------------------------------------------------------------------------- the commands
+
+
+def test_a_store_made_by_onnx_is_one_made_by_torch(exported: Exported, project: Project) -> None:
+    made = answer("precompute-sam", "--backend", "onnx", *project.options)
+    assert made["labelled"] > 0
+    assert (made["kept"], made["failed"], made["notices"]) == (0, [], [])
+    stores = sorted((project.cache / "sam").glob("*.zarr"))
+    by_onnx = {path.name: LabelStore(path) for path in stores}
+    for store in by_onnx.values():
+        assert [[record["backend"] for record in shard] for shard in store.provenance()] == [
+            ["onnx"]
+        ]
+    labels = {name: store.read() for name, store in by_onnx.items()}
+    again = answer("precompute-sam", *project.options)
+    assert (again["labelled"], again["kept"], again["notices"]) == (0, made["labelled"], [])
+    shutil.rmtree(project.cache / "sam")
+    answer("precompute-sam", "--set", "precompute.precision=fp32", *project.options)
+    for path in stores:
+        by_torch = LabelStore(path)
+        assert by_torch.identity == by_onnx[path.name].identity
+        assert_close(labels[path.name], by_torch.read())
+
+
+def test_onnx_on_a_dask_worker(project: Project) -> None:
+    """A process that loads the model by itself writes the same bytes."""
+    config = load_config(project.params, ("precompute.backend=onnx", "precompute.threads=1"))
+    precompute(config, clients=["site_a"])
+    here = listing(project.cache / "sam")
+    assert LabelStore(project.cache / "sam" / "site_a.zarr").provenance()[0][0]["backend"] == "onnx"
+    shutil.rmtree(project.cache / "sam")
+    result = precompute(config, clients=["site_a"], cluster=local_cluster(1, device="cpu"))
+    assert (result.kept, result.failed) == (0, [])
+    assert listing(project.cache / "sam") == here
+
+
+def test_commands_before_the_ones_they_need(project: Project) -> None:
+    model = project.cache / "onnx" / "teacher.onnx"
+    onnx_backend = ("--set", "precompute.backend=onnx", *project.options)
+    line = fails(5, "precompute-sam", "--set", "data.image_size=64", *onnx_backend)
+    assert line == f"{model}: label_size is 32, expected 64; {AGAIN}"
+    model.unlink()
+    line = fails(4, "precompute-sam", *onnx_backend)
+    assert line == f"{model}: not found; run `samfed export-onnx` first"
+    shutil.rmtree(project.cache / "teacher")
+    for command in (("export-onnx",), ("precompute-sam", "--backend", "onnx")):
+        line = fails(4, *command, *project.options)
+        assert line.endswith("card.json: not found; run `samfed finetune-sam` first")
+
+
+def test_bad_options_of_the_commands(project: Project) -> None:
+    line = fails(2, "precompute-sam", "--backend", "tensorrt", *project.options)
+    assert "precompute.backend: found 'tensorrt', input should be 'torch' or 'onnx'" in line
+    line = fails(2, "export-onnx", "--set", "precompute.precision=bf16", *project.options)
+    assert line.startswith("precompute.precision: bf16 is not offered by the onnx backend")
+    lock = project.cache / "locks" / "export-onnx.lock"
+    with writer_lock(lock):
+        line = fails(5, "export-onnx", *project.options)
+    assert line.startswith(f"{lock}: process ")

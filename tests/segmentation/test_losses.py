@@ -1,0 +1,67 @@
+"""Losses against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pipeline.segmentation.losses import (
+    IGNORE,
+    agreement_loss,
+    dice_loss,
+    distillation_loss,
+    supervised_loss,
+)
+
+# two pixels with foreground probability 0.8 and 0.4
+PROBABILITY = torch.tensor([0.8, 0.4])
+LOGITS = torch.stack([torch.zeros(2), torch.logit(PROBABILITY)]).reshape(1, 2, 1, 2)
+TARGET = torch.tensor([[[1, 0]]])
+
+
+def test_dice_by_hand() -> None:
+    """overlap 0.8, total 1.2 + 1: 1 - (1.6 + 1) / (2.2 + 1)."""
+    assert float(dice_loss(LOGITS, TARGET)) == pytest.approx(1 - 2.6 / 3.2)
+
+
+def test_weighted_dice_by_hand() -> None:
+    """The second pixel weighs half: 1 - (1.6 + 1) / (0.8 + 0.2 + 1 + 1)."""
+    weight = torch.tensor([[[1.0, 0.5]]])
+    assert float(dice_loss(LOGITS, TARGET, weight)) == pytest.approx(1 - 2.6 / 3.0)
+
+
+def test_supervised_is_cross_entropy_plus_dice() -> None:
+    cross_entropy = -(math.log(0.8) + math.log(0.6)) / 2
+    expected = cross_entropy + 1 - 2.6 / 3.2
+    assert float(supervised_loss(LOGITS, TARGET)) == pytest.approx(expected)
+
+
+def test_ignored_pixels_do_not_count() -> None:
+    """Only the first pixel is left: CE -ln 0.8, Dice 1 - (1.6 + 1) / (1.8 + 1)."""
+    target = torch.tensor([[[1, IGNORE]]])
+    expected = -math.log(0.8) + 1 - 2.6 / 2.8
+    assert float(supervised_loss(LOGITS, target)) == pytest.approx(expected)
+
+
+def test_rejected_pixels_lower_the_agreement_loss() -> None:
+    """Sum of w CE over the number of pixels, not over the weights."""
+    weight = torch.tensor([[[1.0, 0.0]]])
+    expected = -math.log(0.8) / 2 + 1 - 2.6 / 2.8
+    assert float(agreement_loss(LOGITS, TARGET, weight)) == pytest.approx(expected)
+    nothing = agreement_loss(LOGITS, TARGET, torch.zeros(1, 1, 2))
+    assert float(nothing) == 0.0
+
+
+def test_distillation_by_hand() -> None:
+    """At T = 1, teacher 0.5 / 0.5 against student 0.8 / 0.2."""
+    student = torch.stack([torch.zeros(1), torch.logit(torch.tensor([0.8]))]).reshape(1, 2, 1, 1)
+    teacher = torch.zeros(1, 2, 1, 1)
+    expected = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
+    assert float(distillation_loss(student, teacher, temperature=1.0)) == pytest.approx(expected)
+
+
+def test_distillation_of_equals_is_zero_at_any_temperature() -> None:
+    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert float(distillation_loss(logits, logits, temperature=2.0)) == pytest.approx(0, abs=1e-6)
