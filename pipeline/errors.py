@@ -15,8 +15,6 @@ Exit code 0 is success, 6 means "done, except for the images named on stderr", 1
 A message names the file or key, what was found, what was expected, and what to do.
 """
 
-from __future__ import annotations
-
 EXIT_PARTIAL = 6
 EXIT_INTERRUPTED = 130
 
@@ -61,3 +59,8 @@ class CorruptStoreError(StoreError):
 
 class LockedStoreError(StoreError):
     """Another process holds the store's lock."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
