@@ -20,9 +20,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config, load_config
 from pipeline.disk import file_sha256, write_bytes
-from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
+from pipeline.errors import ConfigError, CorruptStoreError, DataError, IdentityError, StageError
 
 _KEPT_CHECKPOINTS = 2
 
@@ -84,11 +84,15 @@ class RunFolder:
         return notice
 
     def config(self) -> Config:
-        """The parameters that the run was made with."""
+        """Return the parameters that the run was made with.
+
+        Raises:
+            StageError: there is no such run. ConfigError: they are not what this version knows.
+        """
         path = self.path / "params.yaml"
         if not path.is_file():
             raise StageError(f"{path}: not found; run `samfed federate` first")
-        return parse_config(yaml.safe_load(path.read_text()), source=str(path))
+        return load_config(path)
 
     def save_checkpoint(self, checkpoint: Checkpoint, fingerprint: str) -> None:
         """Write a round's checkpoint atomically and drop all but the last two.
@@ -140,11 +144,35 @@ class RunFolder:
         write_bytes(self.path / "history.jsonl", text.encode())
 
     def history(self) -> list[dict[str, Any]]:
-        """All rounds so far."""
+        """Return an entry for each round so far.
+
+        Raises:
+            DataError: a line of the file is no round.
+        """
         path = self.path / "history.jsonl"
-        if not path.is_file():
-            return []
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        history = []
+        # bytes: str.splitlines also cuts at U+2028 and the like, which JSON allows within a string
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                entry["round"], entry["clients"], entry["val"]
+            except (ValueError, KeyError, TypeError) as error:
+                fault = f"line {number} is no round of a history ({error})"
+                raise DataError(f"{path}: {fault}; run `samfed federate --restart`") from error
+            history.append(entry)
+        return history
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the run's folder, its last round and the validation Dice there."""
+        last = self.history()[-1]
+        return {"run": str(self.path), "rounds": last["round"], "val_dice": last["val"]["dice"]}
+
+    def text(self) -> str:
+        """Return the same as one line for a person."""
+        found = self.as_json()
+        dice = "" if found["val_dice"] is None else f", validation Dice {found['val_dice']:.3f}"
+        return f"{found['rounds']} rounds{dice}; {self.path}"
 
     def finish(self, models: dict[str, State]) -> None:
         """Write the final models by name: ``global``, or each client's own."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from conftest import tiny_config
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError, CorruptStoreError, StageError
+from pipeline.errors import ConfigError, CorruptStoreError, DataError, StageError
 from pipeline.federation.runs import Checkpoint, RunFolder
 
 PRINT = "f" * 64
@@ -194,12 +196,43 @@ def test_resume_of_another_run(run: RunFolder, settings: Config) -> None:
 # --------------------------------------------------------------------------- history, model
 
 
+def entry(number: int, dice: float | None = 0.5) -> dict[str, Any]:
+    return {"round": number, "clients": {}, "val": {"dice": dice}}
+
+
 def test_history_is_replaced_from_the_resumed_round_on(run: RunFolder) -> None:
     assert run.history() == []
     for number in (1, 2, 3):
-        run.append_history({"round": number, "try": 1})
-    run.append_history({"round": 2, "try": 2})
-    assert run.history() == [{"round": 1, "try": 1}, {"round": 2, "try": 2}]
+        run.append_history(entry(number))
+    run.append_history(entry(2, 0.75))
+    assert run.history() == [entry(1), entry(2, 0.75)]
+    assert run.text() == f"2 rounds, validation Dice 0.750; {run.path}"
+    assert run.as_json() == {"run": str(run.path), "rounds": 2, "val_dice": 0.75}
+    run.append_history(entry(3, None))
+    assert run.text() == f"3 rounds; {run.path}"
+
+
+def test_a_damaged_history_is_one_line(run: RunFolder) -> None:
+    run.append_history(entry(1))
+    path = run.path / "history.jsonl"
+    whole = path.read_bytes()
+    # a line separator within a string is no end of a line in JSON lines
+    odd = '{"round": 2, "clients": {}, "val": {}, "warnings": ["a\u2028b"]}\n'.encode()
+    path.write_bytes(whole + odd)
+    assert run.history()[1]["warnings"] == ["a\u2028b"]
+    for damaged in (b'{"round": 2, "cli', b'{"round": 2}', b"[]", b"\xff"):
+        path.write_bytes(whole + damaged)
+        with pytest.raises(DataError, match=r"line 2 is no round .*samfed federate --restart`$"):
+            run.history()
+
+
+def test_damaged_parameters_are_one_line(run: RunFolder, settings: Config) -> None:
+    begin(run, settings)
+    path = run.path / "params.yaml"
+    for damaged in ("data: {image_sise: 3}", "data: [", "7"):
+        path.write_text(damaged)
+        with pytest.raises(ConfigError, match=re.escape(str(path))):
+            run.config()
 
 
 def test_the_final_model(run: RunFolder) -> None:
