@@ -1,15 +1,36 @@
-"""A tiny generated data set and settings under which the whole pipeline takes seconds."""
+"""What test files share: tiny images and settings, one finished pipeline, and the command line.
+
+A test that reads asks for ``shared_pipeline``; a test that changes something asks for a copy of it
+(``prepared``, ``adapted``, ``labelled`` or ``finished``) or copies the parts it needs.
+"""
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run on every core already
+
+import hashlib
 import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from pipeline.config import Config, parse_config
-from pipeline.data.synthetic import write_dataset
+
+with warnings.catch_warnings():  # typer < 0.21 imports names that click 8.5 calls deprecated
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from click.testing import Result
+    from typer.testing import CliRunner
+
+    import cli
 
 TINY = {
     "data": {"image_size": 32},
@@ -35,17 +56,16 @@ TINY = {
     },
 }
 
+PREPARED = ("partition.json", "images")
+ADAPTED = (*PREPARED, "teacher")
+LABELLED = (*ADAPTED, "sam")
+FINISHED = (*LABELLED, "runs")
 
-@pytest.fixture(scope="session")
-def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The input folder; tests only read it."""
-    folder = tmp_path_factory.mktemp("input") / "images"
-    write_dataset(folder, images_per_site=8, size_px=48, seed=0)
-    return folder
+# --------------------------------------------------------------------------- settings
 
 
 def tiny_config(root: Path, cache: Path, **sections: object) -> Config:
-    """Settings for ``root`` and ``cache``, with whole sections or single keys replaced."""
+    """Return settings for ``root`` and ``cache``, with whole sections or single keys replaced."""
     raw = json.loads(json.dumps(TINY))
     raw["data"]["root"] = str(root)
     raw["cache"] = {"root": str(cache)}
@@ -57,13 +77,181 @@ def tiny_config(root: Path, cache: Path, **sections: object) -> Config:
     return parse_config(raw, source="test")
 
 
+def write_params(path: Path, config: Config) -> Path:
+    """Write ``config`` as a params file."""
+    path.write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
+    return path
+
+
 @pytest.fixture
 def config(tiny_images: Path, tmp_path: Path) -> Config:
     """Tiny settings with an empty cache."""
     return tiny_config(tiny_images, tmp_path / "cache")
 
 
-def write_params(path: Path, config: Config) -> Path:
-    """Write ``config`` as a params file."""
-    path.write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
-    return path
+# --------------------------------------------------------------------------- folders
+
+
+def digest(folder: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return the sha256 of every file below ``folder``, but for the file names in ``leave_out``."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in leave_out
+    }
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file below ``folder``, and an empty one for every folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else b""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def build_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
+    """Return a folder that ``build`` has filled, once for all workers of pytest-xdist.
+
+    Every worker reads the same folder: whoever needs it first builds it, the others wait.
+    """
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, done = base / name, base / f"{name}.done"
+    with FileLock(base / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            folder.mkdir()
+            build(folder)
+            done.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The input folder; tests only read it."""
+    from pipeline.data.synthetic import write_dataset
+
+    def build(folder: Path) -> None:
+        write_dataset(folder / "images", images_per_site=8, size_px=48, seed=0)
+
+    return build_once(tmp_path_factory, "input", build) / "images"
+
+
+# --------------------------------------------------------------------------- the pipeline
+
+
+def run_stages(config: Config) -> None:
+    """Run every stage from ``prepare`` to ``evaluate``."""
+    import pipeline.sam  # noqa: F401  (before segment_anything and timm import torchvision)
+    from pipeline.data.prepare import prepare
+    from pipeline.federation.server import federate
+    from pipeline.labelling.precompute import precompute
+    from pipeline.results.evaluate import evaluate
+    from pipeline.results.evaluate_teacher import evaluate_teacher
+    from pipeline.sam.finetune import finetune
+
+    prepare(config, with_oracle=True)
+    finetune(config)
+    evaluate_teacher(config)
+    precompute(config)
+    evaluate(config, federate(config))
+
+
+@pytest.fixture(scope="session")
+def shared_pipeline(
+    tiny_images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Config]:
+    """Settings of a pipeline on which every stage ran, with oracle labels; tests only read it."""
+    folder = build_once(
+        tmp_path_factory, "pipeline", lambda path: run_stages(tiny_config(tiny_images, path))
+    )
+    before = digest(folder)
+    yield tiny_config(tiny_images, folder)
+    assert digest(folder) == before, "a test has changed the pipeline that all tests share"
+
+
+def copy_cache(config: Config, cache: Path, parts: tuple[str, ...] = FINISHED) -> Config:
+    """Copy ``parts`` of the cache of ``config`` to ``cache``; return settings for the copy."""
+    cache.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        source = config.cache.root / part
+        if source.is_dir():
+            shutil.copytree(source, cache / part)
+        else:
+            shutil.copy(source, cache)
+    return config.model_copy(update={"cache": config.cache.model_copy(update={"root": cache})})
+
+
+@pytest.fixture
+def prepared(shared_pipeline: Config, tmp_path: Path) -> Config:
+    """Settings of a copy of the shared pipeline, as it was after ``prepare``."""
+    return copy_cache(shared_pipeline, tmp_path / "cache", PREPARED)
+
+
+@pytest.fixture
+def adapted(shared_pipeline: Config, tmp_path: Path) -> Config:
+    """Settings of a copy of the shared pipeline, as it was after ``finetune``."""
+    return copy_cache(shared_pipeline, tmp_path / "cache", ADAPTED)
+
+
+@pytest.fixture
+def labelled(shared_pipeline: Config, tmp_path: Path) -> Config:
+    """Settings of a copy of the shared pipeline, as it was after ``precompute``."""
+    return copy_cache(shared_pipeline, tmp_path / "cache", LABELLED)
+
+
+@pytest.fixture
+def finished(shared_pipeline: Config, tmp_path: Path) -> Config:
+    """Settings of a copy of the whole shared pipeline."""
+    return copy_cache(shared_pipeline, tmp_path / "cache", FINISHED)
+
+
+# --------------------------------------------------------------------------- the command line
+
+
+def call(*arguments: object, stdin: str | None = None) -> Result:
+    """Run a command in this process; the log, which commands set up, is then as it was before."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        return CliRunner().invoke(cli.app, [*map(str, arguments)], input=stdin)
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def fails(code: int, *arguments: object) -> str:
+    """Run a command that must fail; return its one line on stderr, without the prefix."""
+    result = call(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert result.stderr == lines[0] + "\n"
+    return lines[0].removeprefix("error: ")
+
+
+def answer(*arguments: object) -> dict[str, Any]:
+    """Run a command with --json; stdout holds one object, which is returned, and nothing else."""
+    result = call(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+class Project:
+    """A folder with settings, images and a cache, for the command line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cache = folder / "cache"
+        self.images = folder / "images"
+        config = tiny_config(self.images, self.cache)
+        self.params = write_params(folder / "params.yaml", config)
+
+    @property
+    def options(self) -> tuple[object, ...]:
+        """The options that make a command use this project."""
+        return ("--params", self.params)

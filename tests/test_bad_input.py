@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import Project, answer, fails, listing
 from PIL import Image
-from test_cli import Project, _own_log, answer, fails, listing  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -3,88 +3,28 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_config, write_params
+from conftest import Project, answer, call, fails, listing
 
 from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError
 
 with warnings.catch_warnings():  # typer < 0.21 imports names that click 8.5 calls deprecated
     warnings.simplefilter("ignore", DeprecationWarning)
-    from click.testing import Result
     from typer.main import get_command
-    from typer.testing import CliRunner
 
     import cli
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(get_command(cli.app).commands)  # type: ignore[attr-defined]
 CACHE_COMMANDS = ["cache info", "cache prune", "cache repair", "cache verify"]
-
-
-@pytest.fixture(autouse=True)
-def _own_log() -> Iterator[None]:
-    """A command logs to stderr as it is at that moment; give the test session its log back."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def fails(code: int, *arguments: object) -> str:
-    """Run a command that must fail; its one line on stderr, without the prefix."""
-    result = call(*arguments)
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert result.stderr == lines[0] + "\n"
-    return lines[0].removeprefix("error: ")
-
-
-def answer(*arguments: object) -> dict[str, Any]:
-    """Run a command with --json; stdout holds one object and nothing else."""
-    result = call(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.count("\n") == 1
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
-
-
-def listing(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else b""
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-class Project:
-    """A folder with settings, images and a cache."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.cache = folder / "cache"
-        self.images = folder / "images"
-        config = tiny_config(self.images, self.cache)
-        self.params = write_params(folder / "params.yaml", config)
-
-    @property
-    def options(self) -> tuple[object, ...]:
-        return ("--params", self.params)
 
 
 @pytest.fixture(scope="module")
@@ -466,7 +406,7 @@ def test_cache_prune_asks_first(project: Project, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cli, "_can_ask", lambda: True)
     for said, code in (("n\n", 1), ("y\n", 0)):
         assert aside.is_dir()
-        result = CliRunner().invoke(cli.app, list(map(str, prune)), input=said)
+        result = call(*prune, stdin=said)
         assert result.exit_code == code
         assert result.stdout.startswith(f"{line}\nRemove all of these? [y/N]: ")
     assert result.stdout.endswith("1 removed\n")

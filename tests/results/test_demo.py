@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_config
-from test_cli import _own_log, answer, call, listing  # noqa: F401
+from conftest import answer, call, listing, tiny_config
 
 from pipeline.results import demo as demo_module
 from pipeline.results.demo import METHODS, run_demo

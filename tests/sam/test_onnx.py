@@ -20,14 +20,8 @@ import onnxruntime as ort
 import pytest
 import safetensors.torch
 import torch
+from conftest import Project, answer, fails, listing
 from numpy.typing import NDArray
-from test_cli import (
-    Project,
-    _own_log,  # noqa: F401  (a fixture)
-    answer,
-    fails,
-    listing,
-)
 
 from pipeline.config import load_config
 from pipeline.data.partition import load_partition
