@@ -190,7 +190,7 @@ def timed(owner: Any, name: str, device: torch.device) -> Iterator[list[float]]:
 def label_all(config: Config, teacher: TeacherBackend, files: list[Path]) -> float:
     """Seconds from image files to a finished label store."""
     keys = [RowKey(file.stem, file_sha256(file)) for file in files]
-    identity = teacher.card.identity(label_size=LABEL_SIZE)
+    identity = teacher.card.identity(label_size=LABEL_SIZE, precision=config.precompute.precision)
     store = LabelStore.create(store_path(config, "client"), identity, keys)
     tasks = []
     for shard in store.pending():
@@ -249,7 +249,7 @@ def export_model(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     card = make_card(options.variant, sam.image_encoder.img_size)
     network = WithLogits(sam, label_size=LABEL_SIZE, fp16=False)
     graph = trace(network, input_size=card.input_size, outputs=(*OUTPUTS, "logits"))
-    identity = card.identity(label_size=LABEL_SIZE).model_dump_json()
+    identity = card.identity(label_size=LABEL_SIZE, precision="fp32").model_dump_json()
     properties = {
         "samfed.format": MODEL_FORMAT,
         "samfed.identity": identity,

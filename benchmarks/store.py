@@ -109,7 +109,7 @@ def rss_mib() -> float:
 def write(config: Config, count: int, sha256: str) -> tuple[LabelStore, list[tuple[float, float]]]:
     """Label ``count`` rows; seconds since the start and MiB after each shard."""
     teacher = Copier()
-    identity = teacher.card.identity(label_size=SIZE)
+    identity = teacher.card.identity(label_size=SIZE, precision="auto")
     rows = [RowKey(f"{i:07d}", sha256) for i in range(count)]
     store = LabelStore.create(store_path(config, f"rows{count}"), identity, rows)
     file = ("images/a.png", sha256)

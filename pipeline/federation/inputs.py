@@ -81,7 +81,9 @@ def _expected_identity(config: Config, partition: Partition) -> Identity:
     if (teacher / CARD_FILE).is_file():
         card = load_card(teacher)
         card.check(config, partition.server_sha256(), path=teacher)
-        return card.identity(label_size=config.data.image_size)
+        return card.identity(
+            label_size=config.data.image_size, precision=config.precompute.precision
+        )
     return LabelStore(config.cache.root / "sam" / "server.zarr").identity
 
 

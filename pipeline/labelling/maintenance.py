@@ -68,7 +68,9 @@ def info(config: Config) -> dict[str, Any]:
     partition = load_partition(partition_file) if partition_file.is_file() else None
     identity = None
     if (cache / "teacher" / CARD_FILE).is_file():
-        identity = load_card(cache / "teacher").identity(label_size=config.data.image_size)
+        identity = load_card(cache / "teacher").identity(
+            label_size=config.data.image_size, precision=config.precompute.precision
+        )
     stores = [_store_info(path, identity, partition) for path in label_stores(cache)]
     if partition is not None:
         owners = owner_ids(partition)

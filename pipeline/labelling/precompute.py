@@ -75,7 +75,9 @@ def precompute(
             raise ConfigError(f"--client {client}: no such client; expected one of {known}")
     chosen = owners or ("server", *(clients or partition.clients))
     card = checked_card(config, partition)
-    identity = card.identity(label_size=config.data.image_size)
+    identity = card.identity(
+        label_size=config.data.image_size, precision=config.precompute.precision
+    )
     if cluster is not None and config.precompute.backend == "onnx":
         check_model(config, card)  # else each worker would find out for itself
     # the workers are gone before the locks are

@@ -159,7 +159,9 @@ def _make_honest(
     partition = load_partition(cache / "partition.json")
     card = load_card(cache / "teacher")
     card.check(config, partition.server_sha256(), path=cache / "teacher")
-    identity = card.identity(label_size=config.data.image_size)
+    identity = card.identity(
+        label_size=config.data.image_size, precision=config.precompute.precision
+    )
     ids = owner_ids(partition).get(owner)
     whole = any(fault.array in _WHOLE for fault in faults)
     try:

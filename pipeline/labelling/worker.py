@@ -82,7 +82,9 @@ def label_tasks(
             thread that writes.
         advance: called with the number of images that the teacher has just labelled.
     """
-    identity = teacher.card.identity(label_size=config.data.image_size)
+    identity = teacher.card.identity(
+        label_size=config.data.image_size, precision=config.precompute.precision
+    )
     writes: deque[Future[None]] = deque()
     with ThreadPoolExecutor(config.precompute.readers) as readers, ThreadPoolExecutor(1) as writer:
         parts: list[PseudoLabels] = []

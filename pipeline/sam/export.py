@@ -110,7 +110,7 @@ def export_teacher(
         network = TeacherNetwork(teacher.sam, label_size=label_size, fp16=precision == "fp16")
         model = trace(network, input_size=teacher.card.input_size)
         opset = model.opset_imports[""]
-        identity = teacher.card.identity(label_size=label_size)
+        identity = teacher.card.identity(label_size=label_size, precision=precision)
         properties = {
             "samfed.format": MODEL_FORMAT,
             "samfed.identity": identity.model_dump_json(),

@@ -86,7 +86,9 @@ def check_model(settings: Config, card: TeacherCard) -> None:
     if settings.precompute.precision != "auto":
         onnx_precision(settings.precompute.precision)
     path = model_path(settings.cache.root)
-    identity = card.identity(label_size=settings.data.image_size)
+    identity = card.identity(
+        label_size=settings.data.image_size, precision=settings.precompute.precision
+    )
     _check_identity(path, read_properties(path), identity)
 
 
@@ -159,7 +161,8 @@ class OnnxTeacher:
             ConfigError: device or precision cannot be had.
         """
         properties = read_properties(path)
-        _check_identity(path, properties, card.identity(label_size=label_size))
+        identity = card.identity(label_size=label_size, precision=precision)
+        _check_identity(path, properties, identity)
         self.card = card
         self.label_size = label_size
         self.precision = properties["samfed.precision"]

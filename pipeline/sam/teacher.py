@@ -35,7 +35,7 @@ from pipeline.sam.frame import to_input_frame
 from pipeline.sam.lora import add_lora, merge_lora
 from pipeline.sam.prompts import MULTIMASK, CoarseBox, PointGrid, Prompter
 from pipeline.stores.label_store import PseudoLabels
-from pipeline.stores.teacher_card import TeacherCard, load_card
+from pipeline.stores.teacher_card import TeacherCard, label_precision, load_card
 
 ADAPTER_FILE = "adapter.safetensors"
 LOGIT_STRIDE = 4  # input pixels per cell of the low-resolution logits
@@ -240,9 +240,7 @@ def resolve_precision(precision: str, device: torch.device, variant: str) -> Pre
         ConfigError: fp16 on a CPU, which has no fast arithmetic for it.
     """
     if precision == "auto":
-        if variant.startswith("timm:"):
-            return "fp32"
-        return "bf16" if _has_bf16(device) else "fp32"
+        precision = label_precision(variant, "auto") or ("bf16" if _has_bf16(device) else "fp32")
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("precompute.precision: fp16 needs a GPU; use auto, bf16 or fp32")
     return cast(Precision, precision)

@@ -38,6 +38,11 @@ from pipeline.stores.arrays import (
     table_array,
 )
 
+#: Version of how labels come from an image and a teacher. Raised whenever resizing, cropping,
+#: rounding or loading changes them, so that older labels are made anew. A golden-label test guards
+#: it.
+LABEL_VERSION = 1
+
 _CONFIDENCE_CLIP = (1 / 512, 511 / 512)
 
 
@@ -53,6 +58,8 @@ class Identity(BaseModel):
     input_size: int  # side of the teacher's input, px
     label_size: int  # side of the stored masks, px
     num_classes: int  # K foreground classes
+    method_version: int = LABEL_VERSION
+    precision: str | None = None  # only where it moves masks (timm: teachers): fp32, bf16 or fp16
 
     @property
     def digest(self) -> str:

@@ -35,8 +35,12 @@ class TeacherCard(BaseModel):
     calibration_dice: float  # mean foreground Dice per image, 0..1, at the images' own size
     seed: int
 
-    def identity(self, *, label_size: int) -> Identity:
-        """The identity of labels that this teacher makes at ``label_size`` pixels."""
+    def identity(self, *, label_size: int, precision: str) -> Identity:
+        """Return the identity of labels that this teacher makes.
+
+        Args:
+            label_size: side of the labels, px. precision: as ``precompute.precision`` asks.
+        """
         return Identity(
             variant=self.variant,
             base_sha256=self.base_sha256,
@@ -45,6 +49,7 @@ class TeacherCard(BaseModel):
             input_size=self.input_size,
             label_size=label_size,
             num_classes=self.num_classes,
+            precision=label_precision(self.variant, precision),
         )
 
     def check(self, config: Config, server_sha256: str, *, path: Path) -> None:
@@ -68,6 +73,18 @@ class TeacherCard(BaseModel):
                     f"{path}: {what or f'{field} is {found}, the settings ask for {value}'}; "
                     "run `samfed finetune-sam`"
                 )
+
+
+def label_precision(variant: str, asked: str) -> str | None:
+    """Return the precision that labels of ``variant`` depend on; None where masks do not.
+
+    SAM's own encoders keep their masks in lower precision (IoU to fp32 above 0.99,
+    ``benchmarks/precision.py``), the convolutional ``timm:`` ones do not: theirs is fp32 unless
+    another is asked for.
+    """
+    if not variant.startswith("timm:"):
+        return None
+    return "fp32" if asked == "auto" else asked
 
 
 def load_card(folder: Path) -> TeacherCard:

@@ -45,7 +45,7 @@ class FakeTeacher:
         self.card = SimpleNamespace(identity=self._identity, input_size=64)
         self.on_batch, self.batches, self.images = on_batch, 0, 0
 
-    def _identity(self, *, label_size: int) -> Identity:
+    def _identity(self, *, label_size: int, precision: str) -> Identity:
         return Identity(
             variant="fake",
             base_sha256="b" * 64,

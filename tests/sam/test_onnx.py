@@ -154,7 +154,7 @@ class Timm:
         return graph
 
     def properties(self, *, precision: str = "fp32", **changes: object) -> dict[str, str]:
-        identity = self.card.identity(label_size=self.label_size).model_dump()
+        identity = self.card.identity(label_size=self.label_size, precision=precision).model_dump()
         return {
             "samfed.format": backend.MODEL_FORMAT,
             "samfed.identity": json.dumps({**identity, **changes}),
@@ -242,7 +242,7 @@ def test_cuda_labels_as_torch_does(timm: Timm, tmp_path: Path, precision: str) -
 def test_what_the_model_says_of_itself(exported: Exported) -> None:
     model = onnx.load(exported.model)
     onnx.checker.check_model(model)
-    identity = exported.torch.card.identity(label_size=32)
+    identity = exported.torch.card.identity(label_size=32, precision="auto")
     properties = read_properties(exported.model)
     assert json.loads(properties["samfed.identity"]) == identity.model_dump()
     assert properties["samfed.precision"] == "fp32"

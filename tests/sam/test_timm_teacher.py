@@ -27,7 +27,7 @@ from pipeline.sam import finetune as finetune_module
 from pipeline.sam.finetune import finetune
 from pipeline.sam.teacher import ADAPTER_FILE, Teacher, load_teacher
 from pipeline.stores.label_store import LabelStore, PseudoLabels
-from pipeline.stores.teacher_card import TeacherCard, load_card
+from pipeline.stores.teacher_card import TeacherCard, label_precision, load_card
 
 BACKBONE = "mobilenetv3_small_050"
 BASES = ["random", "checkpoint"]
@@ -145,13 +145,42 @@ def test_the_stages_after_it_take_it(adapted: Adapted) -> None:
         len(client.train) for client in partition.clients.values()
     )
     store = LabelStore(cache / "sam" / "server.zarr")
-    assert store.identity == adapted.card.identity(label_size=config.data.image_size)
+    assert store.identity == adapted.card.identity(
+        label_size=config.data.image_size, precision="auto"
+    )
     items = list(load_labelled(config, partition, partition.server.calibration))
     size = config.data.image_size
     assert len(items) <= config.precompute.batch_size
     assert_equal(store.read(), adapted.teacher.label([item.image for item in items], size))
     again = precompute(config)
     assert (again.labelled, again.kept) == (0, result.labelled)
+
+
+def test_labels_of_another_precision_are_made_anew(adapted: Adapted) -> None:
+    """Precision moves the masks of a convolutional encoder; ``auto`` is fp32 there."""
+
+    for asked, used in (("bf16", "bf16"), ("fp32", "fp32"), ("bf16", "bf16"), ("auto", "fp32")):
+        stage_one = adapted.config.precompute.model_copy(update={"precision": asked})
+        precompute(adapted.config.model_copy(update={"precompute": stage_one}))
+        store = LabelStore(adapted.config.cache.root / "sam" / "server.zarr")
+        assert store.identity.precision == used
+        assert {made_by["precision"] for made_by in store.provenance()[0]} == {used}
+
+
+@pytest.mark.parametrize(
+    ("variant", "asked", "expected"),
+    [
+        ("vit_b", "bf16", None),
+        ("vit_t", "auto", None),
+        ("timm:resnet18", "auto", "fp32"),
+        ("timm:resnet18", "fp32", "fp32"),
+        ("timm:resnet18", "bf16", "bf16"),
+    ],
+)
+def test_the_precision_that_labels_depend_on(
+    variant: str, asked: str, expected: str | None
+) -> None:
+    assert label_precision(variant, asked) == expected
 
 
 def test_fine_tuning_twice_gives_the_same_bytes(
