@@ -45,14 +45,14 @@ def _label(config: Config, partition: Partition, owner: str, ids: tuple[str, ...
     path = server if owner == "server" else root / "oracle" / f"{owner}.zarr"
     labels = _spoil(_read(config, path, ids))
     store = LabelStore.create(root / "sam" / f"{owner}.zarr", identity, partition.row_keys(ids))
-    for shard in range(store.shards):
-        rows = store.shard_rows(shard)
+    for shard in range(store.chunks):
+        rows = store.chunk_rows(shard)
         span = slice(rows.start, rows.stop)
         part = PseudoLabels(
             labels.masks[span], labels.confidences[span], labels.predicted_iou[span]
         )
-        store.write_shard(shard, rows, part)
-        store.mark_done(shard, rows, {"backend": "generated"})
+        store.write_chunk(shard, rows, part)
+        store.mark_done(shard, rows, [{"backend": "generated"}])
 
 
 def _read(config: Config, path: Path, ids: tuple[str, ...]) -> ImageSet:

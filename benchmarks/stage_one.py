@@ -194,12 +194,12 @@ def label_all(config: Config, teacher: TeacherBackend, files: list[Path]) -> flo
     store = LabelStore.create(store_path(config, "client"), identity, keys)
     tasks = []
     for shard in store.pending():
-        rows = tuple(store.shard_rows(shard))
+        rows = tuple(store.chunk_rows(shard))
         named = tuple((f"images/{files[row].name}", keys[row].sha256) for row in rows)
         tasks.append(Task("client", shard, rows, named))
 
     def finished(outcome: Outcome) -> None:
-        store.mark_done(outcome.task.shard, outcome.rows, outcome.provenance)
+        store.mark_done(outcome.task.chunk, outcome.rows, outcome.provenance)
 
     began = time.perf_counter()
     label_tasks(config, tasks, teacher, finished=finished)

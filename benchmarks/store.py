@@ -32,7 +32,7 @@ from PIL import Image
 from pipeline.config import Config, parse_config
 from pipeline.disk import file_sha256
 from pipeline.labelling.worker import Outcome, Task, label_tasks, store_path
-from pipeline.stores.arrays import CHUNK_ROWS, SHARD_ROWS
+from pipeline.stores.arrays import CHUNK_ROWS, INNER_ROWS
 from pipeline.stores.decode import is_held, read_index
 from pipeline.stores.label_store import LabelStore, PseudoLabels, RowKey, read_labels
 from pipeline.stores.teacher_card import TeacherCard
@@ -115,14 +115,14 @@ def write(config: Config, count: int, sha256: str) -> tuple[LabelStore, list[tup
     file = ("images/a.png", sha256)
     tasks = (
         Task(f"rows{count}", shard, tuple(span), (file,) * len(span))
-        for shard in range(store.shards)
-        for span in (store.shard_rows(shard),)
+        for shard in range(store.chunks)
+        for span in (store.chunk_rows(shard),)
     )
     track: list[tuple[float, float]] = []
     began = time.perf_counter()
 
     def finished(outcome: Outcome) -> None:
-        store.mark_done(outcome.task.shard, outcome.rows, outcome.provenance)
+        store.mark_done(outcome.task.chunk, outcome.rows, outcome.provenance)
         track.append((time.perf_counter() - began, rss_mib()))
 
     label_tasks(config, tasks, teacher, finished=finished)
@@ -142,7 +142,7 @@ def rates(readers: dict[str, Callable[[], object]], rows: int) -> dict[str, floa
 
 def spans(store: LabelStore) -> list[slice]:
     """The rows of each shard."""
-    every = map(store.shard_rows, range(store.shards))
+    every = map(store.chunk_rows, range(store.chunks))
     return [slice(rows.start, rows.stop) for rows in every]
 
 
@@ -166,7 +166,7 @@ def compressed(store: LabelStore) -> list[bytes]:
     for name in ("masks", "confidences"):
         for file in sorted((store.path / name / "c").glob("*/0/0")):
             with file.open("rb") as stream:
-                index = read_index(stream, SHARD_ROWS // CHUNK_ROWS)
+                index = read_index(stream, CHUNK_ROWS // INNER_ROWS)
                 for offset, length in index[is_held(index)].tolist():
                     stream.seek(offset)
                     chunks.append(stream.read(length - 4))

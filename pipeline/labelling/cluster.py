@@ -113,7 +113,7 @@ class Cluster:
                     identity,
                     task,
                     __version__,
-                    key=f"{task.owner}-{task.shard}-{uuid.uuid4().hex}",
+                    key=f"{task.owner}-{task.chunk}-{uuid.uuid4().hex}",
                     retries=_RETRIES,
                     pure=False,
                 )

@@ -24,8 +24,7 @@ from pipeline.labelling.worker import Outcome, Task, label_tasks, load_backend, 
 from pipeline.runtime import torch_threads
 from pipeline.sam.onnx import check_model
 from pipeline.sam.teacher import checked_card
-from pipeline.stores.label_store import Identity, LabelStore, RowKey
-from pipeline.stores.opening import open_label_store
+from pipeline.stores.label_store import Identity, LabelStore, RowKey, open_label_store
 
 if TYPE_CHECKING:
     from pipeline.labelling.cluster import Cluster
@@ -154,7 +153,7 @@ class _Stores:
         """Mark a task's rows done."""
         if outcome.rows:
             store = self.opened[outcome.task.owner]
-            store.mark_done(outcome.task.shard, outcome.rows, outcome.provenance)
+            store.mark_done(outcome.task.chunk, outcome.rows, outcome.provenance)
         self.result.labelled += len(outcome.rows)
         self.result.failed += outcome.failed
 
@@ -193,7 +192,7 @@ def _tasks(partition: Partition, owner: str, store: LabelStore) -> Iterator[Task
     """Each shard with work left, and its rows that are not done."""
     done = store.done()
     for shard in store.pending():
-        rows = [row for row in store.shard_rows(shard) if not done[row]]
+        rows = [row for row in store.chunk_rows(shard) if not done[row]]
         entries = [partition.images[store.rows[row].image_id] for row in rows]
         files = [(entry.image, entry.image_sha256) for entry in entries]
         yield Task(owner, shard, tuple(rows), tuple(files))

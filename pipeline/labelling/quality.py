@@ -55,8 +55,8 @@ def measure(
     """
     levels = np.zeros((2, 256), np.int64)  # pixels by stored confidence: all, foreground
     areas, predicted_iou = [], []
-    for shard in range(store.shards):
-        labels = store.read_shard(shard)
+    for shard in range(store.chunks):
+        labels = store.read_chunk(shard)
         foreground = labels.masks > 0
         levels[0] += np.bincount(labels.confidences.ravel(), minlength=256)
         levels[1] += np.bincount(labels.confidences[foreground], minlength=256)

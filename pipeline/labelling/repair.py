@@ -24,10 +24,10 @@ from pipeline.labelling.maintenance import (
 )
 from pipeline.labelling.precompute import precompute
 from pipeline.labelling.worker import load_backend
-from pipeline.stores.arrays import SHARD_ROWS, remove_partial_files
+from pipeline.stores.arrays import CHUNK_ROWS, remove_partial_files
 from pipeline.stores.integrity import FORMAT_FAULT, METADATA, Fault, check_store
 from pipeline.stores.label_store import Identity, LabelStore, check_identity
-from pipeline.stores.repair import forget_shards, restore_metadata
+from pipeline.stores.repair import forget_chunks, restore_metadata
 from pipeline.stores.teacher_card import load_card
 
 if TYPE_CHECKING:
@@ -163,11 +163,11 @@ def _make_honest(
         label_size=config.data.image_size, precision=config.precompute.precision
     )
     ids = owner_ids(partition).get(owner)
-    whole = any(fault.array in _WHOLE for fault in faults)
+    whole = any(fault.what in _WHOLE for fault in faults)
     try:
         if ids is None:
             raise IdentityError(f"{path}: '{owner}' is no client of the partition; remove it")
-        if faults[0].array == FORMAT_FAULT:
+        if faults[0].what == FORMAT_FAULT:
             raise StoreError(str(faults[0]))
         if not whole:  # labels of another teacher cannot be made again
             check_identity(LabelStore(path), identity)
@@ -179,12 +179,12 @@ def _make_honest(
     if whole:
         restored = restore_metadata(path, identity, partition.row_keys(ids))
         faults = check_store(path)
-        if not restored or any(fault.array in _WHOLE for fault in faults):
+        if not restored or any(fault.what in _WHOLE for fault in faults):
             result.notices.append(_move_aside(path, cache / "archive" / owner))
             return True
         result.notices.append(f"{path}: wrote metadata and image ids again as they were")
         result.faults += faults
-    forget_shards(path, sorted({row // SHARD_ROWS for f in faults for row in f.rows or ()}))
+    forget_chunks(path, sorted({row // CHUNK_ROWS for f in faults for row in f.rows or ()}))
     return True
 
 

@@ -47,7 +47,7 @@ class Task:
     """Rows of one shard of one store, and the file behind each of them."""
 
     owner: str
-    shard: int
+    chunk: int
     rows: tuple[int, ...]
     files: tuple[tuple[str, str], ...]  # path below data.root, sha256
 
@@ -132,7 +132,7 @@ def _write(
         check_identity(store, identity)
         digests = dict(zip(outcome.task.rows, outcome.task.files, strict=True))
         store.check_rows(outcome.rows, [digests[row][1] for row in outcome.rows])
-        store.write_shard(outcome.task.shard, outcome.rows, labels)
+        store.write_chunk(outcome.task.chunk, outcome.rows, labels)
     finished(outcome)
 
 

@@ -21,8 +21,8 @@ from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.stores.decode import ChunkError, read_file
 
 FORMAT = 1
-SHARD_ROWS = 64  # one task of stage one, one file on disk
-CHUNK_ROWS = 8  # one read of stage two
+CHUNK_ROWS = 64  # one task of stage one, one file on disk
+INNER_ROWS = 8  # one read of stage two
 MARK_SHARDS = 64  # shards whose done marks, provenance or image ids share a chunk
 
 Bytes = NDArray[np.uint8]
@@ -44,8 +44,8 @@ def sharded_array(group: Any, name: str, shape: tuple[int, ...]) -> Any:
         name,
         shape=shape,
         dtype="uint8",
-        chunks=(CHUNK_ROWS, *shape[1:]),
-        shards=(SHARD_ROWS, *shape[1:]),
+        chunks=(INNER_ROWS, *shape[1:]),
+        shards=(CHUNK_ROWS, *shape[1:]),
         compressors=codecs(),
         fill_value=0,
         config=_CONFIG,
@@ -68,7 +68,7 @@ def plain_array(
 
 def table_array(group: Any, name: str, values: Bytes) -> None:
     """A (N, width) array that is written once, whole; a row is in one chunk, as in every array."""
-    chunks = (min(len(values), MARK_SHARDS * SHARD_ROWS), values.shape[1])
+    chunks = (min(len(values), MARK_SHARDS * CHUNK_ROWS), values.shape[1])
     group.create_array(name, data=values, chunks=chunks, compressors=codecs(), config=_CONFIG)
 
 

@@ -13,8 +13,8 @@ import zarr
 from pipeline.disk import folder_beside
 from pipeline.errors import IdentityError, StageError
 from pipeline.stores.arrays import (
+    CHUNK_ROWS,
     FORMAT,
-    SHARD_ROWS,
     Bytes,
     check_seal,
     decode_ids,
@@ -83,7 +83,7 @@ def _blocks(
     start, block = 0, []
     for row in rows:
         block.append(row)
-        if len(block) == SHARD_ROWS:
+        if len(block) == CHUNK_ROWS:
             yield start, block
             start, block = start + len(block), []
     if block:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.stores.arrays import (
     CHUNK_ROWS,
-    SHARD_ROWS,
+    INNER_ROWS,
     Bytes,
     check_seal,
     chunk_file,
@@ -37,18 +37,18 @@ class Fault:
     """Damage in one store."""
 
     path: Path  # of the store
-    array: str
+    what: str  # an array, or what else of the store
     rows: range | None  # of the store; None where no row can be named
     reason: str
 
     def __str__(self) -> str:
         where = "" if self.rows is None else f" rows {self.rows.start}..{self.rows.stop - 1}"
-        return f"{self.path}: {self.array}{where}: {self.reason}"
+        return f"{self.path}: {self.what}{where}: {self.reason}"
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``; rows are [first, last]."""
         rows = None if self.rows is None else [self.rows.start, self.rows.stop - 1]
-        return {"store": str(self.path), "array": self.array, "rows": rows, "reason": self.reason}
+        return {"store": str(self.path), "what": self.what, "rows": rows, "reason": self.reason}
 
 
 def check_store(path: Path, advance: Advance = lambda read: None) -> list[Fault]:
@@ -74,7 +74,7 @@ def check_store(path: Path, advance: Advance = lambda read: None) -> list[Fault]
             for name in sorted(group)
             for bad in _check_array(path, group, name, advance)
         ]
-    if not any(fault.array == "image_ids" for fault in faults):
+    if not any(fault.what == "image_ids" for fault in faults):
         faults += _check_ids(path, group)
     return faults
 
@@ -100,13 +100,13 @@ def _check_labels(path: Path, group: Any, advance: Advance) -> list[Fault]:
         for bad, reason in _check_array(path, group, name, advance, needed=needed):
             rows = _rows_of(bad, len(done)) if name == "provenance" else bad
             faults.append(Fault(path, name, rows, reason))
-    if not any(fault.array == "provenance" for fault in faults):
+    if not any(fault.what == "provenance" for fault in faults):
         faults += _check_provenance(path, group, done)
     return faults
 
 
 def _rows_of(shards: range, count: int) -> range:
-    return range(shards.start * SHARD_ROWS, min(shards.stop * SHARD_ROWS, count))
+    return range(shards.start * CHUNK_ROWS, min(shards.stop * CHUNK_ROWS, count))
 
 
 def _check_array(
@@ -151,15 +151,15 @@ def _check_part(path: Path, array: Any, span: range, file: Path) -> list[Bad]:
 
 def _check_shard(path: Path, array: Any, span: range, file: Path) -> list[Bad]:
     """Chunk by chunk, adjacent rows with one fault as one range; then for bytes of no chunk."""
-    chunks = SHARD_ROWS // CHUNK_ROWS
+    chunks = CHUNK_ROWS // INNER_ROWS
     try:
         with file.open("rb") as stream:
             index = read_index(stream, chunks)
     except ChunkError:
         return [(span, "damaged")]
     bad: list[Bad] = []
-    for number, start in enumerate(range(span.start, span.stop, CHUNK_ROWS)):
-        rows = range(start, min(start + CHUNK_ROWS, span.stop))
+    for number, start in enumerate(range(span.start, span.stop, INNER_ROWS)):
+        rows = range(start, min(start + INNER_ROWS, span.stop))
         held = is_held(index)[number]
         if held and _readable(path, array, rows):
             continue

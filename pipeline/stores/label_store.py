@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import zarr
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.disk import flush, folder_beside, naming
+from pipeline.disk import flush, flush_tree, folder_beside, naming, recover_folder, unused_name
 from pipeline.errors import CorruptStoreError, IdentityError, StageError
 from pipeline.stores.arrays import (
+    CHUNK_ROWS,
     FORMAT,
     MARK_SHARDS,
     PROVENANCE_BYTES,
-    SHARD_ROWS,
     Bytes,
     Record,
     canonical_json,
@@ -33,6 +34,7 @@ from pipeline.stores.arrays import (
     open_arrays,
     plain_array,
     read_rows,
+    remove_partial_files,
     seal,
     sharded_array,
     table_array,
@@ -129,13 +131,13 @@ class LabelStore:
         )
 
     @property
-    def shards(self) -> int:
+    def chunks(self) -> int:
         """Number of shards, the last one perhaps partly filled."""
-        return -(-len(self) // SHARD_ROWS)
+        return -(-len(self) // CHUNK_ROWS)
 
-    def shard_rows(self, shard: int) -> range:
+    def chunk_rows(self, shard: int) -> range:
         """The rows that shard number ``shard`` holds."""
-        return range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(self)))
+        return range(shard * CHUNK_ROWS, min((shard + 1) * CHUNK_ROWS, len(self)))
 
     def done(self, rows: slice = slice(None)) -> NDArray[np.bool_]:
         """Which of ``rows`` are complete, bool, as on disk now."""
@@ -147,16 +149,16 @@ class LabelStore:
         done = self.done()
         return [
             shard
-            for shard in range(self.shards)
-            if not done[self.shard_rows(shard).start : self.shard_rows(shard).stop].all()
+            for shard in range(self.chunks)
+            if not done[self.chunk_rows(shard).start : self.chunk_rows(shard).stop].all()
         ]
 
-    def write_shard(self, shard: int, rows: Sequence[int], labels: PseudoLabels) -> None:
+    def write_chunk(self, shard: int, rows: Sequence[int], labels: PseudoLabels) -> None:
         """Write the labels of some ``rows`` of one shard; its other rows keep what they have.
 
         On return they are on the disk: done marks that outlive a power cut never promise more.
         """
-        span = self.shard_rows(shard)
+        span = self.chunk_rows(shard)
         values = {
             "masks": labels.masks,
             "confidences": labels.confidences,
@@ -169,7 +171,7 @@ class LabelStore:
             if begun:
                 whole = self._values(name, slice(span.start, span.stop))
             else:  # what a killed run may have left is not kept: same bytes either way
-                if len(span) < SHARD_ROWS:  # zarr would merge with it, damaged or not
+                if len(span) < CHUNK_ROWS:  # zarr would merge with it, damaged or not
                     chunk_file(self.path, array, shard).unlink(missing_ok=True)
                 whole = np.zeros((len(span), *array.shape[1:]), array.dtype)
             whole[inside] = new
@@ -198,7 +200,7 @@ class LabelStore:
         """
         if self.statistics is not None:
             self.set_statistics(None)
-        span = self.shard_rows(shard)
+        span = self.chunk_rows(shard)
         inside = np.asarray(rows) - span.start
         marks = self.done(slice(span.start, span.stop)).astype(np.uint8)
         # read in any case: zarr merges with what is there, damaged or not
@@ -222,7 +224,7 @@ class LabelStore:
 
         One is the rule; more where rows had to wait for another run, or came from other shards.
         """
-        return [decode_provenance(row) for row in self._values("provenance")[: self.shards]]
+        return [decode_provenance(row) for row in self._values("provenance")[: self.chunks]]
 
     @property
     def statistics(self) -> dict[str, Any] | None:
@@ -251,13 +253,13 @@ class LabelStore:
             )
         return self._read(rows)
 
-    def read_shard(self, shard: int) -> PseudoLabels:
+    def read_chunk(self, shard: int) -> PseudoLabels:
         """What a shard with a done row holds; its rows that are not done mean nothing.
 
         Raises:
             CorruptStoreError: it is missing or damaged.
         """
-        span = self.shard_rows(shard)
+        span = self.chunk_rows(shard)
         return self._read(slice(span.start, span.stop))
 
     def _values(self, name: str, rows: slice = slice(None)) -> Any:
@@ -317,13 +319,13 @@ def first_difference(old: Identity, new: Identity) -> tuple[str, Any, Any]:
 def create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> None:
     """An empty label store in the folder ``path``; ``LabelStore.create`` makes it whole at once."""
     count, size = len(rows), identity.label_size
-    shards = -(-count // SHARD_ROWS)
+    shards = -(-count // CHUNK_ROWS)
     group = zarr.create_group(store=path)
     sharded_array(group, "masks", (count, size, size))
     sharded_array(group, "confidences", (count, size, size))
-    plain_array(group, "predicted_iou", (count,), (SHARD_ROWS,), "float32")
+    plain_array(group, "predicted_iou", (count,), (CHUNK_ROWS,), "float32")
     # zarr writes a scalar fill only where told to: every mark exists on disk from the start
-    done = plain_array(group, "done", (count,), (MARK_SHARDS * SHARD_ROWS,), "uint8")
+    done = plain_array(group, "done", (count,), (MARK_SHARDS * CHUNK_ROWS,), "uint8")
     done[:] = np.zeros(count, np.uint8)
     provenance = plain_array(
         group, "provenance", (shards, PROVENANCE_BYTES), (MARK_SHARDS, PROVENANCE_BYTES), "uint8"
@@ -333,3 +335,110 @@ def create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> Non
     digests = np.frombuffer(bytes.fromhex("".join(row.sha256 for row in rows)), np.uint8)
     table_array(group, "image_sha256", digests.reshape(count, 32))
     seal(path, {"kind": "labels", "format": FORMAT, "identity": identity.model_dump()})
+
+
+# --------------------------------------------------------------------------- opening
+
+
+def open_label_store(
+    path: Path, identity: Identity, rows: Sequence[RowKey], *, archive: Path
+) -> tuple[LabelStore, str | None]:
+    """The store to write to: the one at ``path``, one taken back from ``archive``, or a new one.
+
+    A store with another identity is moved to ``archive/<its digest>.zarr`` (``-2``, ``-3`` if there
+    is one already: nothing is deleted) and taken back from there when its identity is asked for
+    again. Rows whose image file is unchanged are kept when images come or go. What a killed run
+    left half done is made good first; the caller holds the lock.
+
+    Returns:
+        the store, and one sentence for the user when something was moved or carried over.
+    """
+    notice: str | None = None
+    recover_folder(path)
+    if path.exists():
+        found = LabelStore(path).identity
+        if found != identity:
+            field, old, new = first_difference(found, identity)
+            retired = unused_name(archive / f"{found.digest}.zarr")
+            _replace(path, retired)
+            notice = f"{path}: {field} was {old}, now {new}; moved the old labels to {retired}"
+    kept = None if path.exists() else _fullest(archive, identity, rows)
+    if kept is not None:
+        _replace(kept, path)
+        notice = f"{notice + '; ' if notice else ''}took back labels made earlier from {kept}"
+    if not path.exists():
+        return LabelStore.create(path, identity, rows), notice
+    remove_partial_files(path)
+    store = LabelStore(path)
+    if store.rows == tuple(rows):
+        return store, notice
+    carried, count = _carry_over(store, rows)
+    change = f"{path}: the images changed; kept the labels of {count} of {len(rows)}"
+    return carried, f"{notice}; {change}" if notice else change
+
+
+def _fullest(archive: Path, identity: Identity, rows: Sequence[RowKey]) -> Path | None:
+    """Of the stores with this identity in ``archive``, the one with most of ``rows`` labelled."""
+
+    def labelled(path: Path) -> int:
+        try:
+            store = LabelStore(path)
+            wanted = set(rows)
+            return sum(
+                key in wanted for key, done in zip(store.rows, store.done(), strict=True) if done
+            )
+        except CorruptStoreError:
+            return -1  # only if there is no other
+
+    stores = [
+        *archive.glob(f"{identity.digest}.zarr"),
+        *sorted(archive.glob(f"{identity.digest}-*.zarr")),
+    ]
+    return max(stores, key=labelled, default=None)
+
+
+def _replace(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)
+
+
+def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, int]:
+    """Rebuild ``old`` for other ``rows``; keep what is finished in both, and count it."""
+    where = {key: i for i, key in enumerate(old.rows)}
+    done = old.done()
+    provenance = old.provenance()
+    count = 0
+    read_chunk = lru_cache(maxsize=2)(old.read_chunk)  # rows mostly keep their order
+    with folder_beside(old.path) as building:
+        create_arrays(building, old.identity, rows)
+        new = LabelStore(building)
+        for shard in range(new.chunks):
+            span = new.chunk_rows(shard)
+            pairs = [
+                (row, where[rows[row]])
+                for row in span
+                if rows[row] in where and done[where[rows[row]]]
+            ]
+            if not pairs:
+                continue
+            targets = [row for row, _ in pairs]
+            new.write_chunk(shard, targets, _pick(read_chunk, [source for _, source in pairs]))
+            sources = dict.fromkeys(source // CHUNK_ROWS for _, source in pairs)
+            records = [record for source in sources for record in provenance[source]]
+            new.mark_done(shard, targets, records)
+            count += len(pairs)
+        flush_tree(building)  # the old store goes next
+    return LabelStore(old.path), count
+
+
+def _pick(read_chunk: Callable[[int], PseudoLabels], rows: Sequence[int]) -> PseudoLabels:
+    """The labels of these ``rows``, in this order, reading each run of one shard's rows once."""
+    parts = [
+        (read_chunk(shard), [row - shard * CHUNK_ROWS for row in run])
+        for shard, run in groupby(rows, lambda row: row // CHUNK_ROWS)
+    ]
+    return PseudoLabels(
+        masks=np.concatenate([part.masks[inside] for part, inside in parts]),
+        confidences=np.concatenate([part.confidences[inside] for part, inside in parts]),
+        predicted_iou=np.concatenate([part.predicted_iou[inside] for part, inside in parts]),
+    )

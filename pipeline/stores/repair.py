@@ -14,12 +14,12 @@ import zarr
 
 from pipeline.disk import flush, write_bytes
 from pipeline.errors import CorruptStoreError
-from pipeline.stores.arrays import SHARD_ROWS, chunk_file, open_arrays, read_rows
+from pipeline.stores.arrays import CHUNK_ROWS, chunk_file, open_arrays, read_rows
 from pipeline.stores.integrity import LABEL_ARRAYS, read_what_can_be
 from pipeline.stores.label_store import Identity, LabelStore, RowKey
 
 
-def forget_shards(path: Path, shards: Sequence[int]) -> None:
+def forget_chunks(path: Path, shards: Sequence[int]) -> None:
     """Make these shards of a label store undone, and remove what they hold.
 
     Every damaged chunk of done marks or provenance must belong to these shards alone. Marks are
@@ -31,7 +31,7 @@ def forget_shards(path: Path, shards: Sequence[int]) -> None:
         store.set_statistics(None)
     group = zarr.open_group(path, mode="r+")
     arrays = open_arrays(group)
-    rows = [row for shard in shards for row in range(shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS)]
+    rows = [row for shard in shards for row in range(shard * CHUNK_ROWS, (shard + 1) * CHUNK_ROWS)]
     count = arrays["done"].shape[0]
     _clear(path, group, arrays["done"], [row for row in rows if row < count])
     _clear(path, group, arrays["provenance"], shards)

@@ -162,7 +162,7 @@ def test_200_flipped_bits_are_all_found(config: Config) -> None:
         file.write_bytes(before)
         name = file.relative_to(store).parts[0]
         expected = "metadata" if file.name == "zarr.json" else name
-        assert {fault.array for fault in faults} == {expected}, f"{file} byte {place}"
+        assert {fault.what for fault in faults} == {expected}, f"{file} byte {place}"
         if expected in ("masks", "confidences", "predicted_iou", "images"):
             shard = int(file.relative_to(store).parts[2])
             rows = {row // 64 for fault in faults for row in fault.rows or ()}
@@ -193,7 +193,7 @@ def test_all_that_is_wrong_is_listed(config: Config) -> None:
 def test_a_chunk_that_a_shard_does_not_name(config: Config) -> None:
     """zarr reads it as zeros: nothing but the index tells."""
     store = LabelStore(store_of(config))
-    labels = store.read_shard(0)
+    labels = store.read_chunk(0)
     masks = labels.masks.copy()
     masks[8:16] = 0
     array = store._arrays["masks"].with_config({"write_empty_chunks": False})
@@ -344,7 +344,7 @@ def test_repair_computes_what_failed_and_nothing_else(
     store = LabelStore(store_of(config))
     damage(store.path / name)
     result = repair(config)
-    expected = sum(len(store.shard_rows(shard)) for shard in shards)
+    expected = sum(len(store.chunk_rows(shard)) for shard in shards)
     assert (result.labelled, teacher.images) == (expected, expected)
     assert (result.remaining, result.failed) == ([], [])
     assert result.faults

@@ -130,7 +130,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
     prepare(config)
     result = run(config, FakeTeacher())
     assert (result.kept, result.failed, result.notices) == (0, [], [])
-    assert LabelStore(folder / "cache" / "sam" / "site.zarr").shards == 3
+    assert LabelStore(folder / "cache" / "sam" / "site.zarr").chunks == 3
     return config
 
 

@@ -21,8 +21,7 @@ from pipeline.labelling.quality import (
     measure,
 )
 from pipeline.stores.arrays import check_seal
-from pipeline.stores.label_store import Identity, LabelStore, PseudoLabels, RowKey
-from pipeline.stores.opening import open_label_store
+from pipeline.stores.label_store import Identity, LabelStore, PseudoLabels, RowKey, open_label_store
 
 SIZE = 16
 IDENTITY = Identity(
@@ -68,10 +67,10 @@ class Thresholds:
 
 def finished(path: Path, count: int) -> LabelStore:
     store = LabelStore.create(path, IDENTITY, rows(count))
-    for shard in range(store.shards):
-        inside = store.shard_rows(shard)
+    for shard in range(store.chunks):
+        inside = store.chunk_rows(shard)
         labels = Thresholds().label([image_of(store.rows[i]) for i in inside], SIZE)
-        store.write_shard(shard, list(inside), labels)
+        store.write_chunk(shard, list(inside), labels)
         store.mark_done(shard, list(inside), [{"backend": "fake"}])
     return store
 
@@ -114,7 +113,7 @@ def test_a_teacher_that_sees_one_side_contradicts_itself(tmp_path: Path) -> None
 def test_no_foreground_anywhere(tmp_path: Path) -> None:
     store = LabelStore.create(tmp_path / "a.zarr", IDENTITY, rows(4)[:1])
     blank = np.zeros((1, SIZE, SIZE), np.uint8)
-    store.write_shard(0, [0], PseudoLabels(blank, blank + 128, np.zeros(1, np.float32)))
+    store.write_chunk(0, [0], PseudoLabels(blank, blank + 128, np.zeros(1, np.float32)))
     store.mark_done(0, [0], [])
     statistics = measure(store, Thresholds(), image_of, batch_size=1)
     assert statistics["foreground_confidence"] is None
@@ -148,7 +147,7 @@ def test_statistics_go_when_the_labels_change(tmp_path: Path) -> None:
     whole = content(path)
     keep_statistics(store)
     labels = Thresholds().label([image_of(key) for key in store.rows], SIZE)
-    store.write_shard(0, list(range(20)), labels)
+    store.write_chunk(0, list(range(20)), labels)
     store.mark_done(0, list(range(20)), [{"backend": "fake"}])
     assert store.statistics is None
     assert content(path) == whole

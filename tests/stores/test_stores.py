@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import CorruptStoreError, IdentityError, StageError
 from pipeline.stores import label_store as labels_module
-from pipeline.stores.arrays import SHARD_ROWS, chunk_file, read_rows, table_array
+from pipeline.stores.arrays import CHUNK_ROWS, chunk_file, read_rows, table_array
 from pipeline.stores.decode import ChunkError, read_file
 from pipeline.stores.image_store import read_image_store, write_image_store
 from pipeline.stores.integrity import check_store
@@ -27,9 +27,9 @@ from pipeline.stores.label_store import (
     RowKey,
     check_identity,
     confidence_to_probability,
+    open_label_store,
     read_labels,
 )
-from pipeline.stores.opening import open_label_store
 
 SIZE = 8
 IDENTITY = Identity(
@@ -42,7 +42,7 @@ IDENTITY = Identity(
     num_classes=1,
 )
 OTHER = IDENTITY.model_copy(update={"adapter_sha256": "c" * 64})
-COUNT = SHARD_ROWS + 6  # a whole shard and a part of one
+COUNT = CHUNK_ROWS + 6  # a whole shard and a part of one
 PROVENANCE = {"backend": "torch", "precision": "fp32"}
 
 
@@ -63,9 +63,9 @@ def labels_of(rows: Sequence[RowKey]) -> PseudoLabels:
 
 
 def fill(store: LabelStore, shards: Sequence[int] | None = None) -> LabelStore:
-    for shard in range(store.shards) if shards is None else shards:
-        rows = list(store.shard_rows(shard))
-        store.write_shard(shard, rows, labels_of([store.rows[row] for row in rows]))
+    for shard in range(store.chunks) if shards is None else shards:
+        rows = list(store.chunk_rows(shard))
+        store.write_chunk(shard, rows, labels_of([store.rows[row] for row in rows]))
         store.mark_done(shard, rows, [PROVENANCE | {"shard": str(shard)}])
     return store
 
@@ -100,7 +100,7 @@ def pictures(count: int) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("count", [1, SHARD_ROWS, COUNT])
+@pytest.mark.parametrize("count", [1, CHUNK_ROWS, COUNT])
 def test_image_store_round_trip(tmp_path: Path, count: int, labelled: bool) -> None:
     ids = [f"\u75c5\u5909 {i}" for i in range(count)]
     images = pictures(count)
@@ -184,7 +184,7 @@ def test_label_store_round_trip(path: Path) -> None:
     assert again.identity == IDENTITY
     assert again.rows == tuple(keys())
     assert len(again) == COUNT
-    assert again.shards == 2
+    assert again.chunks == 2
     same(again.read(), expected)
     same(store.read(), expected)
     part = again.read(slice(60, 67))
@@ -212,7 +212,7 @@ def test_pending_and_provenance(path: Path) -> None:
     assert store.provenance() == [[], []]
     fill(store, [1])
     assert store.pending() == LabelStore(path).pending() == [0]
-    assert store.done().tolist() == [False] * SHARD_ROWS + [True] * 6
+    assert store.done().tolist() == [False] * CHUNK_ROWS + [True] * 6
     assert store.provenance() == [[], [PROVENANCE | {"shard": "1"}]]
     fill(store, [0])
     assert store.pending() == []
@@ -226,35 +226,35 @@ def test_an_unfinished_store_is_not_read(path: Path) -> None:
     assert str(caught.value) == (
         f"{path}: 6 of 70 rows are labelled; run `samfed precompute-sam` to finish it"
     )
-    assert len(store.read(slice(SHARD_ROWS, COUNT)).predicted_iou) == 6
+    assert len(store.read(slice(CHUNK_ROWS, COUNT)).predicted_iou) == 6
 
 
 def test_a_part_of_a_shard_keeps_the_rest(path: Path) -> None:
     """An unreadable image leaves a gap, which a later run fills."""
     store = LabelStore.create(path, IDENTITY, keys())
-    first, later = [0, 2, 5], [row for row in range(SHARD_ROWS) if row not in (0, 2, 5)]
+    first, later = [0, 2, 5], [row for row in range(CHUNK_ROWS) if row not in (0, 2, 5)]
     for rows in (first, later):
-        store.write_shard(0, rows, labels_of([store.rows[row] for row in rows]))
+        store.write_chunk(0, rows, labels_of([store.rows[row] for row in rows]))
         store.mark_done(0, rows, [PROVENANCE])
         if rows is first:
             assert np.flatnonzero(store.done()).tolist() == first
             assert store.pending() == [0, 1]
     assert store.pending() == [1]
     np.testing.assert_array_equal(
-        store.read(slice(0, SHARD_ROWS)).masks, labels_of(keys(SHARD_ROWS)).masks
+        store.read(slice(0, CHUNK_ROWS)).masks, labels_of(keys(CHUNK_ROWS)).masks
     )
 
 
 def test_a_damaged_shard_is_not_completed(path: Path) -> None:
     store = LabelStore.create(path, IDENTITY, keys())
-    store.write_shard(0, [0], labels_of(keys(1)))
+    store.write_chunk(0, [0], labels_of(keys(1)))
     store.mark_done(0, [0], [PROVENANCE])
     shard = path / "masks" / "c" / "0" / "0" / "0"
     damage = bytearray(shard.read_bytes())
     damage[5] ^= 1
     shard.write_bytes(bytes(damage))
     with pytest.raises(CorruptStoreError):
-        store.write_shard(0, [1], labels_of(keys(1, 1)))
+        store.write_chunk(0, [1], labels_of(keys(1, 1)))
 
 
 @pytest.mark.parametrize("name", ["masks/c/1/0/0", "predicted_iou/c/1"])
@@ -263,7 +263,7 @@ def test_what_a_killed_run_left_is_not_read(path: Path, name: str) -> None:
     store = fill(LabelStore.create(path, IDENTITY, keys()))
     before = content(path)
     store = LabelStore(shutil.copytree(path, path.with_name("again.zarr")))
-    store._arrays["done"][SHARD_ROWS:] = np.zeros(6, np.uint8)
+    store._arrays["done"][CHUNK_ROWS:] = np.zeros(6, np.uint8)
     file = store.path / name
     file.write_bytes(file.read_bytes()[:9])
     fill(store, store.pending())
@@ -292,7 +292,7 @@ def test_labels_are_on_the_disk_before_their_marks(
     fill(store, [0])
     assert flushed == [
         *((name, 0) for name in ("masks", "confidences", "predicted_iou", "provenance")),
-        ("done", SHARD_ROWS),
+        ("done", CHUNK_ROWS),
     ]
 
 
@@ -330,7 +330,7 @@ def test_rows_of_a_shard_that_several_made(path: Path) -> None:
     assert content(path) == alone
     store.mark_done(0, [5, 7], [two, one])
     assert store.provenance() == [[one, two], []]
-    assert not any(fault.array == "provenance" for fault in check_store(path))
+    assert not any(fault.what == "provenance" for fault in check_store(path))
     store.mark_done(0, [0, 1, 5, 7], [two])  # all of them again
     assert store.provenance() == [[two], []]
 
@@ -344,7 +344,7 @@ def test_more_records_than_a_shard_has_room_for(path: Path) -> None:
     assert store.provenance()[0] == [omitted, *records[-3:]]
     store.mark_done(0, [6], [records[0]])
     assert store.provenance()[0] == [omitted, *records[-2:], records[0]]
-    assert not any(fault.array == "provenance" for fault in check_store(path))
+    assert not any(fault.what == "provenance" for fault in check_store(path))
 
 
 def test_confidences_are_never_quite_certain() -> None:
@@ -456,9 +456,9 @@ def test_rows_are_kept_when_images_come_go_or_change(path: Path, archive: Path) 
 
 def test_carried_rows_in_another_order(path: Path, archive: Path) -> None:
     """Rows from several old shards, backwards, some of them not done."""
-    old = keys(3 * SHARD_ROWS)
+    old = keys(3 * CHUNK_ROWS)
     store = fill(open_label_store(path, IDENTITY, old, archive=archive)[0], [0, 2])
-    store.write_shard(1, [64, 70], labels_of([old[64], old[70]]))
+    store.write_chunk(1, [64, 70], labels_of([old[64], old[70]]))
     store.mark_done(1, [64, 70], [PROVENANCE | {"shard": "1"}])
     new = [*old[::-3], RowKey("new", "f" * 64)]
     store, notice = open_label_store(path, IDENTITY, new, archive=archive)
@@ -475,7 +475,7 @@ def test_carried_rows_in_another_order(path: Path, archive: Path) -> None:
 def test_carrying_over_reads_each_old_shard_once(
     path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = keys(3 * SHARD_ROWS)
+    old = keys(3 * CHUNK_ROWS)
     fill(open_label_store(path, IDENTITY, old, archive=archive)[0])
     reads: list[str] = []
     real = labels_module.read_rows
@@ -627,9 +627,9 @@ def test_a_damaged_chunk_names_its_rows(path: Path) -> None:
 def test_a_chunk_that_a_shard_leaves_out_is_missing(path: Path) -> None:
     """zarr reads it as zeros, and an empty mask is a valid label."""
     store = fill(LabelStore.create(path, IDENTITY, keys()))
-    masks = store.read().masks[:SHARD_ROWS]
+    masks = store.read().masks[:CHUNK_ROWS]
     masks[8:16] = 0
-    store._arrays["masks"].with_config({"write_empty_chunks": False})[:SHARD_ROWS] = masks
+    store._arrays["masks"].with_config({"write_empty_chunks": False})[:CHUNK_ROWS] = masks
     assert not store._arrays["masks"][8:16].any()
     with pytest.raises(CorruptStoreError) as caught:
         store.read(slice(12, 20))
