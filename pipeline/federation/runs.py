@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline.config import Config, load_config
 from pipeline.disk import file_sha256, write_bytes
 from pipeline.errors import ConfigError, CorruptStoreError, DataError, IdentityError, StageError
+from pipeline.federation.examples import Example, load_examples
 
 _KEPT_CHECKPOINTS = 2
 
@@ -136,6 +137,18 @@ class RunFolder:
             partition=meta["partition"],
             client_weights=models,
         )
+
+    def examples(self) -> list[Example]:
+        """Return the example images of the last round: of the public set, then of each client.
+
+        Raises:
+            StageError: the run is not complete, or was made before samfed kept any.
+        """
+        own = sorted(self.path.glob("clients/*/examples.safetensors"))
+        found = [path for path in (self.path / "examples.safetensors", *own) if path.is_file()]
+        if not found:
+            raise StageError(f"{self.path}: no example images; run `samfed federate` first")
+        return [example for path in found for example in load_examples(path)]
 
     def append_history(self, entry: dict[str, Any]) -> None:
         """Add one round to ``history.jsonl``, in place of an entry of a later or the same round."""
