@@ -3,9 +3,9 @@
     python benchmarks/agreement_noise.py [--json] [--figure FILE] [--quick]
 
 The truth is the masks of the generated data set at 64 x 64; ``noise.py`` makes both sources from
-it. Every rule of ``pipeline/agreement.py`` filters what they say, as in a local update: SAM's
-probabilities have the label store's eight bits, the calibration is fitted on other images that are
-corrupted alike, and the class-wise state is warm.
+it. Every rule of ``pipeline/federation/agreement.py`` filters what they say, as in a local update:
+SAM's probabilities have the label store's eight bits, the calibration is fitted on other images
+that are corrupted alike, and the class-wise state is warm.
 
 Scores (``score``), pooled over images; w is a pixel's weight, t its target, y its truth:
 
@@ -42,10 +42,11 @@ from pipeline.disk import write_bytes
 from pipeline.federation.agreement import (
     AgreementState,
     Calibration,
+    Sources,
     agree,
-    calibrate,
     update_state,
 )
+from pipeline.federation.calibration import calibrate
 from pipeline.results.pages import COLOURS, style_axes
 
 SEED = 0
@@ -156,39 +157,43 @@ def load_truth(images_per_site: int) -> Truth:
     return Truth(np.stack(chosen[False]), np.stack(chosen[True]), tuple(groups))
 
 
-class Sources:
-    """The predictions of one draw; each (source, errors) is made once."""
+class Draw:
+    """The predictions of one draw; each (source, errors) is predicted once."""
 
-    def __init__(self, truth: Truth, draw: int) -> None:
-        self.truth, self.draw = truth, draw
-        self._made: dict[tuple[int, Errors, bool], Field] = {}
+    def __init__(self, truth: Truth, number: int) -> None:
+        self.truth, self.number = truth, number
+        self._predicted: dict[tuple[int, Errors, bool], Field] = {}
 
     def _predict(self, source: int, errors: Errors, calibration: bool) -> Field:
         key = (source, errors, calibration)
-        if key not in self._made:
-            rng = np.random.default_rng([SEED, self.draw, source, calibration])
+        if key not in self._predicted:
+            rng = np.random.default_rng([SEED, self.number, source, calibration])
             masks = self.truth.calibration if calibration else self.truth.unlabelled
-            self._made[key] = predict(masks, errors, rng)
-        return self._made[key]
+            self._predicted[key] = predict(masks, errors, rng)
+        return self._predicted[key]
 
-    def sam(self, errors: Errors, *, calibration: bool = False) -> tuple[Tensor, Tensor]:
-        """Label (N, S, S) int64 and its probability, float32, in the label store's eight bits."""
-        foreground = self._predict(0, errors, calibration)
+    def sources(self, sam: Errors, client: Errors, *, calibration: bool = False) -> Sources:
+        """Return both sources; SAM's probabilities have the label store's eight bits."""
+        foreground = self._predict(0, sam, calibration)
         label = foreground > 0.5
         stored = np.rint(255 * np.where(label, foreground, 1 - foreground)).astype(np.uint8)
-        return torch.from_numpy(label).long(), torch.from_numpy(stored).float() / 255
+        predicted = torch.from_numpy(self._predict(1, client, calibration))
+        return Sources(
+            torch.from_numpy(label).long(),
+            torch.from_numpy(stored).float() / 255,
+            torch.stack([1 - predicted, predicted], dim=1),
+        )
 
-    def client(self, errors: Errors, *, calibration: bool = False) -> Tensor:
-        """Class probabilities (N, 2, S, S) float32."""
-        foreground = torch.from_numpy(self._predict(1, errors, calibration))
-        return torch.stack([1 - foreground, foreground], dim=1)
 
-
-def warm_state(client: Tensor, rng: np.random.Generator, config: AgreementConfig) -> AgreementState:
-    """The class-wise state after ``WARM_STEPS`` batches of the client's predictions."""
-    state = AgreementState.initial(client.shape[1] - 1)
+def warm_state(
+    sources: Sources, rng: np.random.Generator, config: AgreementConfig
+) -> AgreementState:
+    """Return the class-wise state after ``WARM_STEPS`` batches of the client's predictions."""
+    count, classes = sources.client_probabilities.shape[:2]
+    state = AgreementState.initial(classes - 1)
     for _ in range(WARM_STEPS):
-        state = update_state(state, client[rng.permutation(len(client))[:BATCH]], config)
+        batch = sources.select(torch.from_numpy(rng.permutation(count)[:BATCH]))
+        state = update_state(state, batch, config=config)
     return state
 
 
@@ -222,17 +227,16 @@ def score(target: Tensor, weight: Tensor, truth: Tensor) -> dict[str, float]:
     }
 
 
-def measure(sources: Sources, case: Case) -> dict[str, dict[str, float]]:
-    """The scores of every column, and what the calibration found, of one draw."""
-    truth = torch.from_numpy(sources.truth.unlabelled).long()
-    sam_label, sam_probability = sources.sam(case.sam)
-    client = sources.client(case.client)
-    state = warm_state(client, np.random.default_rng([SEED, sources.draw]), AgreementConfig())
+def measure(draw: Draw, case: Case) -> dict[str, dict[str, float]]:
+    """Return the scores of every column, and what the calibration found, of one draw."""
+    truth = torch.from_numpy(draw.truth.unlabelled).long()
+    sources = draw.sources(case.sam, case.client)
+    state = warm_state(sources, np.random.default_rng([SEED, draw.number]), AgreementConfig())
+    sam, client = case.calibrated or case.sam, case.calibrated or case.client
     fitted = calibrate(
-        *sources.sam(case.calibrated or case.sam, calibration=True),
-        sources.client(case.calibrated or case.client, calibration=True),
-        torch.from_numpy(sources.truth.calibration).long(),
-        groups=sources.truth.groups,
+        draw.sources(sam, client, calibration=True),
+        torch.from_numpy(draw.truth.calibration).long(),
+        groups=draw.truth.groups,
         config=AgreementConfig(),
     )
     configs: dict[str, AgreementConfig] = {rule: AgreementConfig(rule=rule) for rule in RULES}
@@ -241,18 +245,12 @@ def measure(sources: Sources, case: Case) -> dict[str, dict[str, float]]:
     scores = {}
     for column, config in configs.items():
         result = agree(
-            sam_label,
-            sam_probability,
-            client,
+            sources,
             config=config,
             state=replace(state, calibration=Calibration() if column == UNCALIBRATED else fitted),
         )
         scores[column] = score(result.target, result.weight, truth)
-    scores["adaptive"] |= {
-        "sam_inverse_temperature": fitted.sam_inverse_temperature,
-        "client_inverse_temperature": fitted.client_inverse_temperature,
-        "conflict_log_odds": fitted.conflict_log_odds,
-    }
+    scores["adaptive"] |= vars(fitted)
     return scores
 
 
@@ -273,7 +271,7 @@ def measure_all(*, quick: bool) -> list[dict[str, Any]]:
     ``quick``: a third of the images, one draw, the first and the last level.
     """
     truth = load_truth(IMAGES_PER_SITE // 3 if quick else IMAGES_PER_SITE)
-    draws = [Sources(truth, draw) for draw in range(1 if quick else DRAWS)]
+    draws = [Draw(truth, number) for number in range(1 if quick else DRAWS)]
     rows = []
     known: dict[Case, dict[str, dict[str, float]]] = {}  # levels of 0 and 1 come several times
     for corruption in CORRUPTIONS:
@@ -281,7 +279,7 @@ def measure_all(*, quick: bool) -> list[dict[str, Any]]:
             for source in SOURCES:
                 case = corruption.case(level, source)
                 if case not in known:
-                    known[case] = mean_scores([measure(sources, case) for sources in draws])
+                    known[case] = mean_scores([measure(draw, case) for draw in draws])
                 row = {"corruption": corruption.name, "level": level, "unit": corruption.unit}
                 rows.append({**row, "source": source, "scores": known[case]})
     return rows

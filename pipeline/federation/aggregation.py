@@ -1,9 +1,12 @@
-"""Combining clients' state dicts on the server: the weighted mean, or the coordinate median."""
+"""Aggregation of clients' weights on the server: their weighted mean, or the coordinate median."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,138 +14,128 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 
-class Aggregate(Protocol):
-    """What combines updates, one at a time, in the order of the clients."""
+class Aggregation(ABC):
+    """What combines the updates of one round, added one at a time in the order of the clients.
 
-    def add(self, state: State, weight: float) -> None:
-        """Count ``state`` with ``weight`` > 0."""
-
-    def result(self) -> State:
-        """The combined state, each entry in the dtype that came in."""
-
-
-class FedAvg:
-    """Weighted mean of state dicts, one at a time: memory does not grow with their number.
-
-    McMahan et al., 2017, over the whole state dict: floating-point entries (parameters and batch
-    norm's running statistics) are averaged in float64; integer entries (batch norm's counters)
-    take the maximum. Add clients in a fixed order: float sums depend on it.
+    Integer entries (batch norm's counters) take the maximum of the updates and of ``broadcast``,
+    the weights that every client started from.
     """
 
-    def __init__(self) -> None:
-        self._sums: State = {}
-        self._dtypes: dict[str, torch.dtype] = {}
+    def __init__(self, broadcast: State) -> None:
+        self._broadcast = broadcast
         self._weight = 0.0
 
-    def add(self, state: State, weight: float) -> None:
-        """Count ``state`` with ``weight`` > 0, e.g. the client's number of images.
+    def add(self, update: State, weight: float) -> None:
+        """Count ``update`` with ``weight`` > 0, such as the client's number of images.
 
         Raises:
-            ValueError: the entries, shapes or dtypes differ from the first one's, or bad weight.
+            ValueError: ``check_update`` refuses the update, or the weight is not positive.
         """
         if not weight > 0:
             raise ValueError(f"weight {weight} is not positive")
-        if not self._sums:
-            self._dtypes = {name: value.dtype for name, value in state.items()}
-            self._sums = {name: _start(value) for name, value in state.items()}
-        check_like(state, self._sums, self._dtypes)
-        for name, value in state.items():
+        reason = check_update(update, self._broadcast)
+        if reason is not None:
+            raise ValueError(reason)
+        self._accumulate(update, weight)
+        self._weight += weight
+
+    def result(self) -> State:
+        """Return the combined weights, each entry in the dtype of the broadcast.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if not self._weight:
+            raise ValueError("nothing to aggregate: no client sent a usable update")
+        return {name: self._combined(name).to(old.dtype) for name, old in self._broadcast.items()}
+
+    @abstractmethod
+    def _accumulate(self, update: State, weight: float) -> None:
+        """Count a checked update."""
+
+    @abstractmethod
+    def _combined(self, name: str) -> Tensor:
+        """Return one entry of the result."""
+
+
+class FedAvg(Aggregation):
+    """Weighted mean of the updates, whose number does not change the memory it needs.
+
+    McMahan et al., 2017, over the whole state dict: floating-point entries (parameters and batch
+    norm's running statistics) are averaged in float64. Float sums depend on the clients' order.
+    """
+
+    def __init__(self, broadcast: State) -> None:
+        super().__init__(broadcast)
+        self._sums = {
+            name: torch.zeros_like(old, dtype=torch.float64) if old.is_floating_point() else old
+            for name, old in broadcast.items()
+        }
+
+    def _accumulate(self, update: State, weight: float) -> None:
+        for name, value in update.items():
             if value.is_floating_point():
                 self._sums[name] += value.double() * weight
             else:
                 self._sums[name] = torch.maximum(self._sums[name], value)
-        self._weight += weight
 
-    def result(self) -> State:
-        """The mean, each entry in the dtype that came in.
-
-        Raises:
-            ValueError: nothing was added.
-        """
-        if not self._sums:
-            raise ValueError("nothing to average: no client sent a usable update")
-        return {
-            name: (value / self._weight if value.is_floating_point() else value).to(
-                self._dtypes[name]
-            )
-            for name, value in self._sums.items()
-        }
+    def _combined(self, name: str) -> Tensor:
+        value = self._sums[name]
+        return value / self._weight if value.is_floating_point() else value
 
 
-class CoordinateMedian:
+class CoordinateMedian(Aggregation):
     """Median of each entry's values, whatever the clients' weights (Yin et al., 2018).
 
     Up to half of the clients may send anything at all without moving an entry beyond what the
-    others sent. Of an even number the two middle values are averaged; integer entries take the
-    maximum, as in ``FedAvg``. All updates are in memory at once.
+    others sent. Of an even number the two middle values are averaged. All updates are in memory
+    at once.
     """
 
-    def __init__(self) -> None:
-        self._states: list[State] = []
+    def __init__(self, broadcast: State) -> None:
+        super().__init__(broadcast)
+        self._updates: list[State] = []
 
-    def add(self, state: State, weight: float) -> None:
-        """Count ``state``; ``weight`` is checked, but does not matter.
+    def _accumulate(self, update: State, weight: float) -> None:
+        self._updates.append({name: value.clone() for name, value in update.items()})
 
-        Raises:
-            ValueError: the entries, shapes or dtypes differ from the first one's, or bad weight.
-        """
-        if not weight > 0:
-            raise ValueError(f"weight {weight} is not positive")
-        first = self._states[0] if self._states else state
-        check_like(state, first, {name: value.dtype for name, value in first.items()})
-        self._states.append({name: value.clone() for name, value in state.items()})
-
-    def result(self) -> State:
-        """The median, each entry in the dtype that came in.
-
-        Raises:
-            ValueError: nothing was added.
-        """
-        if not self._states:
-            raise ValueError("nothing to combine: no client sent a usable update")
-        return {name: self._median(name) for name in self._states[0]}
-
-    def _median(self, name: str) -> Tensor:
-        values = torch.stack([state[name] for state in self._states])
+    def _combined(self, name: str) -> Tensor:
+        values = torch.stack([update[name] for update in self._updates])
         if not values.is_floating_point():
-            return values.amax(dim=0)
+            return torch.maximum(values.amax(dim=0), self._broadcast[name])
         ordered = values.double().sort(dim=0).values
         middle = len(ordered) // 2
-        median = (ordered[middle] + ordered[-middle - 1]) / 2
-        return median.to(values.dtype)
+        return (ordered[middle] + ordered[-middle - 1]) / 2
 
 
-def fedavg(updates: Iterable[tuple[State, float]]) -> State:
-    """``FedAvg`` of (state, weight) pairs."""
-    mean = FedAvg()
-    for state, weight in updates:
-        mean.add(state, weight)
-    return mean.result()
+AGGREGATIONS: Mapping[Literal["fedavg", "median"], type[Aggregation]] = MappingProxyType(
+    {"fedavg": FedAvg, "median": CoordinateMedian}
+)
 
 
-def check_like(state: State, shapes: State, dtypes: dict[str, torch.dtype]) -> None:
-    """Raise ValueError, naming the entry, unless ``state`` has these names, shapes and dtypes."""
-    for name in sorted(shapes.keys() ^ state.keys()):
-        where = "is missing" if name in shapes else "is unexpected"
-        raise ValueError(f"'{name}' {where}")
-    for name, value in state.items():
-        if value.shape != shapes[name].shape:
-            raise ValueError(
-                f"'{name}' has shape {tuple(value.shape)}, expected {tuple(shapes[name].shape)}"
-            )
-        if value.dtype != dtypes[name]:
-            raise ValueError(f"'{name}' is {value.dtype}, expected {dtypes[name]}")
+def check_update(update: State, broadcast: State) -> str | None:
+    """Return why ``update`` cannot be used, naming the entry, or None if it can.
 
-
-def first_not_finite(state: State) -> str | None:
-    """Name of the first entry with a NaN or an infinity, or None."""
-    for name, value in state.items():
+    It must have the names, shapes and dtypes of the broadcast weights, and finite values.
+    """
+    if unmatched := sorted(broadcast.keys() ^ update.keys()):
+        return f"'{unmatched[0]}' is {'missing' if unmatched[0] in broadcast else 'unexpected'}"
+    for name, value in update.items():
+        expected = broadcast[name]
+        if value.shape != expected.shape:
+            return f"'{name}' has shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
+        if value.dtype != expected.dtype:
+            return f"'{name}' is {value.dtype}, expected {expected.dtype}"
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            return name
+            return f"'{name}' is not finite"
     return None
 
 
-def _start(value: Tensor) -> Tensor:
-    if value.is_floating_point():
-        return torch.zeros_like(value, dtype=torch.float64)
-    return value.clone()
+def update_norm(update: State, broadcast: State) -> float:
+    """Return the Euclidean norm of what ``update`` changes in the broadcast's float entries."""
+    changes = (
+        update[name].double() - old.double()
+        for name, old in broadcast.items()
+        if old.is_floating_point()
+    )
+    return math.sqrt(sum(float(change.square().sum()) for change in changes))

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.errors import SamfedError
-from pipeline.federation.aggregation import Aggregate, CoordinateMedian, FedAvg, first_not_finite
+from pipeline.federation.aggregation import AGGREGATIONS, check_update
 from pipeline.federation.agreement import AgreementState
 from pipeline.federation.diagnostics import (
     client_warnings,
@@ -125,9 +125,7 @@ class Averaging:
     ) -> tuple[Checkpoint, dict[str, Any], list[str]]:
         """Combine the usable updates; also what the clients report, and warnings."""
         config = self._config
-        combined: Aggregate = (
-            CoordinateMedian() if config.federate.aggregation == "median" else FedAvg()
-        )
+        combined = AGGREGATIONS[config.federate.aggregation](before.weights)
         states = dict(before.client_states)
         clients: dict[str, Any] = {}
         warnings: list[str] = []
@@ -136,9 +134,9 @@ class Averaging:
             name = self._data.clients[index].name
             sent = sum(value.nbytes for value in result.weights.values())
             clients[name] = report(result, seconds=seconds, bytes_up=sent, bytes_down=sent)
-            broken = first_not_finite(result.weights)
+            broken = check_update(result.weights, before.weights)
             if broken is not None:
-                warnings.append(f"{name}: update rejected, '{broken}' is not finite")
+                warnings.append(f"{name}: update rejected, {broken}")
                 continue
             combined.add(result.weights, result.images)
             usable += 1

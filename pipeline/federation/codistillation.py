@@ -3,7 +3,7 @@
 Only logits on D_p cross the border, and a seed. HSSF (Ma et al., IEEE TMI 2024): the server's model
 learns from the best client of each image (*Regularity Condensation*), then every client from the
 server's model (*Regularity Fusion*). FedMD (Li & Wang 2019, arXiv:1910.03581) is the simpler
-rival: every client learns the mean of all clients' logits. Their losses: ``distillation_losses``.
+rival: every client learns the mean of all clients' logits. Their losses: ``codistillation_losses``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.federation.codistillation_losses import (
+    CONDENSATION_MIN_GRADE,
     KL_WEIGHT,
-    DistillationTerms,
-    condensation_loss,
+    GradedLogits,
     digest_loss,
-    fusion_loss,
-    grades,
+    graded_loss,
 )
 from pipeline.federation.local_update import MAX_GRADIENT_NORM, seeded
 from pipeline.segmentation.networks import normalise
@@ -31,11 +30,8 @@ _NOISE_LIMIT = 2.0  # standard deviations
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
-# --------------------------------------------------------------------------- what crosses
-
-
 def noised_public(images: Tensor, *, seed: int) -> Tensor:
-    """D_p as every model sees it in one round, from nothing but ``seed``.
+    """Return D_p as every model sees it in one round, from nothing but ``seed``.
 
     ``x + clip(0.1 n, -0.2, 0.2)``, n standard normal, x in the networks' range -1..1. The noise is
     clipped, the sum is not: values reach -1.2..1.2.
@@ -60,7 +56,7 @@ def noised_public(images: Tensor, *, seed: int) -> Tensor:
 
 @torch.no_grad()
 def public_logits(model: nn.Module, inputs: Tensor, *, batch_size: int = 32) -> Tensor:
-    """What a model sends: its logits in evaluation mode, clamped to float16's finite range.
+    """Return what a model sends: evaluation-mode logits, clamped to float16's finite range.
 
     Args:
         inputs: (N, 3, S, S) float32, from ``noised_public``.
@@ -81,25 +77,7 @@ def public_logits(model: nn.Module, inputs: Tensor, *, batch_size: int = 32) -> 
     return torch.cat(parts)
 
 
-def payload_bytes(logits: Tensor) -> int:
-    """Bytes of ``logits`` on the wire, framing aside."""
-    return logits.numel() * logits.element_size()
-
-
 # --------------------------------------------------------------------------- on the server
-
-
-@dataclass(frozen=True)
-class GradedLogits:
-    """A teacher on D_p: logits (N, K+1, S, S) float16 and the grade (N,) float32 of each image."""
-
-    logits: Tensor
-    grades: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, labels: Tensor) -> GradedLogits:
-        """Grade ``logits`` by ``labels`` (N, S, S)."""
-        return cls(logits, grades(logits, labels))
 
 
 class BestClient:
@@ -110,13 +88,13 @@ class BestClient:
     """
 
     def __init__(self, labels: Tensor, *, num_classes: int) -> None:
-        """``labels``: (N, S, S) integers in 0..K, K = ``num_classes``."""
+        """Expect logits that ``labels`` (N, S, S), integers in 0..K = ``num_classes``, grade."""
         self._labels = labels
         self._shape = (len(labels), num_classes + 1, *labels.shape[1:])
         self._best: GradedLogits | None = None
 
-    def add(self, logits: Tensor) -> Tensor:
-        """Take over the images on which ``logits`` beat every client before; their grades (N,).
+    def add(self, logits: Tensor) -> None:
+        """Take over the images on which ``logits`` beat every client before.
 
         Args:
             logits: (N, K+1, S, S) float16, finite.
@@ -125,17 +103,16 @@ class BestClient:
             ValueError: another shape or dtype, or a NaN or infinity; nothing was changed.
         """
         _check_logits(logits, self._shape)
-        mine = grades(logits, self._labels)
+        new = GradedLogits.of(logits, self._labels)
         if self._best is None:
-            self._best = GradedLogits(logits.clone(), mine.clone())
-        else:
-            better = mine > self._best.grades
-            self._best.logits[better] = logits[better]
-            self._best.grades[better] = mine[better]
-        return mine
+            self._best = GradedLogits(logits.clone(), new.grades)
+            return
+        better = new.grades > self._best.grades
+        self._best.logits[better] = logits[better]
+        self._best.grades[better] = new.grades[better]
 
     def result(self) -> GradedLogits:
-        """z* and g* of the clients so far; not a copy.
+        """Return z* and g* of the clients so far; not a copy.
 
         Raises:
             ValueError: nothing was added.
@@ -151,10 +128,9 @@ class MeanLogits:
     Add clients in a fixed order: float sums depend on it.
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        """``shape``: (N, K+1, S, S) of every client's logits."""
-        self._shape = tuple(shape)
-        self._sum = torch.zeros(self._shape, dtype=torch.float32)
+    def __init__(self, labels: Tensor, *, num_classes: int) -> None:
+        """Expect logits of the same shape as ``BestClient``; the labels' values do not matter."""
+        self._sum = torch.zeros(len(labels), num_classes + 1, *labels.shape[1:])
         self._count = 0
 
     def add(self, logits: Tensor) -> None:
@@ -163,12 +139,12 @@ class MeanLogits:
         Raises:
             ValueError: another shape or dtype, or a NaN or infinity; nothing was changed.
         """
-        _check_logits(logits, self._shape)
+        _check_logits(logits, tuple(self._sum.shape))
         self._sum += logits
         self._count += 1
 
     def result(self) -> Tensor:
-        """The mean, summed in float32, as float16: it crosses the border too.
+        """Return the mean, summed in float32, as float16: it crosses the border too.
 
         Raises:
             ValueError: nothing was added.
@@ -197,94 +173,53 @@ def _check_finite(logits: Tensor, *, first: int = 0) -> None:
 
 # --------------------------------------------------------------------------- training
 
-_BatchLoss = Callable[[Tensor, Tensor], dict[str, Tensor]]  # of a batch's logits and rows of D_p
+
+@dataclass(frozen=True)
+class PublicTraining:
+    """What a model is trained on, and how, where it learns from logits on all of D_p."""
+
+    inputs: Tensor  # (N, 3, S, S) float32, from ``noised_public``
+    labels: Tensor  # (N, S, S) integers in 0..K; FedMD's digest does not look at them
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator  # on the CPU; shuffles the batches and seeds dropout
+    epochs: int  # at least 1
+    batch_size: int  # at least 2; a last image left alone joins the batch before it
+    kl_weight: float = KL_WEIGHT  # of RC and RF
 
 
-def condense(
-    model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    best: GradedLogits,
-    *,
-    optimizer: torch.optim.Optimizer,
-    epochs: int,
-    batch_size: int,
-    kl_weight: float = KL_WEIGHT,
-    generator: torch.Generator,
-) -> dict[str, float]:
-    """Regularity Condensation: train the server's model on all of D_p, ``epochs`` times.
+def condense(model: nn.Module, best: GradedLogits, *, training: PublicTraining) -> dict[str, float]:
+    """Train the server's model by Regularity Condensation.
 
-    ``model`` changes in place and is left in training mode. ``generator`` (on the CPU) shuffles the
-    batches and seeds dropout: the same state of it gives the same weights.
+    ``model`` changes in place and is left in training mode. The same state of the generator gives
+    the same weights.
 
     Args:
-        inputs: (N, 3, S, S) float32, from ``noised_public``. labels: (N, S, S) integers in 0..K.
         best: ``BestClient.result()``.
-        batch_size: at least 2; a last image left alone joins the batch before it.
 
     Returns:
         Means over images and epochs of ``DistillationTerms``, by name.
 
     Raises:
-        ValueError: ``best`` does not fit the model's logits or is not finite, fewer than two
-            images, ``batch_size`` < 2, or ``epochs`` < 1.
+        ValueError: ``best`` does not fit the model's logits or is not finite, there are fewer than
+            two images, or ``epochs`` or ``batch_size`` is too small.
     """
-    return _train(
-        model,
-        inputs,
-        _with_teacher(condensation_loss, labels, best, kl_weight),
-        teacher=best.logits,
-        optimizer=optimizer,
-        epochs=epochs,
-        batch_size=batch_size,
-        generator=generator,
-    )
+    return _train_on_graded(model, best, CONDENSATION_MIN_GRADE, training)
 
 
-def fuse(
-    model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    server: GradedLogits,
-    *,
-    optimizer: torch.optim.Optimizer,
-    epochs: int,
-    batch_size: int,
-    kl_weight: float = KL_WEIGHT,
-    generator: torch.Generator,
-) -> dict[str, float]:
-    """Regularity Fusion: train a client's model on all of D_p; else as ``condense``.
+def fuse(model: nn.Module, server: GradedLogits, *, training: PublicTraining) -> dict[str, float]:
+    """Train a client's model by Regularity Fusion; else as ``condense``.
 
     Args:
-        server: the server's logits after RC, which stay as they are, and their grades:
-            ``GradedLogits.of(logits, labels)``.
+        server: the logits of the server's model after RC, and their grades.
     """
-    return _train(
-        model,
-        inputs,
-        _with_teacher(fusion_loss, labels, server, kl_weight),
-        teacher=server.logits,
-        optimizer=optimizer,
-        epochs=epochs,
-        batch_size=batch_size,
-        generator=generator,
-    )
+    return _train_on_graded(model, server, 0.0, training)
 
 
-def digest(
-    model: nn.Module,
-    inputs: Tensor,
-    consensus: Tensor,
-    *,
-    optimizer: torch.optim.Optimizer,
-    epochs: int,
-    batch_size: int,
-    generator: torch.Generator,
-) -> dict[str, float]:
-    """FedMD's digest: train a client's model towards the consensus, without labels.
+def digest(model: nn.Module, consensus: Tensor, *, training: PublicTraining) -> dict[str, float]:
+    """Train a client's model towards FedMD's consensus, without labels; else as ``condense``.
 
     Args:
-        consensus: (N, K+1, S, S), from ``MeanLogits``. The others as in ``condense``.
+        consensus: (N, K+1, S, S) float16, from ``MeanLogits``.
 
     Returns:
         The mean ``loss``.
@@ -293,65 +228,64 @@ def digest(
     def terms(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
         return {"loss": digest_loss(logits, consensus[rows].to(logits.device))}
 
-    return _train(
-        model,
-        inputs,
-        terms,
-        teacher=consensus,
-        optimizer=optimizer,
-        epochs=epochs,
-        batch_size=batch_size,
-        generator=generator,
-    )
+    return _train(model, consensus, terms, training)
 
 
-def _with_teacher(
-    loss: Callable[..., DistillationTerms], labels: Tensor, teacher: GradedLogits, kl_weight: float
-) -> _BatchLoss:
+def _train_on_graded(
+    model: nn.Module, teacher: GradedLogits, min_grade: float, training: PublicTraining
+) -> dict[str, float]:
     def terms(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        some = (labels[rows].long(), teacher.logits[rows], teacher.grades[rows])
-        return loss(logits, *(t.to(logits.device) for t in some), kl_weight=kl_weight)._asdict()
+        labels = training.labels[rows].long().to(logits.device)
+        graded = GradedLogits(*(t[rows].to(logits.device) for t in vars(teacher).values()))
+        loss = graded_loss(
+            logits, labels, graded, min_grade=min_grade, kl_weight=training.kl_weight
+        )
+        return loss._asdict()
 
-    return terms
+    return _train(model, teacher.logits, terms, training)
 
 
 def _train(
     model: nn.Module,
-    inputs: Tensor,
-    batch_loss: _BatchLoss,
-    *,
     teacher: Tensor,
-    optimizer: torch.optim.Optimizer,
-    epochs: int,
-    batch_size: int,
-    generator: torch.Generator,
+    batch_loss: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    training: PublicTraining,
 ) -> dict[str, float]:
-    """Train on all of D_p in shuffled batches; the mean of each of ``batch_loss``'s values."""
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}, expected at least 1")
-    if len(teacher) != len(inputs):
-        raise ValueError(f"logits are of {len(teacher)} public images, expected {len(inputs)}")
+    """Train on all of D_p in shuffled batches.
+
+    Args:
+        teacher: (N, K+1, S, S), the logits that the loss reads.
+        batch_loss: from a batch's logits and its rows of D_p to ``loss`` and whatever else is told.
+
+    Returns:
+        The means over images and epochs of what ``batch_loss`` returns.
+    """
+    if training.epochs < 1:
+        raise ValueError(f"epochs is {training.epochs}, expected at least 1")
+    count = len(training.inputs)
+    if len(teacher) != count:
+        raise ValueError(f"logits are of {len(teacher)} public images, expected {count}")
     _check_finite(teacher)
     device = next(model.parameters()).device
     sums: dict[str, float] = {}
-    seed = int(torch.randint(2**31, (), generator=generator))
+    seed = int(torch.randint(2**31, (), generator=training.generator))
     with seeded(seed, model):
         model.train()
-        for _ in range(epochs):
-            for rows in _batches(len(inputs), batch_size, generator):
-                logits = model(_to_network(inputs[rows], device)).float()
+        for _ in range(training.epochs):
+            for rows in _batches(count, training.batch_size, training.generator):
+                logits = model(_to_network(training.inputs[rows], device)).float()
                 terms = batch_loss(logits, rows)
-                optimizer.zero_grad()
+                training.optimizer.zero_grad()
                 terms["loss"].backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-                optimizer.step()
+                training.optimizer.step()
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + float(value.detach()) * len(rows)
-    return {name: value / (epochs * len(inputs)) for name, value in sums.items()}
+    return {name: value / (training.epochs * count) for name, value in sums.items()}
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Shuffled rows in batches of ``size``, the last one of at least two.
+    """Yield shuffled rows in batches of ``size``, the last one of at least two.
 
     Batch norm cannot train on one image where a feature map has a single pixel.
     """

@@ -12,15 +12,16 @@ the share of b's pixels that are right, and * the client with the most. There is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KL_WEIGHT = 10.0
+KL_WEIGHT = 10.0  # a
+CONDENSATION_MIN_GRADE = 0.75  # a best client no better than this teaches the server nothing
 _TEMPERATURE = 2.0
-_MIN_GRADE = 0.75  # a best client no better than this teaches nothing
 _NEIGHBOURHOOD = 31  # pixels
 _EDGE_WEIGHT = 5.0
 _SMOOTH = 1.0  # weighted pixels; keeps IoU defined
@@ -29,7 +30,7 @@ _CHUNK = 32  # images at a time, for memory
 
 @torch.no_grad()
 def grades(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of pixels classified right, per image.
+    """Return the share of pixels classified right, per image.
 
     Args:
         logits: (N, K+1, S, S) of any float dtype. labels: (N, S, S) integers in 0..K.
@@ -50,6 +51,19 @@ def grades(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(right) / labels[0].numel()
 
 
+@dataclass(frozen=True)
+class GradedLogits:
+    """A teacher on D_p: logits (N, K+1, S, S) float16 and the grade (N,) float32 of each image."""
+
+    logits: Tensor
+    grades: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> GradedLogits:
+        """Grade ``logits`` by ``labels`` (N, S, S)."""
+        return cls(logits, grades(logits, labels))
+
+
 class DistillationTerms(NamedTuple):
     """A batch's loss and its parts, scalars. ``loss = loss_seg + kl_weight * loss_kl``."""
 
@@ -60,7 +74,7 @@ class DistillationTerms(NamedTuple):
 
 
 def structure_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """HSSF's L_seg: cross-entropy plus weighted IoU, mean over images.
+    """Return HSSF's L_seg: cross-entropy plus weighted IoU, mean over images.
 
     ``CE + 1 - (sum(w p y) + 1) / (sum(w (p + y - p y)) + 1)``, ``w = 1 + 5 |avgpool31(y) - y|``
 
@@ -81,46 +95,29 @@ def structure_loss(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target) + (1 - iou).mean()
 
 
-def condensation_loss(
-    logits: Tensor,
-    labels: Tensor,
-    best_logits: Tensor,
-    best_grades: Tensor,
-    *,
-    kl_weight: float = KL_WEIGHT,
+def graded_loss(
+    logits: Tensor, labels: Tensor, teacher: GradedLogits, *, min_grade: float, kl_weight: float
 ) -> DistillationTerms:
-    """Regularity Condensation: the server's loss on a batch.
+    """Return the loss of RC and RF on a batch, for the model that learns.
 
-    G's own grade is that of ``logits`` as they are, so an image stops counting once G is as good.
+    An image counts where the teacher's grade is above ``min_grade`` and above the learner's own,
+    that of ``logits`` as they are: it stops counting once the learner is as good.
 
     Args:
-        logits: G's, (B, K+1, H, W) float32. labels: (B, H, W) int64 in 0..K.
-        best_logits: z*, (B, K+1, H, W). best_grades: g*, (B,).
+        logits: the learner's, (B, K+1, H, W) float32. labels: (B, H, W) int64 in 0..K.
+        teacher: the teacher's logits (B, K+1, H, W) and grades (B,).
+        min_grade: ``CONDENSATION_MIN_GRADE`` for RC, 0 for RF.
     """
-    counts = (best_grades > _MIN_GRADE) & (best_grades > grades(logits, labels))
-    return _regularised(logits, labels, best_logits, counts, kl_weight)
-
-
-def fusion_loss(
-    logits: Tensor,
-    labels: Tensor,
-    server_logits: Tensor,
-    server_grades: Tensor,
-    *,
-    kl_weight: float = KL_WEIGHT,
-) -> DistillationTerms:
-    """Regularity Fusion: a client's loss on a batch.
-
-    Args:
-        logits: the client's, (B, K+1, H, W) float32. labels: (B, H, W) int64 in 0..K.
-        server_logits: z_G, (B, K+1, H, W). server_grades: g_G, (B,).
-    """
-    counts = server_grades > grades(logits, labels)
-    return _regularised(logits, labels, server_logits, counts, kl_weight)
+    counts = (teacher.grades > min_grade) & (teacher.grades > grades(logits, labels))
+    share = counts.to(logits.dtype)
+    segmentation = structure_loss(logits, labels)
+    divergence = (share * _divergence(logits, teacher.logits)).mean()
+    loss = segmentation + kl_weight * divergence
+    return DistillationTerms(loss, segmentation, divergence, share.mean())
 
 
 def digest_loss(logits: Tensor, consensus: Tensor) -> Tensor:
-    """FedMD's digest: mean absolute difference of the logits, as in its authors' code.
+    """Return FedMD's digest loss: the mean absolute difference of logits, as in its authors' code.
 
     Args:
         logits, consensus: (B, K+1, H, W).
@@ -129,18 +126,8 @@ def digest_loss(logits: Tensor, consensus: Tensor) -> Tensor:
     return F.l1_loss(logits, consensus.to(logits.dtype))
 
 
-def _regularised(
-    logits: Tensor, labels: Tensor, teacher: Tensor, counts: Tensor, kl_weight: float
-) -> DistillationTerms:
-    segmentation = structure_loss(logits, labels)
-    share = counts.to(logits.dtype)
-    divergence = (share * _divergence(logits, teacher)).mean()
-    loss = segmentation + kl_weight * divergence
-    return DistillationTerms(loss, segmentation, divergence, share.mean())
-
-
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """``mean_{class,pixel} p (log p - log q)`` per image (B,), p the teacher's softmax(z / 2)."""
+    """Return ``mean_{class,pixel} p (log p - log q)`` per image (B,), p the teacher's softmax."""
     _check_same_shape(student, teacher)
     student_log = F.log_softmax(student / _TEMPERATURE, dim=1)
     teacher_log = F.log_softmax(teacher.to(student.dtype) / _TEMPERATURE, dim=1)
@@ -154,7 +141,7 @@ def _check_same_shape(student: Tensor, teacher: Tensor) -> None:
 
 
 def _local_mean(values: Tensor) -> Tensor:
-    """Mean over 31 x 31 pixels with zeros outside: rows, then columns, ten times faster on CPUs."""
+    """Return the mean over 31 x 31 pixels with zeros outside, rows first: ten times faster."""
     reach = _NEIGHBOURHOOD // 2
     rows = F.avg_pool2d(values, (_NEIGHBOURHOOD, 1), stride=1, padding=(reach, 0))
     return F.avg_pool2d(rows, (1, _NEIGHBOURHOOD), stride=1, padding=(0, reach))

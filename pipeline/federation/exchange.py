@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, NetworkConfig
 from pipeline.errors import ConfigError, SamfedError
-from pipeline.federation.aggregation import first_not_finite
+from pipeline.federation.aggregation import check_update
 from pipeline.federation.agreement import AgreementState
 from pipeline.federation.codistillation import (
     BestClient,
-    GradedLogits,
     MeanLogits,
+    PublicTraining,
     condense,
     digest,
     fuse,
     noised_public,
-    payload_bytes,
     public_logits,
 )
+from pipeline.federation.codistillation_losses import GradedLogits
 from pipeline.federation.diagnostics import (
     client_warnings,
     finite,
@@ -73,7 +73,7 @@ class Message:
     @property
     def nbytes(self) -> int:
         """Uncompressed."""
-        return payload_bytes(self.logits)
+        return self.logits.nbytes
 
 
 class PublicSet:
@@ -124,32 +124,19 @@ class Site:
 
     def _take_in(self, answer: Message, number: int, seed: int) -> dict[str, float]:
         settings = self._config.federate
-        inputs = self._public.noised(seed)
-        rate = learning_rate(self._config, number)
-        optimizer = make_optimizer(self._model, rate, settings.weight_decay)
-        generator = torch.Generator().manual_seed(self._seed(number) + 2)
-        if settings.method == "fedmd":
-            return digest(
-                self._model,
-                inputs,
-                answer.logits,
-                optimizer=optimizer,
-                epochs=settings.fusion_epochs,
-                batch_size=settings.labelled_batch,
-                generator=generator,
-            )
-        labels = self._public.labels
-        return fuse(
-            self._model,
-            inputs,
-            labels,
-            GradedLogits.of(answer.logits, labels),
-            optimizer=optimizer,
+        rate, labels = learning_rate(self._config, number), self._public.labels
+        training = PublicTraining(
+            inputs=self._public.noised(seed),
+            labels=labels,
+            optimizer=make_optimizer(self._model, rate, settings.weight_decay),
+            generator=torch.Generator().manual_seed(self._seed(number) + 2),
             epochs=settings.fusion_epochs,
             batch_size=settings.labelled_batch,
             kl_weight=fusion_weight(self._config, number),
-            generator=generator,
         )
+        if settings.method == "fedmd":
+            return digest(self._model, answer.logits, training=training)
+        return fuse(self._model, GradedLogits.of(answer.logits, labels), training=training)
 
     def train(self, weights: State, state: AgreementState, number: int) -> LocalResult:
         """The local update, from the client's own weights; there is no broadcast model."""
@@ -233,9 +220,9 @@ class Exchange:
         for index in chosen:
             name = self._data.clients[index].name
             result, clients[name] = self._turn(before, number, index, talk)
-            broken = first_not_finite(result.weights)
+            broken = check_update(result.weights, before.client_weights[name])
             if broken is not None:
-                rejected.append(f"{name}: update rejected, '{broken}' is not finite")
+                rejected.append(f"{name}: update rejected, {broken}")
                 continue
             models[name], states[name] = result.weights, result.state.as_tensor()
             warnings += client_warnings(config, name, clients[name])
@@ -275,7 +262,7 @@ class Exchange:
         """Hear every participant, in order, and answer. One message is in memory at a time."""
         settings, labels = self._config.federate, self._public.labels
         seed, classes = exchange_seed(self._config.seed, number), self._config.data.num_classes
-        mean = MeanLogits((len(labels), classes + 1, *labels.shape[1:]))
+        mean = MeanLogits(labels, num_classes=classes)
         best = BestClient(labels, num_classes=classes)
         talk = _Talk(before.weights)
         for index in chosen:
@@ -300,21 +287,18 @@ class Exchange:
     def _condense(self, best: GradedLogits, number: int, seed: int, talk: _Talk) -> _Talk:
         """RC on the server's model, whose logits are the answer."""
         config, settings, labels = self._config, self._config.federate, self._public.labels
-        inputs = self._public.noised(seed)
+        inputs, rate = self._public.noised(seed), learning_rate(config, number)
         self._global.load_state_dict(talk.weights)
-        terms = condense(
-            self._global,
-            inputs,
-            labels,
-            best,
-            optimizer=make_optimizer(
-                self._global, learning_rate(config, number), settings.weight_decay
-            ),
+        training = PublicTraining(
+            inputs=inputs,
+            labels=labels,
+            optimizer=make_optimizer(self._global, rate, settings.weight_decay),
+            generator=torch.Generator().manual_seed(server_seed(config.seed, number)),
             epochs=settings.fusion_epochs,
             batch_size=settings.labelled_batch,
             kl_weight=fusion_weight(config, number),
-            generator=torch.Generator().manual_seed(server_seed(config.seed, number)),
         )
+        terms = condense(self._global, best, training=training)
         try:
             answer = Message(public_logits(self._global, inputs))
         except ValueError as error:

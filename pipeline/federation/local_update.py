@@ -23,10 +23,11 @@ from pipeline.federation.agreement import (
     AgreementState,
     AgreementStatistics,
     Calibration,
+    Sources,
     agree,
-    calibrate,
     update_state,
 )
+from pipeline.federation.calibration import calibrate
 from pipeline.federation.views import ClientData, ServerData, Views, draw_views, labelled_batch
 from pipeline.methods import METHODS
 from pipeline.segmentation.losses import agreement_loss, distillation_loss, supervised_loss
@@ -237,8 +238,9 @@ def _set_target(
     assert views.masks is not None
     assert views.confidences is not None
     rule = rule_of(config, agreement)
-    result = agree(views.masks, views.confidences, opinion, config=rule, state=state)
-    state = update_state(state, opinion, rule)
+    sources = Sources(views.masks, views.confidences, opinion)
+    result = agree(sources, config=rule, state=state)
+    state = update_state(state, sources, config=rule)
     return _Target(result.target, result.weight), state, result.statistics
 
 
@@ -303,14 +305,13 @@ def measure_calibration(model: nn.Module, server: ServerData, config: Config) ->
         return Calibration()
     assert server.calibration_masks is not None
     assert server.calibration_confidences is not None
-    return calibrate(
+    sources = Sources(
         server.calibration_masks.long(),
         server.calibration_confidences.float() / 255,
         predict_probabilities(model, server.calibration_images),
-        server.calibration_labels.long(),
-        groups=server.calibration_groups,
-        config=rule,
     )
+    truth = server.calibration_labels.long()
+    return calibrate(sources, truth, groups=server.calibration_groups, config=rule)
 
 
 def _relative_change(model: nn.Module, before: State) -> float:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.federation.agreement import AgreementState, agree
+from pipeline.federation.agreement import AgreementState, Sources, agree
 from pipeline.federation.inputs import load_inputs
 from pipeline.federation.local_update import measure_calibration, rule_of
 from pipeline.federation.runs import RunFolder
@@ -92,9 +92,7 @@ def _rows(
     weight: Tensor | None = None
     if masks is not None and confidences is not None:
         weight = agree(
-            masks.long(),
-            confidences.float() / 255,
-            opinion,
+            Sources(masks.long(), confidences.float() / 255, opinion),
             config=rule_of(made.federate, made.agreement),
             state=state,
         ).weight

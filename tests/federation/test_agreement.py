@@ -13,14 +13,17 @@ from pipeline.federation.agreement import (
     Agreement,
     AgreementState,
     Calibration,
+    Sources,
     agree,
+    foreground_dice,
+    thresholds,
+    update_state,
+)
+from pipeline.federation.calibration import (
     calibrate,
     fit_conflict_log_odds,
     fit_inverse_temperature,
-    foreground_dice,
     split_in_halves,
-    thresholds,
-    update_state,
 )
 
 # one image of four pixels: both foreground; SAM only; client only; both background
@@ -35,7 +38,7 @@ def run(rule: str, **changes: object) -> Agreement:
         "config": AgreementConfig(rule=rule, foreground_prior=1.0),  # type: ignore[arg-type]
         "state": AgreementState.initial(1),
     } | changes
-    return agree(SAM_LABEL, SAM_PROBABILITY, CLIENT, **arguments)  # type: ignore[arg-type]
+    return agree(Sources(SAM_LABEL, SAM_PROBABILITY, CLIENT), **arguments)  # type: ignore[arg-type]
 
 
 def sigmoid_of_odds(odds: float) -> float:
@@ -73,7 +76,7 @@ def test_adaptive_rejects_below_the_class_threshold() -> None:
     assert result.statistics.summary()["coverage"] == 0.5
 
 
-def test_trust_moves_conflicts_only() -> None:
+def test_log_odds_move_conflicts_only() -> None:
     before, after = (
         run("adaptive"),
         run("adaptive", state=AgreementState(torch.zeros(2), Calibration(conflict_log_odds=4.0))),
@@ -98,8 +101,8 @@ def test_the_other_rules_by_hand() -> None:
     assert weight == pytest.approx([0.8, 0.6, 0.65, 0.875])
 
 
-@pytest.mark.parametrize("trust", [-1.0, 0.0, 1.0])
-def test_a_collapsed_client_is_rescued(trust: float) -> None:
+@pytest.mark.parametrize("log_odds", [-1.0, 0.0, 1.0])
+def test_a_collapsed_client_is_rescued(log_odds: float) -> None:
     """A client that is quite sure of background everywhere must not silence a confident SAM."""
     sam_label = torch.zeros(1, 8, 8, dtype=torch.int64)
     sam_label[:, 2:6, 2:6] = 1
@@ -107,12 +110,10 @@ def test_a_collapsed_client_is_rescued(trust: float) -> None:
     client = torch.zeros(1, 2, 8, 8)
     client[:, 0], client[:, 1] = 0.999, 0.001
     result = agree(
-        sam_label,
-        sam_probability,
-        client,
+        Sources(sam_label, sam_probability, client),
         config=AgreementConfig(),
         # sure of background, knows no foreground
-        state=AgreementState(torch.tensor([1.0, 0.0]), Calibration(conflict_log_odds=trust)),
+        state=AgreementState(torch.tensor([1.0, 0.0]), Calibration(conflict_log_odds=log_odds)),
     )
     assert torch.equal(result.target, sam_label)
     assert bool((result.weight[sam_label == 1] > 0.9).all())
@@ -126,17 +127,12 @@ def test_a_collapse_after_learning_is_rescued_whatever_the_record() -> None:
     state = AgreementState(
         torch.ones(2), Calibration(sam_inverse_temperature=0.41, conflict_log_odds=-4.0)
     )
-    for _ in range(30):
-        state = update_state(state, client, config)
     sam_label = torch.zeros(1, 8, 8, dtype=torch.int64)
     sam_label[:, 2:6, 2:6] = 1
-    result = agree(
-        sam_label,
-        torch.full((1, 8, 8), 0.97),
-        client,
-        config=config,
-        state=state,
-    )
+    sources = Sources(sam_label, torch.full((1, 8, 8), 0.97), client)
+    for _ in range(30):
+        state = update_state(state, sources, config=config)
+    result = agree(sources, config=config, state=state)
     assert torch.equal(result.target, sam_label)
     assert bool((result.weight[sam_label == 1] > 0.8).all())
 
@@ -146,9 +142,7 @@ def test_consensus_of_more_classes_by_hand() -> None:
     client = torch.full((1, 4, 1, 1), 0.2)
     client[:, 2] = 0.4
     result = agree(
-        torch.full((1, 1, 1), 2),
-        torch.full((1, 1, 1), 0.4),
-        client,
+        Sources(torch.full((1, 1, 1), 2), torch.full((1, 1, 1), 0.4), client),
         config=AgreementConfig(),
         state=AgreementState.initial(3),
     )
@@ -170,9 +164,7 @@ def test_a_client_wins_where_sam_is_unsure_and_the_image_agrees() -> None:
     c = torch.where(client_label == 1, 0.98, 0.02)
     client = torch.stack([1 - c, c], dim=1)
     result = agree(
-        sam_label,
-        sam_probability,
-        client,
+        Sources(sam_label, sam_probability, client),
         config=AgreementConfig(),
         state=AgreementState.initial(1),
     )
@@ -191,9 +183,7 @@ def test_more_classes() -> None:
     client = torch.tensor([[[0.1, 0.2, 0.1]], [[0.1, 0.7, 0.8]], [[0.8, 0.1, 0.1]]])[None]
     client = client.reshape(1, 3, 1, 3)
     result = agree(
-        sam_label,
-        torch.tensor([[[0.9, 0.9, 0.9]]]),
-        client,
+        Sources(sam_label, torch.tensor([[[0.9, 0.9, 0.9]]]), client),
         config=AgreementConfig(),
         state=AgreementState.initial(2),
     )
@@ -204,7 +194,9 @@ def test_more_classes() -> None:
 def test_state_follows_the_client() -> None:
     """Class 1 at c = 0.9: confidence (2*0.9-1)/1 = 0.8, a tenth of it after one step."""
     probability = torch.tensor([0.1, 0.9]).reshape(1, 2, 1, 1).expand(1, 2, 2, 2)
-    state = update_state(AgreementState.initial(1), probability, AgreementConfig(momentum=0.9))
+    sources = Sources(torch.zeros(1, 2, 2, dtype=torch.int64), torch.ones(1, 2, 2), probability)
+    config = AgreementConfig(momentum=0.9)
+    state = update_state(AgreementState.initial(1), sources, config=config)
     assert state.class_confidence.tolist() == pytest.approx([0.0, 0.08])
     limits = thresholds(state, AgreementConfig(min_threshold=0.6, max_threshold=0.9))
     assert limits.tolist() == pytest.approx([0.6, 0.624])
@@ -212,13 +204,7 @@ def test_state_follows_the_client() -> None:
 
 def test_shapes_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ValueError, match="do not belong together"):
-        agree(
-            SAM_LABEL,
-            SAM_PROBABILITY[:, :, :2],
-            CLIENT,
-            config=AgreementConfig(),
-            state=AgreementState.initial(1),
-        )
+        Sources(SAM_LABEL, SAM_PROBABILITY[:, :, :2], CLIENT)
 
 
 def draw_probabilities(
@@ -254,78 +240,69 @@ def test_scale_counts_only_classes_that_are_there() -> None:
     assert fit_inverse_temperature(sure, nothing, nothing) > 1
 
 
-def test_trust_is_recovered() -> None:
+def fit_of(evidence: Tensor, reliability: Tensor, sam_right: Tensor) -> float:
+    """b, where SAM and the client contradict each other on all pixels."""
+    return fit_conflict_log_odds(
+        evidence, reliability, sam_right=sam_right, client_right=~sam_right
+    )
+
+
+def test_log_odds_for_sam_are_recovered() -> None:
+    """A record for SAM counts fully, however little the client's side does."""
     generator = torch.Generator().manual_seed(1)
     evidence = torch.randn((400, 8, 8), generator=generator)
-    sam_label = torch.ones(400, 8, 8, dtype=torch.int64)
-    client_label = torch.zeros_like(sam_label)
     won = torch.rand(evidence.shape, generator=generator) < torch.sigmoid(evidence + 1.5)
-    fitted = fit_conflict_log_odds(
-        evidence, sam_label, client_label, won.long(), trusted=torch.full_like(evidence, 0.2)
-    )
-    assert fitted == pytest.approx(1.5, abs=0.05)  # a record for SAM counts fully
+    fitted = fit_of(evidence, torch.full_like(evidence, 0.2), won)
+    assert fitted == pytest.approx(1.5, abs=0.05)
 
 
-def test_a_record_for_the_client_is_fitted_as_it_is_used() -> None:
+def test_log_odds_for_the_client_are_fitted_as_they_are_used() -> None:
     """With h = 0 in half of the images, b = -1.5 is what the other half says, not half of it."""
     generator = torch.Generator().manual_seed(1)
     evidence = torch.randn((800, 8, 8), generator=generator)
-    trusted = torch.ones_like(evidence)
-    trusted[::2] = 0.0
-    sam_label = torch.ones(800, 8, 8, dtype=torch.int64)
-    client_label = torch.zeros_like(sam_label)
-    chance = torch.sigmoid(evidence - 1.5 * trusted)
-    won = (torch.rand(evidence.shape, generator=generator) < chance).long()
-    fitted = fit_conflict_log_odds(evidence, sam_label, client_label, won, trusted=trusted)
+    reliability = torch.ones_like(evidence)
+    reliability[::2] = 0.0
+    chance = torch.sigmoid(evidence - 1.5 * reliability)
+    won = torch.rand(evidence.shape, generator=generator) < chance
+    fitted = fit_of(evidence, reliability, won)
     assert fitted == pytest.approx(-1.5, abs=0.08)
     # the best of all b, by brute force
     grid = torch.linspace(-3, 3, 121, dtype=torch.float64)
-    logit = evidence.double() + grid[:, None, None, None].clamp(max=0) * trusted
+    logit = evidence.double() + grid[:, None, None, None].clamp(max=0) * reliability
     logit = logit + grid[:, None, None, None].clamp(min=0)
     loss = (torch.nn.functional.softplus(logit) - won * logit).mean(dim=(2, 3)).sum(dim=1)
     assert fitted == pytest.approx(float(grid[(loss + grid.square() / 2).argmin()]), abs=0.03)
 
 
-def test_trust_without_conflicts_is_none() -> None:
-    same = torch.ones(3, 4, 4, dtype=torch.int64)
-    none = torch.zeros(3, 4, 4)
-    assert fit_conflict_log_odds(none, same, same, same, trusted=none) == 0.0
+@pytest.mark.parametrize("right", [True, False])
+def test_where_both_are_right_or_wrong_there_is_nothing_to_fit(right: bool) -> None:
+    nothing, same = torch.zeros(3, 4, 4), torch.full((3, 4, 4), right)
+    assert fit_conflict_log_odds(nothing, nothing, sam_right=same, client_right=same) == 0.0
 
 
-def test_calibration_distrusts_the_worse_source() -> None:
+def test_calibration_finds_the_worse_source() -> None:
     """SAM right on 9 pixels of 10, the client on 7, both claiming 0.9."""
     generator = torch.Generator().manual_seed(2)
     truth = torch.zeros(20, 16, 16, dtype=torch.int64)
     truth[:, 4:12, 4:12] = 1
-    sam = torch.where(torch.rand(truth.shape, generator=generator) < 0.9, truth, 1 - truth)
-    client = torch.where(torch.rand(truth.shape, generator=generator) < 0.7, truth, 1 - truth)
-    c = torch.where(client == 1, 0.9, 0.1)
-    groups = [str(i) for i in range(20)]
-    fitted = calibrate(
-        sam,
-        torch.full(sam.shape, 0.9),
-        torch.stack([1 - c, c], 1),
-        truth,
-        groups=groups,
-        config=AgreementConfig(),
-    )
+    good = torch.where(torch.rand(truth.shape, generator=generator) < 0.9, truth, 1 - truth)
+    poor = torch.where(torch.rand(truth.shape, generator=generator) < 0.7, truth, 1 - truth)
+
+    def fit(sam: Tensor, client: Tensor) -> Calibration:
+        c = torch.where(client == 1, 0.9, 0.1)
+        sources = Sources(sam, torch.full(sam.shape, 0.9), torch.stack([1 - c, c], 1))
+        groups = [str(i) for i in range(20)]
+        return calibrate(sources, truth, groups=groups, config=AgreementConfig())
+
+    fitted = fit(good, poor)
     assert fitted.sam_inverse_temperature == pytest.approx(1.0, rel=0.15)
     assert fitted.client_inverse_temperature < 0.6
-    swapped = calibrate(
-        client,
-        torch.full(sam.shape, 0.9),
-        torch.stack([torch.where(sam == 1, 0.1, 0.9), torch.where(sam == 1, 0.9, 0.1)], 1),
-        truth,
-        groups=groups,
-        config=AgreementConfig(),
-    )
-    assert fitted.conflict_log_odds > swapped.conflict_log_odds
+    assert fitted.conflict_log_odds > fit(poor, good).conflict_log_odds
 
 
 def test_few_images_leave_calibration_alone() -> None:
-    fitted = calibrate(
-        SAM_LABEL, SAM_PROBABILITY, CLIENT, SAM_LABEL, groups=["a"], config=AgreementConfig()
-    )
+    sources = Sources(SAM_LABEL, SAM_PROBABILITY, CLIENT)
+    fitted = calibrate(sources, SAM_LABEL, groups=["a"], config=AgreementConfig())
     assert fitted == Calibration()
 
 
@@ -333,9 +310,7 @@ def test_a_clients_foreground_counts_whatever_its_image_agrees() -> None:
     """SAM sees nothing, d = 0; the client's foreground wins by its own odds, 3 e : 1.5."""
     client = torch.tensor([[[[0.25]], [[0.75]]]])
     result = agree(
-        torch.zeros(1, 1, 1, dtype=torch.int64),
-        torch.full((1, 1, 1), 0.6),
-        client,
+        Sources(torch.zeros(1, 1, 1, dtype=torch.int64), torch.full((1, 1, 1), 0.6), client),
         config=AgreementConfig(foreground_prior=1.0),
         state=AgreementState.initial(1),
     )
@@ -348,9 +323,7 @@ def test_two_foregrounds_have_no_prior() -> None:
     client = torch.tensor([[[[0.05]], [[0.05]], [[0.9]]]])
     for prior in (0.0, 5.0):
         result = agree(
-            torch.ones(1, 1, 1, dtype=torch.int64),
-            torch.full((1, 1, 1), 0.8),
-            client,
+            Sources(torch.ones(1, 1, 1, dtype=torch.int64), torch.full((1, 1, 1), 0.8), client),
             config=AgreementConfig(foreground_prior=prior),
             state=AgreementState.initial(2),
         )
@@ -365,5 +338,7 @@ def test_the_state_survives_a_checkpoint() -> None:
     again = AgreementState.from_tensor(stored)
     assert torch.equal(again.class_confidence, state.class_confidence)
     assert again.calibration == state.calibration
-    moved = update_state(again, torch.full((1, 3, 2, 2), 1 / 3), AgreementConfig())
+    same = torch.zeros(1, 2, 2, dtype=torch.int64)
+    sources = Sources(same, torch.ones(1, 2, 2), torch.full((1, 3, 2, 2), 1 / 3))
+    moved = update_state(again, sources, config=AgreementConfig())
     assert moved.calibration == state.calibration

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import agreement_noise
 import noise
-from agreement_noise import COLUMNS, CORRUPTIONS, FAIR, Sources, Truth, measure, score
+from agreement_noise import COLUMNS, CORRUPTIONS, FAIR, Draw, Truth, measure, score
 from noise import Errors, Masks, predict
 
 SIDE = 32
@@ -192,7 +192,7 @@ def test_a_source_without_errors_gives_perfect_labels() -> None:
     """SAM is right, the client flips a third: `sam_only` scores 1, `consensus` errs nowhere."""
     truth = Truth(squares(8), squares(6), tuple("abcdef"))
     case = CORRUPTIONS[0].case(0.3, "client")
-    scores = measure(Sources(truth, 0), case)
+    scores = measure(Draw(truth, 0), case)
     assert list(scores) == list(COLUMNS)
     assert scores["sam_only"]["dice"] == 1.0
     assert scores["consensus"]["precision"] == 1.0

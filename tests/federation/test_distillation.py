@@ -16,22 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import parse_config
-from pipeline.federation import codistillation as distillation
 from pipeline.federation.codistillation import (
     BestClient,
-    GradedLogits,
     MeanLogits,
+    PublicTraining,
     condense,
     digest,
     fuse,
     noised_public,
-    payload_bytes,
     public_logits,
 )
 from pipeline.federation.codistillation_losses import (
-    condensation_loss,
+    CONDENSATION_MIN_GRADE,
+    DistillationTerms,
+    GradedLogits,
     digest_loss,
-    fusion_loss,
+    graded_loss,
     grades,
     structure_loss,
 )
@@ -152,11 +152,6 @@ def test_logits_that_are_not_finite_are_named(value: float, kind: str) -> None:
         public_logits(Values([0, 1, 2, 3, value, value]), numbered(6), batch_size=3)
 
 
-def test_payload() -> None:
-    """5 images, 3 classes, 8 x 8 pixels, 2 bytes."""
-    assert payload_bytes(torch.zeros(5, 3, 8, 8, dtype=torch.float16)) == 5 * 3 * 8 * 8 * 2
-
-
 # --------------------------------------------------------------------------- on the server
 
 
@@ -194,8 +189,8 @@ def clients_by_grade(wanted: list[list[int]]) -> tuple[Tensor, list[Tensor]]:
 def test_the_best_client_of_each_image() -> None:
     labels, clients = clients_by_grade([[8, 2, 5], [4, 6, 5], [7, 3, 6]])
     best = BestClient(labels, num_classes=1)
-    returned = [best.add(logits).tolist() for logits in clients]
-    assert returned == [[1, 0.25, 0.625], [0.5, 0.75, 0.625], [0.875, 0.375, 0.75]]
+    for logits in clients:
+        best.add(logits)
     result = best.result()
     assert result.grades.tolist() == [1.0, 0.75, 0.75]
     for image, winner in enumerate((0, 1, 2)):
@@ -228,15 +223,14 @@ def test_clients_logits_are_not_changed() -> None:
     labels, (first, second) = clients_by_grade([[5, 3], [6, 4]])
     kept = first.clone()
     best = BestClient(labels, num_classes=1)
-    returned = best.add(first)
+    best.add(first)
     best.add(second)
     assert torch.equal(first, kept)
-    assert returned.tolist() == [0.625, 0.375]
 
 
 def test_the_consensus_is_the_mean() -> None:
     """Of 60000 three times and of 1, 2, 6: float16 sums would overflow."""
-    mean = MeanLogits((1, 2, 1, 1))
+    mean = MeanLogits(torch.zeros(1, 1, 1), num_classes=1)
     for value in (1.0, 2.0, 6.0):
         mean.add(torch.tensor([60000.0, value], dtype=torch.float16).reshape(1, 2, 1, 1))
     result = mean.result()
@@ -262,7 +256,7 @@ def with_value(value: float) -> Tensor:
 )
 def test_unusable_logits_are_refused_and_change_nothing(logits: Tensor, message: str) -> None:
     labels = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    best, mean = BestClient(labels, num_classes=1), MeanLogits((3, 2, 4, 4))
+    best, mean = BestClient(labels, num_classes=1), MeanLogits(labels, num_classes=1)
     good = logits_of(torch.eye(4, dtype=torch.uint8).expand(3, 4, 4))
     for taker in (best, mean):
         taker.add(good)
@@ -274,10 +268,9 @@ def test_unusable_logits_are_refused_and_change_nothing(logits: Tensor, message:
 
 
 def test_nobody_sent_anything() -> None:
-    with pytest.raises(ValueError, match="no client sent usable logits"):
-        BestClient(torch.zeros(1, 2, 2), num_classes=1).result()
-    with pytest.raises(ValueError, match="no client sent usable logits"):
-        MeanLogits((1, 2, 2, 2)).result()
+    for kind in (BestClient, MeanLogits):
+        with pytest.raises(ValueError, match="no client sent usable logits"):
+            kind(torch.zeros(1, 2, 2), num_classes=1).result()
 
 
 # --------------------------------------------------------------------------- losses
@@ -345,13 +338,23 @@ def test_structure_loss_by_hand() -> None:
 UNDECIDED = torch.zeros(1, 2, 1, 1)
 SURE = torch.tensor([0.0, 2 * math.log(4)]).reshape(1, 2, 1, 1)
 ONE = torch.ones(1, 1, 1, dtype=torch.int64)
-LOSSES = [condensation_loss, fusion_loss]
+LOWEST = (CONDENSATION_MIN_GRADE, 0.0)  # of RC and of RF
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_divergence_by_hand(loss: Callable[..., Any]) -> None:
+def terms_of(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: tuple[Tensor, Tensor],
+    lowest: float,
+    weight: float = 10,
+) -> DistillationTerms:
+    return graded_loss(logits, labels, GradedLogits(*teacher), min_grade=lowest, kl_weight=weight)
+
+
+@pytest.mark.parametrize("lowest", LOWEST)
+def test_divergence_by_hand(lowest: float) -> None:
     """Mean over the two classes of 0.2 ln(0.2 / 0.5) and 0.8 ln(0.8 / 0.5); ten times that."""
-    terms = loss(UNDECIDED, ONE, SURE, torch.ones(1))
+    terms = terms_of(UNDECIDED, ONE, (SURE, torch.ones(1)), lowest)
     expected = (0.2 * math.log(0.4) + 0.8 * math.log(1.6)) / 2
     assert float(terms.loss_kl) == pytest.approx(expected)
     assert float(terms.loss_seg) == float(structure_loss(UNDECIDED, ONE))
@@ -359,16 +362,16 @@ def test_divergence_by_hand(loss: Callable[..., Any]) -> None:
     assert float(terms.counted) == 1
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_images_that_do_not_count_lower_the_mean(loss: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("lowest", LOWEST)
+def test_images_that_do_not_count_lower_the_mean(lowest: float) -> None:
     """The second image is graded 0, so its teacher is not believed: half of one image's KL."""
-    both = loss(
+    both = terms_of(
         UNDECIDED.expand(2, -1, -1, -1),
         ONE.expand(2, -1, -1),
-        SURE.expand(2, -1, -1, -1),
-        torch.tensor([1.0, 0.0]),
+        (SURE.expand(2, -1, -1, -1), torch.tensor([1.0, 0.0])),
+        lowest,
     )
-    one = loss(UNDECIDED, ONE, SURE, torch.ones(1))
+    one = terms_of(UNDECIDED, ONE, (SURE, torch.ones(1)), lowest)
     assert float(both.loss_kl) == pytest.approx(float(one.loss_kl) / 2)
     assert float(both.counted) == 0.5
 
@@ -390,16 +393,16 @@ def test_when_a_teacher_counts(right: int, teacher: float, condensed: bool, fuse
     """The model's own grade is ``right`` of 4 pixels."""
     labels = torch.ones(1, 2, 2, dtype=torch.int64)
     own = logits_of((torch.arange(4) < right).reshape(1, 2, 2)).float()
-    arguments = (own, labels, logits_of(labels, strength=9), torch.tensor([teacher]))
-    for loss, counts in ((condensation_loss, condensed), (fusion_loss, fused)):
-        terms = loss(*arguments)
+    graded = logits_of(labels, strength=9), torch.tensor([teacher])
+    for lowest, counts in zip(LOWEST, (condensed, fused), strict=True):
+        terms = terms_of(own, labels, graded, lowest)
         assert bool(terms.counted) is counts
         assert (float(terms.loss_kl) > 0) is counts
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_whole_losses_against_the_equations(loss: Callable[..., Any], classes: int) -> None:
+@pytest.mark.parametrize("lowest", LOWEST)
+def test_whole_losses_against_the_equations(lowest: float, classes: int) -> None:
     """Random logits are right on about one pixel in ``classes``."""
     logits, teacher, labels = random_batch(classes)
     marks = torch.tensor([0.8, 0.1, 0.99, 0.74])
@@ -407,26 +410,25 @@ def test_whole_losses_against_the_equations(loss: Callable[..., Any], classes: i
         float((z.argmax(axis=0) == y).mean())
         for z, y in zip(logits.numpy(), labels.numpy(), strict=True)
     ]
-    lowest = 0.75 if loss is condensation_loss else 0.0
     counts = [g > lowest and g > mine for g, mine in zip(marks.tolist(), own, strict=True)]
     divergences = divergence_reference(logits, teacher)
     divergence = sum(d for d, c in zip(divergences, counts, strict=True) if c) / 4
-    terms = loss(logits, labels, teacher, marks, kl_weight=3.0)
-    assert sum(counts) == (2 if loss is condensation_loss else 3)
+    terms = terms_of(logits, labels, (teacher, marks), lowest, 3.0)
+    assert sum(counts) == (2 if lowest else 3)
     assert float(terms.loss_kl) == pytest.approx(divergence, rel=1e-5)
     expected = structure_reference(logits, labels) + 3 * divergence
     assert float(terms.loss) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_weight_zero_is_exactly_the_segmentation_loss(loss: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("lowest", LOWEST)
+def test_weight_zero_is_exactly_the_segmentation_loss(lowest: float) -> None:
     logits, teacher, labels = random_batch(2)
     gradients = []
     for name in ("with", "without"):
         z = logits.clone().requires_grad_()
         value = structure_loss(z, labels)
         if name == "with":
-            terms = loss(z, labels, teacher, torch.ones(4), kl_weight=0.0)
+            terms = terms_of(z, labels, (teacher, torch.ones(4)), lowest, 0.0)
             assert float(terms.loss_kl.detach()) > 0
             assert torch.equal(terms.loss, value)
             value = terms.loss
@@ -434,11 +436,11 @@ def test_weight_zero_is_exactly_the_segmentation_loss(loss: Callable[..., Any]) 
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_extreme_teachers_stay_finite(loss: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("lowest", LOWEST)
+def test_extreme_teachers_stay_finite(lowest: float) -> None:
     """Clamped float16 logits: exp underflows, 0 log 0 is 0. KL is ln 2 / 2 against an undecided."""
     extreme = torch.tensor([-65504.0, 65504.0]).reshape(1, 2, 1, 1).half()
-    terms = loss(UNDECIDED, ONE, extreme, torch.ones(1))
+    terms = terms_of(UNDECIDED, ONE, (extreme, torch.ones(1)), lowest)
     assert float(terms.loss_kl) == pytest.approx(math.log(2) / 2)
 
 
@@ -455,9 +457,8 @@ def test_teachers_of_another_shape_are_refused() -> None:
     """One channel would broadcast over two."""
     logits, _, labels = random_batch(2)
     message = r"logits have shape \(1, 9, 40\) per image, expected \(2, 9, 40\)"
-    for loss in LOSSES:
-        with pytest.raises(ValueError, match=message):
-            loss(logits, labels, logits[:, :1], torch.ones(4))
+    with pytest.raises(ValueError, match=message):
+        terms_of(logits, labels, (logits[:, :1], torch.ones(4)), 0.0)
     with pytest.raises(ValueError, match=message):
         digest_loss(logits, logits[:, :1])
 
@@ -467,6 +468,13 @@ def test_teachers_of_another_shape_are_refused() -> None:
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+
+def training_on(
+    model: nn.Module, inputs: Tensor, labels: Tensor, *, seed: int = 0, **changes: Any
+) -> PublicTraining:
+    settings: dict[str, Any] = {"optimizer": adam(model), "epochs": 1, "batch_size": 2} | changes
+    return PublicTraining(inputs=inputs, labels=labels, generator=generator(seed), **settings)
 
 
 def distance(model: nn.Module, inputs: Tensor, teacher: Tensor) -> float:
@@ -485,17 +493,8 @@ def test_a_model_learns_from_a_better_one(learn: Callable[..., dict[str, float]]
     for weight in (0.0, 10.0):
         model = build_model(SETTINGS, seed=0)
         before = distance(model, inputs, unsure)
-        reports[weight] = learn(
-            model,
-            inputs,
-            labels,
-            teacher,
-            optimizer=adam(model),
-            epochs=20,
-            batch_size=3,
-            kl_weight=weight,
-            generator=generator(),
-        )
+        training = training_on(model, inputs, labels, epochs=20, batch_size=3, kl_weight=weight)
+        reports[weight] = learn(model, teacher, training=training)
         after[weight] = distance(model, inputs, unsure)
     assert after[10.0] < 0.4 * before
     assert after[10.0] < 0.2 * after[0.0]
@@ -516,15 +515,8 @@ def test_a_model_digests_the_consensus() -> None:
         return float((public_logits(model, inputs).float() - consensus.float()).abs().mean())
 
     before = off()
-    report = digest(
-        model,
-        inputs,
-        consensus,
-        optimizer=adam(model),
-        epochs=12,
-        batch_size=3,
-        generator=generator(),
-    )
+    training = training_on(model, inputs, labels, epochs=12, batch_size=3)
+    report = digest(model, consensus, training=training)
     assert off() < 0.5 * before
     assert list(report) == ["loss"]
 
@@ -548,19 +540,11 @@ class Tiny(nn.Module):
         return answer
 
 
-def run_tiny(count: int, batch_size: int, *, seed: int = 0, epochs: int = 2) -> Tiny:
+def run_tiny(count: int, batch_size: int) -> Tiny:
     labels = torch.zeros(count, 4, 4, dtype=torch.uint8)
     model = Tiny()
-    fuse(
-        model,
-        numbered(count).contiguous(),
-        labels,
-        GradedLogits.of(logits_of(labels), labels),
-        optimizer=adam(model),
-        epochs=epochs,
-        batch_size=batch_size,
-        generator=generator(seed),
-    )
+    training = training_on(model, numbered(count), labels, epochs=2, batch_size=batch_size)
+    fuse(model, GradedLogits.of(logits_of(labels), labels), training=training)
     return model
 
 
@@ -584,28 +568,19 @@ def test_epochs_are_shuffled() -> None:
     assert first != sorted(first)
 
 
-@pytest.mark.parametrize("learn", ["condense", "fuse", "digest"])
-def test_the_same_bytes_whatever_was_drawn_before(learn: str) -> None:
+@pytest.mark.parametrize("learn", [condense, fuse, digest])
+def test_the_same_bytes_whatever_was_drawn_before(learn: Callable[..., dict[str, float]]) -> None:
     """Dropout draws from torch's global generator, which is put back as it was."""
     labels = torch.zeros(5, 4, 4, dtype=torch.uint8)
     good = GradedLogits.of(logits_of(labels), labels)
-    teacher = (good.logits,) if learn == "digest" else (labels, good)
+    teacher = good.logits if learn is digest else good
     states, reports = [], []
     for drawn, seed in ((0, 1), (7, 1), (0, 2)):
         torch.rand(drawn)
         before = torch.get_rng_state()
         model = Tiny()
-        reports.append(
-            getattr(distillation, learn)(
-                model,
-                numbered(5),
-                *teacher,
-                optimizer=adam(model),
-                epochs=2,
-                batch_size=2,
-                generator=generator(seed),
-            )
-        )
+        training = training_on(model, numbered(5), labels, seed=seed, epochs=2)
+        reports.append(learn(model, teacher, training=training))
         assert torch.equal(torch.get_rng_state(), before)
         states.append(model.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -621,17 +596,10 @@ def test_diagnostics_are_means_over_images() -> None:
             parameter.zero_()
     labels = torch.ones(5, 1, 1, dtype=torch.uint8)
     teacher = GradedLogits(SURE.expand(5, -1, -1, -1).half(), torch.tensor([1.0, 0, 0.9, 0.8, 0.7]))
-    report = condense(
-        model,
-        torch.zeros(5, 3, 1, 1),
-        labels,
-        teacher,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
-        epochs=2,
-        batch_size=2,
-        generator=generator(),
-    )
-    one = condensation_loss(UNDECIDED, ONE, SURE.half(), torch.ones(1))
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    training = training_on(model, torch.zeros(5, 3, 1, 1), labels, epochs=2, optimizer=still)
+    report = condense(model, teacher, training=training)
+    one = terms_of(UNDECIDED, ONE, (SURE.half(), torch.ones(1)), CONDENSATION_MIN_GRADE)
     assert report["counted"] == pytest.approx(3 / 5)
     assert report["loss_seg"] == pytest.approx(float(one.loss_seg))
     assert report["loss_kl"] == pytest.approx(float(one.loss_kl) * 3 / 5)
@@ -641,15 +609,11 @@ def test_gradients_are_clipped_as_in_local_updates() -> None:
     """One plain step of rate 1 moves the weights by the clipped gradient."""
     model = nn.Conv2d(3, 2, 1)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    digest(
-        model,
-        torch.full((2, 3, 4, 4), 1e3),
-        torch.zeros(2, 2, 4, 4, dtype=torch.float16),
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        epochs=1,
-        batch_size=2,
-        generator=generator(),
+    plain = torch.optim.SGD(model.parameters(), lr=1.0)
+    training = training_on(
+        model, torch.full((2, 3, 4, 4), 1e3), torch.zeros(2, 4, 4), optimizer=plain
     )
+    digest(model, torch.zeros(2, 2, 4, 4, dtype=torch.float16), training=training)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert float((after - before).norm()) == pytest.approx(5.0, rel=1e-4)
 
@@ -662,26 +626,9 @@ def test_a_models_own_logits_can_teach() -> None:
     for seed in (1, 2):
         best.add(public_logits(build_model(SETTINGS, seed=seed), inputs))
     server, client = (build_model(SETTINGS, seed=seed) for seed in (0, 1))
-    condense(
-        server,
-        inputs,
-        labels,
-        best.result(),
-        optimizer=adam(server),
-        epochs=1,
-        batch_size=2,
-        generator=generator(),
-    )
-    report = fuse(
-        client,
-        inputs,
-        labels,
-        GradedLogits.of(public_logits(server, inputs), labels),
-        optimizer=adam(client),
-        epochs=1,
-        batch_size=2,
-        generator=generator(),
-    )
+    condense(server, best.result(), training=training_on(server, inputs, labels))
+    answer = GradedLogits.of(public_logits(server, inputs), labels)
+    report = fuse(client, answer, training=training_on(client, inputs, labels))
     assert all(math.isfinite(value) for value in report.values())
 
 
@@ -697,19 +644,11 @@ def test_a_models_own_logits_can_teach() -> None:
     ],
 )
 def test_what_cannot_be_trained_on_is_named(changes: dict[str, Any], message: str) -> None:
-    settings = {"epochs": 1, "batch_size": 2, "inputs": numbered(3), "count": 3, "value": 0.0}
-    settings |= {"channels": 2} | changes
-    teacher = torch.zeros(settings["count"], settings["channels"], 4, 4, dtype=torch.float16)
-    teacher[0, 0, 0, 0] = settings["value"]
+    settings = {"inputs": numbered(3), "count": 3, "value": 0.0, "channels": 2} | changes
+    teacher = torch.zeros(settings.pop("count"), settings.pop("channels"), 4, 4).half()
+    teacher[0, 0, 0, 0] = settings.pop("value")
     model = Tiny()
+    training = training_on(model, settings.pop("inputs"), torch.zeros(3, 4, 4), **settings)
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared)
-        digest(
-            model,
-            settings["inputs"],
-            teacher,
-            optimizer=adam(model),
-            epochs=settings["epochs"],
-            batch_size=settings["batch_size"],
-            generator=generator(),
-        )
+        digest(model, teacher, training=training)
     assert message in str(error.value)
