@@ -580,5 +580,21 @@ def cache_prune(
         _say(found, as_json, f"{len(removed)} removed")
 
 
+@cache_app.command("unlock")
+def cache_unlock(
+    yes: Annotated[bool, typer.Option("--yes", help="Clear them; without, only list.")] = False,
+    params: Params = _PARAMS,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List or clear locks that name another host, as those of a container that was restarted."""
+    config = _settings(params, overrides, debug)
+    from pipeline.disk import unlock
+
+    result = unlock(config.cache.root / "locks", clear=yes)
+    _say(result.as_json(), as_json, result.text())
+
+
 if __name__ == "__main__":
     app()

@@ -1,38 +1,44 @@
-"""Files written whole or not at all, digests of files, and locks for one writer at a time."""
+"""Files written whole or not at all, digests of files, and locks for one writer at a time.
+
+What is to last is written in this order: bytes, flush, rename, flush of the folder.
+"""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout, lock_descriptor
 
 from pipeline.errors import DataError, LockedStoreError, StageError
 
 _TEMPORARY = ".samfed-tmp"  # so that ours are known wherever they are found
 _OUR_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(_TEMPORARY))
 _ABANDONED_SECONDS = 60 * 60
+_GLANCE_SECONDS = 0.1  # after which a lock that ``writer_of`` looked at is free again
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, as 64 hexadecimal digits."""
+    """Return the sha256 of a file's bytes, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError that names no file, as that of a full disk, leaves the block naming ``path``."""
+    """Let an OSError without a file, as that of a full disk, leave the block naming ``path``."""
     try:
         yield
     except OSError as error:
@@ -42,40 +48,19 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``path`` atomically: readers see the old file or the new one, never a part."""
+    """Write ``path`` atomically and durably: readers see the old file or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(_TEMPORARY, prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     try:
-        with naming(path), os.fdopen(descriptor, "wb") as file:
+        with naming(path), temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def leftovers(root: Path) -> list[Path]:
-    """Temporary files below ``root`` that killed ``write_bytes`` left, untouched for an hour.
-
-    A write takes seconds, so an old one is nobody's. (Locks would not tell: single files are
-    written under many, or none.)
-    """
-    latest = time.time() - _ABANDONED_SECONDS
-    named = (
-        Path(folder, name)
-        for folder, _, names in os.walk(root)
-        for name in names
-        if _OUR_TEMPORARY.fullmatch(name)
-    )
-    found = []
-    for path in named:
-        with suppress(FileNotFoundError):  # written by now
-            if path.lstat().st_mtime < latest:
-                found.append(path)
-    return sorted(found)
+    flush(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -93,7 +78,7 @@ def read_json(path: Path, *, stage: str) -> Any:
         raise StageError(f"{path}: not found; run `samfed {stage}` first")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not valid JSON ({error}); delete it and run `samfed {stage}`"
         ) from error
@@ -101,7 +86,7 @@ def read_json(path: Path, *, stage: str) -> Any:
 
 @contextmanager
 def folder_beside(final: Path) -> Iterator[Path]:
-    """A new folder beside ``final`` that takes its place when the block ends without an error.
+    """Yield a new folder beside ``final`` that takes its place when the block ends without error.
 
     It is built as ``.<name>.building``, and the old folder is out of the way as ``.<name>.retired``
     for a moment; what a killed run left under these names is dealt with first. One at a time: the
@@ -109,14 +94,16 @@ def folder_beside(final: Path) -> Iterator[Path]:
     """
     recover_folder(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    building, retired = _building(final), _retired(final)
+    building, retired = _names_beside(final)
     building.mkdir()
     try:
         with naming(final):
             yield building
+        flush_tree(building)
         if os.path.lexists(final):
             os.replace(final, retired)
         os.replace(building, final)
+        flush(final.parent)
     except BaseException:
         with suppress(OSError):  # the error that brought us here is the one to show
             recover_folder(final)
@@ -130,15 +117,39 @@ def recover_folder(final: Path) -> None:
 
     Whoever calls it holds the lock under which ``final`` is written.
     """
-    building, retired = _building(final), _retired(final)
+    building, retired = _names_beside(final)
     _remove(building)
-    if not os.path.lexists(retired):
-        return
-    if not os.path.lexists(final):
+    if os.path.lexists(retired) and os.path.lexists(final):
+        os.replace(retired, building)  # a folder half removed is never taken for a whole one
+        _remove(building)
+    elif os.path.lexists(retired):
         os.replace(retired, final)
-        return
-    os.replace(retired, building)  # so that a folder half removed is never taken for a whole one
-    _remove(building)
+
+
+def move(source: Path, target: Path) -> None:
+    """Move a folder durably to ``target``, where nothing is yet.
+
+    On another file system it is copied whole before it goes; a kill in between leaves both.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with folder_beside(target) as building:
+            shutil.copytree(source, building, symlinks=True, dirs_exist_ok=True)
+        discard(source)
+    flush(target.parent)
+    flush(source.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder or file so that, wherever a kill comes, no half of it keeps its name."""
+    doomed, _ = _names_beside(path)
+    _remove(doomed)
+    os.replace(path, doomed)
+    _remove(doomed)
 
 
 def flush(path: Path) -> None:
@@ -163,38 +174,51 @@ def flush_tree(root: Path) -> None:
 
 
 def tree_bytes(root: Path) -> int:
-    """Bytes of all files below ``root``, or of the file ``root``."""
+    """Return the bytes of all files below ``root``, or of the file ``root``."""
     total = 0
-    for path in [root] if root.is_file() else root.rglob("*"):
+    for path in [root] if root.is_file() else _files(root):
         with suppress(FileNotFoundError):  # a writer's temporary file, gone by now
-            total += path.stat().st_size if path.is_file() else 0
+            total += path.stat().st_size
     return total
 
 
-def discard(path: Path) -> None:
-    """Remove a folder or file so that, wherever a kill comes, no half of it keeps its name."""
-    doomed = _building(path)
-    _remove(doomed)
-    os.replace(path, doomed)
-    _remove(doomed)
+def leftovers(root: Path) -> list[Path]:
+    """List temporary files below ``root`` that killed ``write_bytes`` left, untouched for an hour.
+
+    A write takes seconds, so an old one is nobody's. (Locks would not tell: single files are
+    written under many, or none.)
+    """
+    latest, found = time.time() - _ABANDONED_SECONDS, []
+    for path in _files(root):
+        with suppress(FileNotFoundError):  # written by now
+            if _OUR_TEMPORARY.fullmatch(path.name) and path.lstat().st_mtime < latest:
+                found.append(path)
+    return sorted(found)
 
 
 def unused_name(path: Path) -> Path:
-    """``path`` itself, or the first of ``<stem>-2<suffix>``, ``-3``, ... that is not there."""
-    number = 1
-    name = path
+    """Return ``path``, or the first of ``<stem>-2<suffix>``, ``-3``, ... that is not there."""
+    name, number = path, 1
     while os.path.lexists(name):
         number += 1
         name = path.with_name(f"{path.stem}-{number}{path.suffix}")
     return name
 
 
-def _building(final: Path) -> Path:
-    return final.with_name(f".{final.name}.building")
+def is_folder_name(name: str) -> bool:
+    """Tell whether ``name`` can be one folder's name that leads nowhere else, on any system."""
+    plain = name.isprintable() and not set(name) & set("/\\:")
+    return bool(name) and plain and not name.startswith(".")
 
 
-def _retired(final: Path) -> Path:
-    return final.with_name(f".{final.name}.retired")
+def _files(root: Path) -> Iterator[Path]:
+    for folder, _, names in os.walk(root):
+        yield from (Path(folder, name) for name in names)
+
+
+def _names_beside(final: Path) -> tuple[Path, Path]:
+    """Return where ``final`` is built, and where the old one waits meanwhile."""
+    return final.with_name(f".{final.name}.building"), final.with_name(f".{final.name}.retired")
 
 
 def _remove(path: Path) -> None:
@@ -205,111 +229,136 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def is_folder_name(name: str) -> bool:
-    """Whether ``name`` may stand as one folder's name: it leads nowhere else, on any system."""
-    return (
-        bool(name)
-        and not name.startswith(".")
-        and name.isprintable()
-        and not set(name) & set("/\\:")
-    )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 # --------------------------------------------------------------------------- locks
 
-_GLANCE_SECONDS = 0.1  # after which a lock that ``writer_of`` looked at is free again
+_CLEAR = "if it is dead, clear its locks with `samfed cache unlock --yes`"
 
 
 @contextmanager
 def writer_lock(path: Path) -> Iterator[None]:
     """Hold the lock file ``path`` while the block runs.
 
-    The kernel holds the lock (flock) and releases it however the process ends, so a killed one
-    blocks nobody. The file stays and is empty while nobody writes. On a network file system the
-    lock may not reach other hosts: a file that names another host is left to the user to judge.
+    The kernel holds the lock and releases it however the process ends, so a killed one blocks
+    nobody; forked children do not have it. The file stays, and is empty while nobody writes. On a
+    network file system the kernel's lock may not reach other hosts: a file that names another host
+    is left to the user to judge (``unlock``).
 
     Raises:
         LockedStoreError: another process holds it, or this one already does; says which, and what
         to do.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        _acquire(path, descriptor)
+    with _kernel_lock(path) as lock:
+        holder, elsewhere = _holder(path)
+        if elsewhere:
+            others = ", ".join(other.name for other in _of_other_hosts(path.parent))
+            also = f" (other hosts' names are also in {others})" if others else ""
+            raise LockedStoreError(f"{path}: {holder} writes to this store{also}; {_CLEAR}")
+        with naming(path):
+            path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         try:
             yield
         finally:
-            os.ftruncate(descriptor, 0)
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may hold the file open
-    finally:
-        os.close(descriptor)
+            if lock.is_locked:  # which it is not in a forked child
+                _empty(path)
 
 
 def writer_of(path: Path) -> str | None:
-    """Who holds the lock file ``path``, as ``process 7``; None if nobody does.
+    """Tell who holds the lock file ``path``, as ``process 7``; None if nobody does.
 
     Changes nothing, and keeps a lock that somebody wants for as good as no time.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        host, pid = _holder(descriptor)
-        if host is None:
-            return None
-        if host != socket.gethostname():
-            return f"process {pid} on host '{host}' (if it is dead, delete {path})"
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing drops it
-    except BlockingIOError:
-        return f"process {pid}"
-    finally:
-        os.close(descriptor)
-    return None  # the name of one that was killed
+    holder, elsewhere = _holder(path)
+    if holder is None or not _is_free(path):
+        return holder
+    # the name of one that was killed, or of one whose lock the kernel here does not see
+    return f"{holder} ({_CLEAR})" if elsewhere else None
 
 
-def _acquire(path: Path, descriptor: int) -> None:
+@dataclass(frozen=True)
+class UnlockResult:
+    """Lock files that name another host although the kernel here sees no lock on them."""
+
+    holders: dict[Path, str]
+    cleared: bool
+
+    def text(self) -> str:
+        """Return a line for each lock, and one for what became of them."""
+        lines = [f"{path}: {holder}" for path, holder in self.holders.items()]
+        end = "cleared" if self.cleared else "give --yes to clear these, if nothing writes there"
+        return "\n".join([*lines, end if lines else "no lock names another host"])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the same for machines."""
+        return {"cleared": self.cleared, "locks": {str(k): v for k, v in self.holders.items()}}
+
+
+def unlock(folder: Path, *, clear: bool) -> UnlockResult:
+    """Find, and ``clear`` if told, the locks in ``folder`` that other hosts hold or left behind."""
+    found = _of_other_hosts(folder)
+    for path in found if clear else ():
+        with _kernel_lock(path):
+            _empty(path)
+    return UnlockResult(found, clear)
+
+
+@contextmanager
+def _kernel_lock(path: Path) -> Iterator[FileLock]:
+    lock = FileLock(path, timeout=_GLANCE_SECONDS, thread_local=False, fallback_to_soft=False)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_GLANCE_SECONDS)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        host, pid = _holder(descriptor)
-        _refuse_other_host(path, host, pid)
-        process = "another process" if pid is None else f"process {pid}"
+        lock.acquire(poll_interval=_GLANCE_SECONDS / 4)
+    except Timeout as error:
+        holder = _holder(path)[0] or "another process"
         raise LockedStoreError(
-            f"{path}: {process} writes to this store; wait for it or stop it"
+            f"{path}: {holder} writes to this store; wait for it or stop it"
         ) from error
     except OSError as error:
+        if error.filename is not None:  # the file cannot be opened
+            raise
         raise LockedStoreError(
             f"{path}: cannot be locked ({error.strerror}); put cache.root on a local disk"
         ) from error
-    _refuse_other_host(path, *_holder(descriptor))
-    content = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, content, 0)
-
-
-def _refuse_other_host(path: Path, host: str | None, pid: int | None) -> None:
-    if host not in (None, socket.gethostname()):
-        raise LockedStoreError(
-            f"{path}: process {pid} on host '{host}' writes to this store; if it is dead, delete "
-            "the lock"
-        )
-
-
-def _holder(descriptor: int) -> tuple[str | None, int | None]:
-    """Host and pid that the file names; nobody while it is empty or half written."""
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-        return str(holder["host"]), int(holder["pid"])
-    except (ValueError, KeyError, TypeError):
-        return None, None
+        yield lock
+    finally:
+        lock.release()
+
+
+def _is_free(path: Path) -> bool:
+    """Tell whether the kernel would give the lock; asks twice, as another may only look too."""
+    with path.open("r+b" if os.access(path, os.W_OK) else "rb") as file:  # NFS wants the former
+        for pause in (0, _GLANCE_SECONDS):
+            time.sleep(pause)
+            if lock_descriptor(file.fileno(), blocking=False):
+                return True
+    return False
+
+
+def _of_other_hosts(folder: Path) -> dict[Path, str]:
+    """Return the locks whose file names another host but which nobody holds here."""
+    named = {path: _holder(path) for path in sorted(folder.glob("*.lock"))}
+    return {
+        path: holder
+        for path, (holder, elsewhere) in named.items()
+        if holder and elsewhere and _is_free(path)
+    }
+
+
+def _holder(path: Path) -> tuple[str | None, bool]:
+    """Read whom the file names, and whether that host has another name than this one.
+
+    It names nobody while it is not there, empty or half written.
+    """
+    try:
+        holder = json.loads(path.read_bytes())
+        process, host = f"process {int(holder['pid'])}", str(holder["host"])
+    except (FileNotFoundError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
+        return None, False
+    if host == socket.gethostname():
+        return process, False
+    return f"{process} on host '{host}'", True
+
+
+def _empty(path: Path) -> None:
+    with suppress(FileNotFoundError):  # somebody removed the file
+        os.truncate(path, 0)

@@ -24,7 +24,7 @@ with warnings.catch_warnings():  # typer < 0.21 imports names that click 8.5 cal
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(get_command(cli.app).commands)  # type: ignore[attr-defined]
-CACHE_COMMANDS = ["cache info", "cache prune", "cache repair", "cache verify"]
+CACHE_COMMANDS = ["cache info", "cache prune", "cache repair", "cache unlock", "cache verify"]
 
 
 @pytest.fixture(scope="module")
@@ -509,3 +509,16 @@ def test_pretrain_sam(tmp_path: Path) -> None:
     assert result["weights"] == str(out)
     assert 0 <= result["iou"] <= 1
     assert out.stat().st_size < 3_000_000
+
+
+def test_locks_of_another_host_are_listed_then_cleared(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    lock = project.cache / "locks" / "prepare.lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    holders = {str(lock): "process 7 on host 'elsewhere'"}
+    assert answer("cache", "unlock", *project.options) == {"cleared": False, "locks": holders}
+    assert lock.read_bytes()
+    yes = ("cache", "unlock", "--yes")
+    assert answer(*yes, *project.options) == {"cleared": True, "locks": holders}
+    assert lock.read_bytes() == b""

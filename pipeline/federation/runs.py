@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 from pipeline.config import Config, load_config
-from pipeline.disk import file_sha256, write_bytes
+from pipeline.disk import file_sha256, move, write_bytes
 from pipeline.errors import ConfigError, CorruptStoreError, DataError, IdentityError, StageError
 from pipeline.federation.examples import Example, load_examples
 
@@ -76,8 +76,7 @@ class RunFolder:
             raise ConfigError(f"--resume: found {state} in {self.path}; leave --resume out")
         if found is not None and (found != fingerprint or mode == "restart"):
             target = _free(archive, f"{self.path.name}-{found[:12]}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.path.rename(target)
+            move(self.path, target)
             notice = f"{self.path}: moved the earlier run to {target}"
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
-from pipeline.disk import recover_folder, writer_lock
+from pipeline.disk import move, recover_folder, writer_lock
 from pipeline.errors import IdentityError, LockedStoreError, StoreError
 from pipeline.labelling.maintenance import (
     Progress,
@@ -191,8 +191,7 @@ def _make_honest(
 def _move_aside(path: Path, archive: Path) -> str:
     names = (archive / f"damaged-{number}.zarr" for number in itertools.count(1))
     target = next(name for name in names if not name.exists())
-    archive.mkdir(parents=True, exist_ok=True)
-    path.rename(target)
+    move(path, target)
     return (
         f"{path}: cannot tell whose labels these are; moved them to {target}, and labelled every "
         "image anew"

@@ -15,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.disk import flush, flush_tree, folder_beside, naming, recover_folder, unused_name
+from pipeline.disk import flush, folder_beside, move, naming, recover_folder, unused_name
 from pipeline.errors import CorruptStoreError, IdentityError, StageError
 from pipeline.stores.arrays import (
     CHUNK_ROWS,
@@ -360,11 +360,11 @@ def open_label_store(
         if found != identity:
             field, old, new = first_difference(found, identity)
             retired = unused_name(archive / f"{found.digest}.zarr")
-            _replace(path, retired)
+            move(path, retired)
             notice = f"{path}: {field} was {old}, now {new}; moved the old labels to {retired}"
     kept = None if path.exists() else _fullest(archive, identity, rows)
     if kept is not None:
-        _replace(kept, path)
+        move(kept, path)
         notice = f"{notice + '; ' if notice else ''}took back labels made earlier from {kept}"
     if not path.exists():
         return LabelStore.create(path, identity, rows), notice
@@ -397,11 +397,6 @@ def _fullest(archive: Path, identity: Identity, rows: Sequence[RowKey]) -> Path 
     return max(stores, key=labelled, default=None)
 
 
-def _replace(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source.rename(target)
-
-
 def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, int]:
     """Rebuild ``old`` for other ``rows``; keep what is finished in both, and count it."""
     where = {key: i for i, key in enumerate(old.rows)}
@@ -427,7 +422,6 @@ def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, in
             records = [record for source in sources for record in provenance[source]]
             new.mark_done(shard, targets, records)
             count += len(pairs)
-        flush_tree(building)  # the old store goes next
     return LabelStore(old.path), count
 
 

@@ -234,7 +234,7 @@ def test_a_store_that_is_being_written_is_skipped(config: Config) -> None:
     assert (found.stores, found.faults) == (7, [])
     assert found.skipped == [busy(config, f"process {os.getpid()}")]
     lock_of(config).write_text(json.dumps({"host": "elsewhere", "pid": 7}))
-    advice = f"(if it is dead, delete {lock_of(config)})"
+    advice = "(if it is dead, clear its locks with `samfed cache unlock --yes`)"
     assert verify(config).skipped == [busy(config, f"process 7 on host 'elsewhere' {advice}")]
     lock_of(config).write_bytes(b"")
     assert content(config.cache.root) == before
