@@ -264,28 +264,6 @@ def prepare(
     _say(sizes, as_json, "\n".join(lines))
 
 
-@app.command("pretrain-sam")
-def pretrain_sam(
-    out: Annotated[Path, typer.Argument(help="File to write, .safetensors.")],
-    steps: Annotated[int, typer.Option(min=1)] = 4500,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Train the embedded vit_t on generated scenes (the shipped weights came from here)."""
-    _settings(None, None, debug)
-    from pipeline.sam.pretrain import pretrain
-
-    with _progress() as advance:
-        iou = pretrain(
-            out,
-            steps=steps,
-            seed=seed,
-            progress=lambda step, loss, iou: advance("pretraining vit_t", step, steps),
-        )
-    _say({"iou": iou, "weights": str(out)}, as_json, f"IoU on unseen scenes {iou:.3f}; {out}")
-
-
 @app.command("finetune-sam")
 def finetune_sam(
     params: Params = _PARAMS, overrides: Set = None, as_json: Json = False, debug: Debug = False

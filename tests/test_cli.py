@@ -502,15 +502,6 @@ def test_interrupted(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stderr == "interrupted: run the same command again to continue\n"
 
 
-def test_pretrain_sam(tmp_path: Path) -> None:
-    out = tmp_path / "vit_t.safetensors"
-    result = answer("pretrain-sam", out, "--steps", 1)
-    assert set(result) == {"iou", "weights"}
-    assert result["weights"] == str(out)
-    assert 0 <= result["iou"] <= 1
-    assert out.stat().st_size < 3_000_000
-
-
 def test_locks_of_another_host_are_listed_then_cleared(tmp_path: Path) -> None:
     project = Project(tmp_path)
     lock = project.cache / "locks" / "prepare.lock"

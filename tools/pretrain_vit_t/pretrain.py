@@ -1,4 +1,4 @@
-"""Pretraining ``vit_t`` on generated scenes: the weights this package ships come from here.
+"""Pretraining of ``vit_t`` on generated scenes: the weights that the package ships come from here.
 
 The recipe follows Kirillov et al. (Segment Anything, 2023) at toy size: MSE for the IoU head, point
 and box prompts, and the best of three masks where one point is ambiguous. The mask loss is
@@ -8,9 +8,12 @@ scratch, at empty masks. Same seed, steps and threads on the same machine give t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+import pipeline.sam  # noqa: F401  (before segment_anything imports torchvision)
+
+# isort: split
 import numpy as np
 import safetensors.torch
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.sam.build import build_sam, decode_masks
-from pipeline.sam.scenes import generate_scene
+from tools.pretrain_vit_t.scenes import generate_scene
 
 OBJECTS_PER_SCENE = 4
 _VALIDATION_SEED_OFFSET = 1_000_003
@@ -48,7 +51,7 @@ class SceneDataset(Dataset[Scene]):
 
 
 def sample_points(masks: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` random pixels inside each mask (P, S, S) bool, as (P, count, 2) float xy pixels."""
+    """Draw ``count`` pixels inside each mask (P, S, S) bool; returns x, y (P, count, 2) float."""
     weights = masks.flatten(1).float()
     index = torch.multinomial(weights, count, replacement=True, generator=generator)
     width = masks.shape[-1]
@@ -56,7 +59,7 @@ def sample_points(masks: Tensor, count: int, generator: torch.Generator) -> Tens
 
 
 def boxes_of(masks: Tensor, generator: torch.Generator) -> Tensor:
-    """Bounding boxes (P, 4) xyxy in pixels of masks (P, S, S) bool, jittered by up to a tenth."""
+    """Return boxes (P, 4) xyxy, px, around masks (P, S, S) bool, jittered by up to a tenth."""
     size = masks.shape[-1]
     cols, rows = masks.any(dim=1), masks.any(dim=2)
     coords = torch.arange(size)
@@ -69,7 +72,7 @@ def boxes_of(masks: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def mask_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy + Dice of logits (..., h, w) against soft targets in [0, 1]; shape (...)."""
+    """Return cross-entropy + Dice (...) of logits (..., h, w) against soft targets in [0, 1]."""
     probability = torch.sigmoid(logits)
     bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     overlap = (probability * targets).sum(dim=(-2, -1))
@@ -78,7 +81,7 @@ def mask_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _prompt(sam: Sam, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, bool]:
-    """Sparse and dense prompt tokens for masks (P, S, S), and whether the prompt is ambiguous."""
+    """Return sparse and dense tokens that prompt for masks (P, S, S), and whether ambiguously."""
     kind = int(torch.randint(0, 3, (), generator=generator))
     points, boxes = None, None
     if kind == 0:
@@ -93,7 +96,7 @@ def _prompt(sam: Sam, masks: Tensor, generator: torch.Generator) -> tuple[Tensor
 def pretraining_loss(
     sam: Sam, images: Tensor, masks: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Loss and chosen masks' IoU of a batch: images (B, 3, S, S), masks (B, M, S, S).
+    """Return the loss and the chosen masks' IoU of images (B, 3, S, S) and masks (B, M, S, S).
 
     One prompt kind a batch; a single point scores the best of the three ambiguous masks, a box or
     three points score the unambiguous one.
@@ -147,7 +150,7 @@ def pretrain(
         optimizer, learning_rate, total_steps=steps, pct_start=0.05
     )
     loader = DataLoader(SceneDataset(seed, 0, steps * batch_size), batch_size, num_workers=1)
-    for step, (images, masks) in enumerate(_batches(loader), start=1):
+    for step, (images, masks) in enumerate(loader, start=1):
         optimizer.zero_grad()
         loss, iou = pretraining_loss(sam, images, masks, generator)
         loss.backward()
@@ -162,15 +165,10 @@ def pretrain(
     return validate(sam, seed + _VALIDATION_SEED_OFFSET)
 
 
-def _batches(loader: DataLoader[Scene]) -> Iterator[Scene]:
-    yield from loader
-
-
 @torch.no_grad()
 def validate(sam: Sam, seed: int, scenes: int = 64) -> float:
-    """Mean IoU over prompts of every kind on unseen scenes, with the better of ambiguous masks."""
+    """Return the mean IoU over all prompts on unseen scenes, of the best of ambiguous masks."""
     sam.eval()
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(SceneDataset(seed, 0, scenes), batch_size=8)
-    predicted_iou = [float(pretraining_loss(sam, x, y, generator)[1]) for x, y in _batches(loader)]
-    return float(np.mean(predicted_iou))
+    return float(np.mean([float(pretraining_loss(sam, x, y, generator)[1]) for x, y in loader]))

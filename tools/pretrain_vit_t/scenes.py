@@ -21,7 +21,7 @@ MIN_AREA_PX = 80  # a visible region smaller than this is clutter, not an object
 
 
 def generate_scene(seed: int, index: int, *, size: int = 256) -> tuple[NDArray[np.uint8], Floats]:
-    """Scene number ``index`` of ``seed``.
+    """Draw scene number ``index`` of ``seed``.
 
     Returns:
         the image (size, size, 3) uint8 RGB and the visible regions of its objects and parts
@@ -62,7 +62,7 @@ def _random_colour(rng: Generator) -> Floats:
 
 
 def _field(rng: Generator, size: int, cells: int, channels: int = 1) -> Floats:
-    """Smooth noise (size, size, channels) in about [-1, 1], with ``cells`` bumps a side."""
+    """Draw smooth noise (size, size, channels) in about [-1, 1], with ``cells`` bumps a side."""
     coarse = rng.standard_normal((cells + 1, cells + 1, channels)).astype(np.float32)
     planes = [
         np.asarray(Image.fromarray(coarse[:, :, c]).resize((size, size), Image.Resampling.BICUBIC))
@@ -72,7 +72,7 @@ def _field(rng: Generator, size: int, cells: int, channels: int = 1) -> Floats:
 
 
 def _fill(rng: Generator, size: int, colour: Floats) -> Floats:
-    """A textured surface (size, size, 3) around ``colour``, 0..255."""
+    """Draw a textured surface (size, size, 3) around ``colour``, 0..255."""
     surface = colour + _field(rng, size, 2, 3) * rng.uniform(2, 25)
     kind = rng.integers(0, 5)
     strength = float(rng.uniform(3, 30))
@@ -91,7 +91,7 @@ def _fill(rng: Generator, size: int, colour: Floats) -> Floats:
 
 
 def _shape(rng: Generator, size: int, *, scale: float) -> Floats:
-    """One anti-aliased shape (size, size) in [0, 1]; ``scale`` is its radius over ``size``."""
+    """Draw one anti-aliased shape (size, size) in [0, 1]; ``scale`` is its radius over ``size``."""
     centre = rng.uniform(0.1, 0.9, size=2) * size
     radius = scale * size
     kind = rng.integers(0, 6)
@@ -128,7 +128,7 @@ def _shape(rng: Generator, size: int, *, scale: float) -> Floats:
 
 
 def _stroke(rng: Generator, size: int, centre: Doubles, radius: float) -> Floats:
-    """A curved band (size, size) in [0, 1]."""
+    """Draw a curved band (size, size) in [0, 1]."""
     steps = np.cumsum(rng.normal(0, 0.25, 24)) + rng.uniform(0, 2 * np.pi)
     path = np.cumsum(np.stack([np.cos(steps), np.sin(steps)], axis=1), axis=0) * radius / 8
     path = path - path.mean(axis=0) + centre
@@ -157,7 +157,7 @@ def _paint(rng: Generator, canvas: Floats, shape: Floats, under: Floats) -> Floa
 
 
 def _clutter(rng: Generator, canvas: Floats) -> Floats:
-    """Thin curves, dots and glints, which belong to no object."""
+    """Add thin curves, dots and glints, which belong to no object."""
     size = canvas.shape[0]
     drawing = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(drawing)
@@ -179,7 +179,7 @@ def _clutter(rng: Generator, canvas: Floats) -> Floats:
 
 
 def _camera(rng: Generator, canvas: NDArray[Any]) -> Floats:
-    """Light, colour cast, dark corners, blur and sensor noise."""
+    """Add light, a colour cast, dark corners, blur and sensor noise."""
     size = canvas.shape[0]
     if rng.random() < 0.5:
         canvas = canvas * (1 + _field(rng, size, 1) * rng.uniform(0.05, 0.25))

@@ -1,0 +1,1 @@
+"""Programs behind what the package ships; no part of the wheel."""

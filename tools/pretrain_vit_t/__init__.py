@@ -1,0 +1,1 @@
+"""How the weights of ``vit_t`` that the package ships came to be."""
