@@ -8,8 +8,8 @@ rival: every client learns the mean of all clients' logits. Their losses: ``codi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 from pipeline.federation.codistillation_losses import (
     CONDENSATION_MIN_GRADE,
-    KL_WEIGHT,
+    Consensus,
     GradedLogits,
-    digest_loss,
-    graded_loss,
 )
 from pipeline.federation.local_update import MAX_GRADIENT_NORM, seeded
 from pipeline.segmentation.networks import normalise
@@ -105,14 +103,14 @@ class BestClient:
         _check_logits(logits, self._shape)
         new = GradedLogits.of(logits, self._labels)
         if self._best is None:
-            self._best = GradedLogits(logits.clone(), new.grades)
+            self._best = replace(new, logits=logits.clone(), min_grade=CONDENSATION_MIN_GRADE)
             return
         better = new.grades > self._best.grades
         self._best.logits[better] = logits[better]
         self._best.grades[better] = new.grades[better]
 
     def result(self) -> GradedLogits:
-        """Return z* and g* of the clients so far; not a copy.
+        """Return RC's teacher, z* and g* of the clients so far; not a copy.
 
         Raises:
             ValueError: nothing was added.
@@ -176,112 +174,52 @@ def _check_finite(logits: Tensor, *, first: int = 0) -> None:
 
 @dataclass(frozen=True)
 class PublicTraining:
-    """What a model is trained on, and how, where it learns from logits on all of D_p."""
+    """How a model is trained on all of D_p."""
 
     inputs: Tensor  # (N, 3, S, S) float32, from ``noised_public``
-    labels: Tensor  # (N, S, S) integers in 0..K; FedMD's digest does not look at them
     optimizer: torch.optim.Optimizer
     generator: torch.Generator  # on the CPU; shuffles the batches and seeds dropout
     epochs: int  # at least 1
     batch_size: int  # at least 2; a last image left alone joins the batch before it
-    kl_weight: float = KL_WEIGHT  # of RC and RF
 
 
-def condense(model: nn.Module, best: GradedLogits, *, training: PublicTraining) -> dict[str, float]:
-    """Train the server's model by Regularity Condensation.
+def distil(
+    model: nn.Module, teacher: GradedLogits | Consensus, *, training: PublicTraining
+) -> dict[str, float]:
+    """Train ``model`` on what ``teacher`` says of D_p: by RC, RF, or FedMD's digest.
 
-    ``model`` changes in place and is left in training mode. The same state of the generator gives
+    The model changes in place and is left in training mode. The same state of the generator gives
     the same weights.
 
-    Args:
-        best: ``BestClient.result()``.
-
     Returns:
-        Means over images and epochs of ``DistillationTerms``, by name.
+        Means over images and epochs of the teacher's ``terms``.
 
     Raises:
-        ValueError: ``best`` does not fit the model's logits or is not finite, there are fewer than
-            two images, or ``epochs`` or ``batch_size`` is too small.
+        ValueError: the teacher does not fit the model's logits or is not finite, there are fewer
+            than two images, or ``epochs`` or ``batch_size`` is too small.
     """
-    return _train_on_graded(model, best, CONDENSATION_MIN_GRADE, training)
-
-
-def fuse(model: nn.Module, server: GradedLogits, *, training: PublicTraining) -> dict[str, float]:
-    """Train a client's model by Regularity Fusion; else as ``condense``.
-
-    Args:
-        server: the logits of the server's model after RC, and their grades.
-    """
-    return _train_on_graded(model, server, 0.0, training)
-
-
-def digest(model: nn.Module, consensus: Tensor, *, training: PublicTraining) -> dict[str, float]:
-    """Train a client's model towards FedMD's consensus, without labels; else as ``condense``.
-
-    Args:
-        consensus: (N, K+1, S, S) float16, from ``MeanLogits``.
-
-    Returns:
-        The mean ``loss``.
-    """
-
-    def terms(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        return {"loss": digest_loss(logits, consensus[rows].to(logits.device))}
-
-    return _train(model, consensus, terms, training)
-
-
-def _train_on_graded(
-    model: nn.Module, teacher: GradedLogits, min_grade: float, training: PublicTraining
-) -> dict[str, float]:
-    def terms(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        labels = training.labels[rows].long().to(logits.device)
-        graded = GradedLogits(*(t[rows].to(logits.device) for t in vars(teacher).values()))
-        loss = graded_loss(
-            logits, labels, graded, min_grade=min_grade, kl_weight=training.kl_weight
-        )
-        return loss._asdict()
-
-    return _train(model, teacher.logits, terms, training)
-
-
-def _train(
-    model: nn.Module,
-    teacher: Tensor,
-    batch_loss: Callable[[Tensor, Tensor], dict[str, Tensor]],
-    training: PublicTraining,
-) -> dict[str, float]:
-    """Train on all of D_p in shuffled batches.
-
-    Args:
-        teacher: (N, K+1, S, S), the logits that the loss reads.
-        batch_loss: from a batch's logits and its rows of D_p to ``loss`` and whatever else is told.
-
-    Returns:
-        The means over images and epochs of what ``batch_loss`` returns.
-    """
-    if training.epochs < 1:
-        raise ValueError(f"epochs is {training.epochs}, expected at least 1")
-    count = len(training.inputs)
-    if len(teacher) != count:
-        raise ValueError(f"logits are of {len(teacher)} public images, expected {count}")
-    _check_finite(teacher)
+    count, epochs = len(training.inputs), training.epochs
+    if epochs < 1:
+        raise ValueError(f"epochs is {epochs}, expected at least 1")
+    if len(teacher.logits) != count:
+        raise ValueError(f"logits are of {len(teacher.logits)} public images, expected {count}")
+    _check_finite(teacher.logits)
     device = next(model.parameters()).device
     sums: dict[str, float] = {}
     seed = int(torch.randint(2**31, (), generator=training.generator))
     with seeded(seed, model):
         model.train()
-        for _ in range(training.epochs):
+        for _ in range(epochs):
             for rows in _batches(count, training.batch_size, training.generator):
                 logits = model(_to_network(training.inputs[rows], device)).float()
-                terms = batch_loss(logits, rows)
+                terms = teacher.terms(logits, rows)
                 training.optimizer.zero_grad()
                 terms["loss"].backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
                 training.optimizer.step()
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + float(value.detach()) * len(rows)
-    return {name: value / (training.epochs * count) for name, value in sums.items()}
+    return {name: value / (epochs * count) for name, value in sums.items()}
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -13,13 +13,11 @@ the share of b's pixels that are right, and * the client with the most. There is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KL_WEIGHT = 10.0  # a
 CONDENSATION_MIN_GRADE = 0.75  # a best client no better than this teaches the server nothing
 _TEMPERATURE = 2.0
 _NEIGHBOURHOOD = 31  # pixels
@@ -51,28 +49,6 @@ def grades(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(right) / labels[0].numel()
 
 
-@dataclass(frozen=True)
-class GradedLogits:
-    """A teacher on D_p: logits (N, K+1, S, S) float16 and the grade (N,) float32 of each image."""
-
-    logits: Tensor
-    grades: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, labels: Tensor) -> GradedLogits:
-        """Grade ``logits`` by ``labels`` (N, S, S)."""
-        return cls(logits, grades(logits, labels))
-
-
-class DistillationTerms(NamedTuple):
-    """A batch's loss and its parts, scalars. ``loss = loss_seg + kl_weight * loss_kl``."""
-
-    loss: Tensor
-    loss_seg: Tensor
-    loss_kl: Tensor  # already a mean over all images; those that do not count add 0
-    counted: Tensor  # share of images whose KL counts
-
-
 def structure_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Return HSSF's L_seg: cross-entropy plus weighted IoU, mean over images.
 
@@ -95,35 +71,63 @@ def structure_loss(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target) + (1 - iou).mean()
 
 
-def graded_loss(
-    logits: Tensor, labels: Tensor, teacher: GradedLogits, *, min_grade: float, kl_weight: float
-) -> DistillationTerms:
-    """Return the loss of RC and RF on a batch, for the model that learns.
+@dataclass(frozen=True)
+class GradedLogits:
+    """The teacher of RC and RF: logits on D_p, and what they are worth image by image."""
 
-    An image counts where the teacher's grade is above ``min_grade`` and above the learner's own,
-    that of ``logits`` as they are: it stops counting once the learner is as good.
+    logits: Tensor  # (N, K+1, S, S) float16
+    labels: Tensor  # (N, S, S) integers in 0..K
+    grades: Tensor  # (N,) float32, ``grades`` of the logits
+    min_grade: float = 0.0  # RF's; ``CONDENSATION_MIN_GRADE`` for RC
+    kl_weight: float = 10.0  # a
 
-    Args:
-        logits: the learner's, (B, K+1, H, W) float32. labels: (B, H, W) int64 in 0..K.
-        teacher: the teacher's logits (B, K+1, H, W) and grades (B,).
-        min_grade: ``CONDENSATION_MIN_GRADE`` for RC, 0 for RF.
-    """
-    counts = (teacher.grades > min_grade) & (teacher.grades > grades(logits, labels))
-    share = counts.to(logits.dtype)
-    segmentation = structure_loss(logits, labels)
-    divergence = (share * _divergence(logits, teacher.logits)).mean()
-    loss = segmentation + kl_weight * divergence
-    return DistillationTerms(loss, segmentation, divergence, share.mean())
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, *, kl_weight: float = 10.0) -> GradedLogits:
+        """Grade ``logits`` for RF."""
+        return cls(logits, labels, grades(logits, labels), kl_weight=kl_weight)
+
+    def terms(self, logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """Return the loss of a batch of D_p and its parts, scalars.
+
+        An image counts where the teacher's grade is above ``min_grade`` and above the learner's,
+        which is that of ``logits`` as they are: it stops counting once the learner is as good.
+
+        Args:
+            logits: the learner's, (B, K+1, H, W) float32. rows: (B,) int64, the images' rows.
+
+        Returns:
+            ``loss`` = ``loss_seg + kl_weight * loss_kl``; ``loss_kl`` is a mean over all images, of
+            which those that do not count add 0; ``counted`` is the share of those that do.
+        """
+        labels = self.labels[rows].long().to(logits.device)
+        taught, marks = self.logits[rows].to(logits.device), self.grades[rows].to(logits.device)
+        counts = ((marks > self.min_grade) & (marks > grades(logits, labels))).to(logits.dtype)
+        segmentation = structure_loss(logits, labels)
+        divergence = (counts * _divergence(logits, taught)).mean()
+        loss = segmentation + self.kl_weight * divergence
+        return {
+            "loss": loss,
+            "loss_seg": segmentation,
+            "loss_kl": divergence,
+            "counted": counts.mean(),
+        }
 
 
-def digest_loss(logits: Tensor, consensus: Tensor) -> Tensor:
-    """Return FedMD's digest loss: the mean absolute difference of logits, as in its authors' code.
+@dataclass(frozen=True)
+class Consensus:
+    """The teacher of FedMD: the clients' mean logits (N, K+1, S, S) on D_p, without labels."""
 
-    Args:
-        logits, consensus: (B, K+1, H, W).
-    """
-    _check_same_shape(logits, consensus)
-    return F.l1_loss(logits, consensus.to(logits.dtype))
+    logits: Tensor
+
+    def terms(self, logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """Return the mean absolute difference, as in FedMD's authors' code, as ``loss``.
+
+        Args:
+            logits: the learner's, (B, K+1, H, W) float32. rows: (B,) int64, the images' rows.
+        """
+        taught = self.logits[rows].to(logits.device)
+        _check_same_shape(logits, taught)
+        return {"loss": F.l1_loss(logits, taught.to(logits.dtype))}
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -24,13 +24,11 @@ from pipeline.federation.codistillation import (
     BestClient,
     MeanLogits,
     PublicTraining,
-    condense,
-    digest,
-    fuse,
+    distil,
     noised_public,
     public_logits,
 )
-from pipeline.federation.codistillation_losses import GradedLogits
+from pipeline.federation.codistillation_losses import Consensus, GradedLogits
 from pipeline.federation.diagnostics import (
     client_warnings,
     finite,
@@ -124,19 +122,19 @@ class Site:
 
     def _take_in(self, answer: Message, number: int, seed: int) -> dict[str, float]:
         settings = self._config.federate
-        rate, labels = learning_rate(self._config, number), self._public.labels
+        rate = learning_rate(self._config, number)
         training = PublicTraining(
             inputs=self._public.noised(seed),
-            labels=labels,
             optimizer=make_optimizer(self._model, rate, settings.weight_decay),
             generator=torch.Generator().manual_seed(self._seed(number) + 2),
             epochs=settings.fusion_epochs,
             batch_size=settings.labelled_batch,
-            kl_weight=fusion_weight(self._config, number),
         )
         if settings.method == "fedmd":
-            return digest(self._model, answer.logits, training=training)
-        return fuse(self._model, GradedLogits.of(answer.logits, labels), training=training)
+            return distil(self._model, Consensus(answer.logits), training=training)
+        weight = fusion_weight(self._config, number)
+        teacher = GradedLogits.of(answer.logits, self._public.labels, kl_weight=weight)
+        return distil(self._model, teacher, training=training)
 
     def train(self, weights: State, state: AgreementState, number: int) -> LocalResult:
         """The local update, from the client's own weights; there is no broadcast model."""
@@ -286,19 +284,18 @@ class Exchange:
 
     def _condense(self, best: GradedLogits, number: int, seed: int, talk: _Talk) -> _Talk:
         """RC on the server's model, whose logits are the answer."""
-        config, settings, labels = self._config, self._config.federate, self._public.labels
+        config, settings = self._config, self._config.federate
         inputs, rate = self._public.noised(seed), learning_rate(config, number)
         self._global.load_state_dict(talk.weights)
         training = PublicTraining(
             inputs=inputs,
-            labels=labels,
             optimizer=make_optimizer(self._global, rate, settings.weight_decay),
             generator=torch.Generator().manual_seed(server_seed(config.seed, number)),
             epochs=settings.fusion_epochs,
             batch_size=settings.labelled_batch,
-            kl_weight=fusion_weight(config, number),
         )
-        terms = condense(self._global, best, training=training)
+        teacher = replace(best, kl_weight=fusion_weight(config, number))
+        terms = distil(self._global, teacher, training=training)
         try:
             answer = Message(public_logits(self._global, inputs))
         except ValueError as error:

@@ -6,7 +6,8 @@ import copy
 import hashlib
 import itertools
 import math
-from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,14 @@ from pipeline.federation.codistillation import (
     BestClient,
     MeanLogits,
     PublicTraining,
-    condense,
-    digest,
-    fuse,
+    distil,
     noised_public,
     public_logits,
 )
 from pipeline.federation.codistillation_losses import (
     CONDENSATION_MIN_GRADE,
-    DistillationTerms,
+    Consensus,
     GradedLogits,
-    digest_loss,
-    graded_loss,
     grades,
     structure_loss,
 )
@@ -193,6 +190,7 @@ def test_the_best_client_of_each_image() -> None:
         best.add(logits)
     result = best.result()
     assert result.grades.tolist() == [1.0, 0.75, 0.75]
+    assert result.min_grade == CONDENSATION_MIN_GRADE
     for image, winner in enumerate((0, 1, 2)):
         assert torch.equal(result.logits[image], clients[winner][image])
 
@@ -347,8 +345,10 @@ def terms_of(
     teacher: tuple[Tensor, Tensor],
     lowest: float,
     weight: float = 10,
-) -> DistillationTerms:
-    return graded_loss(logits, labels, GradedLogits(*teacher), min_grade=lowest, kl_weight=weight)
+) -> SimpleNamespace:
+    """The teacher's logits and grades; the whole batch in its order."""
+    graded = GradedLogits(teacher[0], labels, teacher[1], min_grade=lowest, kl_weight=weight)
+    return SimpleNamespace(**graded.terms(logits, torch.arange(len(logits))))
 
 
 @pytest.mark.parametrize("lowest", LOWEST)
@@ -446,11 +446,9 @@ def test_extreme_teachers_stay_finite(lowest: float) -> None:
 
 def test_digest_by_hand() -> None:
     """|1 - 3|, |2 - 2|, |0 + 1|, |5 - 4|: mean 1."""
-    found = digest_loss(
-        torch.tensor([1.0, 2.0, 0.0, 5.0]).reshape(1, 2, 1, 2),
-        torch.tensor([3.0, 2.0, -1.0, 4.0]).reshape(1, 2, 1, 2).half(),
-    )
-    assert float(found) == 1.0
+    consensus = Consensus(torch.tensor([3.0, 2.0, -1.0, 4.0]).reshape(1, 2, 1, 2).half())
+    logits = torch.tensor([1.0, 2.0, 0.0, 5.0]).reshape(1, 2, 1, 2)
+    assert float(consensus.terms(logits, torch.tensor([0]))["loss"]) == 1.0
 
 
 def test_teachers_of_another_shape_are_refused() -> None:
@@ -460,7 +458,7 @@ def test_teachers_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=message):
         terms_of(logits, labels, (logits[:, :1], torch.ones(4)), 0.0)
     with pytest.raises(ValueError, match=message):
-        digest_loss(logits, logits[:, :1])
+        Consensus(logits[:, :1]).terms(logits, torch.arange(4))
 
 
 # --------------------------------------------------------------------------- training
@@ -470,11 +468,18 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 
-def training_on(
-    model: nn.Module, inputs: Tensor, labels: Tensor, *, seed: int = 0, **changes: Any
-) -> PublicTraining:
+def learn(
+    model: nn.Module,
+    inputs: Tensor,
+    teacher: GradedLogits | Consensus,
+    *,
+    seed: int = 0,
+    **changes: Any,
+) -> dict[str, float]:
     settings: dict[str, Any] = {"optimizer": adam(model), "epochs": 1, "batch_size": 2} | changes
-    return PublicTraining(inputs=inputs, labels=labels, generator=generator(seed), **settings)
+    return distil(
+        model, teacher, training=PublicTraining(inputs, generator=generator(seed), **settings)
+    )
 
 
 def distance(model: nn.Module, inputs: Tensor, teacher: Tensor) -> float:
@@ -482,19 +487,19 @@ def distance(model: nn.Module, inputs: Tensor, teacher: Tensor) -> float:
     return float(np.mean(divergence_reference(public_logits(model, inputs), teacher)))
 
 
-@pytest.mark.parametrize("learn", [condense, fuse])
-def test_a_model_learns_from_a_better_one(learn: Callable[..., dict[str, float]]) -> None:
+@pytest.mark.parametrize("lowest", LOWEST)
+def test_a_model_learns_from_a_better_one(lowest: float) -> None:
     """The teacher is right but unsure, so labels alone, which want certainty, lead elsewhere."""
     images, labels = discs(6)
     inputs = noised_public(images, seed=0)
     unsure = logits_of(labels, strength=2.0)
-    teacher = GradedLogits.of(unsure, labels)
+    teacher = replace(GradedLogits.of(unsure, labels), min_grade=lowest)
     after, reports = {}, {}
     for weight in (0.0, 10.0):
         model = build_model(SETTINGS, seed=0)
         before = distance(model, inputs, unsure)
-        training = training_on(model, inputs, labels, epochs=20, batch_size=3, kl_weight=weight)
-        reports[weight] = learn(model, teacher, training=training)
+        weighed = replace(teacher, kl_weight=weight)
+        reports[weight] = learn(model, inputs, weighed, epochs=20, batch_size=3)
         after[weight] = distance(model, inputs, unsure)
     assert after[10.0] < 0.4 * before
     assert after[10.0] < 0.2 * after[0.0]
@@ -515,8 +520,7 @@ def test_a_model_digests_the_consensus() -> None:
         return float((public_logits(model, inputs).float() - consensus.float()).abs().mean())
 
     before = off()
-    training = training_on(model, inputs, labels, epochs=12, batch_size=3)
-    report = digest(model, consensus, training=training)
+    report = learn(model, inputs, Consensus(consensus), epochs=12, batch_size=3)
     assert off() < 0.5 * before
     assert list(report) == ["loss"]
 
@@ -543,8 +547,8 @@ class Tiny(nn.Module):
 def run_tiny(count: int, batch_size: int) -> Tiny:
     labels = torch.zeros(count, 4, 4, dtype=torch.uint8)
     model = Tiny()
-    training = training_on(model, numbered(count), labels, epochs=2, batch_size=batch_size)
-    fuse(model, GradedLogits.of(logits_of(labels), labels), training=training)
+    teacher = GradedLogits.of(logits_of(labels), labels)
+    learn(model, numbered(count), teacher, epochs=2, batch_size=batch_size)
     return model
 
 
@@ -568,19 +572,18 @@ def test_epochs_are_shuffled() -> None:
     assert first != sorted(first)
 
 
-@pytest.mark.parametrize("learn", [condense, fuse, digest])
-def test_the_same_bytes_whatever_was_drawn_before(learn: Callable[..., dict[str, float]]) -> None:
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_same_bytes_whatever_was_drawn_before(labelled: bool) -> None:
     """Dropout draws from torch's global generator, which is put back as it was."""
     labels = torch.zeros(5, 4, 4, dtype=torch.uint8)
-    good = GradedLogits.of(logits_of(labels), labels)
-    teacher = good.logits if learn is digest else good
+    logits = logits_of(labels)
+    teacher = GradedLogits.of(logits, labels) if labelled else Consensus(logits)
     states, reports = [], []
     for drawn, seed in ((0, 1), (7, 1), (0, 2)):
         torch.rand(drawn)
         before = torch.get_rng_state()
         model = Tiny()
-        training = training_on(model, numbered(5), labels, seed=seed, epochs=2)
-        reports.append(learn(model, teacher, training=training))
+        reports.append(learn(model, numbered(5), teacher, seed=seed, epochs=2))
         assert torch.equal(torch.get_rng_state(), before)
         states.append(model.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -595,10 +598,10 @@ def test_diagnostics_are_means_over_images() -> None:
         for parameter in model.parameters():
             parameter.zero_()
     labels = torch.ones(5, 1, 1, dtype=torch.uint8)
-    teacher = GradedLogits(SURE.expand(5, -1, -1, -1).half(), torch.tensor([1.0, 0, 0.9, 0.8, 0.7]))
+    marks = torch.tensor([1.0, 0, 0.9, 0.8, 0.7])
+    teacher = GradedLogits(SURE.expand(5, -1, -1, -1).half(), labels, marks, min_grade=0.75)
     still = torch.optim.SGD(model.parameters(), lr=0.0)
-    training = training_on(model, torch.zeros(5, 3, 1, 1), labels, epochs=2, optimizer=still)
-    report = condense(model, teacher, training=training)
+    report = learn(model, torch.zeros(5, 3, 1, 1), teacher, epochs=2, optimizer=still)
     one = terms_of(UNDECIDED, ONE, (SURE.half(), torch.ones(1)), CONDENSATION_MIN_GRADE)
     assert report["counted"] == pytest.approx(3 / 5)
     assert report["loss_seg"] == pytest.approx(float(one.loss_seg))
@@ -610,10 +613,8 @@ def test_gradients_are_clipped_as_in_local_updates() -> None:
     model = nn.Conv2d(3, 2, 1)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     plain = torch.optim.SGD(model.parameters(), lr=1.0)
-    training = training_on(
-        model, torch.full((2, 3, 4, 4), 1e3), torch.zeros(2, 4, 4), optimizer=plain
-    )
-    digest(model, torch.zeros(2, 2, 4, 4, dtype=torch.float16), training=training)
+    nothing = Consensus(torch.zeros(2, 2, 4, 4, dtype=torch.float16))
+    learn(model, torch.full((2, 3, 4, 4), 1e3), nothing, optimizer=plain)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert float((after - before).norm()) == pytest.approx(5.0, rel=1e-4)
 
@@ -626,9 +627,9 @@ def test_a_models_own_logits_can_teach() -> None:
     for seed in (1, 2):
         best.add(public_logits(build_model(SETTINGS, seed=seed), inputs))
     server, client = (build_model(SETTINGS, seed=seed) for seed in (0, 1))
-    condense(server, best.result(), training=training_on(server, inputs, labels))
+    learn(server, inputs, best.result())
     answer = GradedLogits.of(public_logits(server, inputs), labels)
-    report = fuse(client, answer, training=training_on(client, inputs, labels))
+    report = learn(client, inputs, answer)
     assert all(math.isfinite(value) for value in report.values())
 
 
@@ -644,11 +645,10 @@ def test_a_models_own_logits_can_teach() -> None:
     ],
 )
 def test_what_cannot_be_trained_on_is_named(changes: dict[str, Any], message: str) -> None:
-    settings = {"inputs": numbered(3), "count": 3, "value": 0.0, "channels": 2} | changes
+    settings = {"count": 3, "value": 0.0, "channels": 2} | changes
+    inputs = settings.pop("inputs", numbered(3))
     teacher = torch.zeros(settings.pop("count"), settings.pop("channels"), 4, 4).half()
     teacher[0, 0, 0, 0] = settings.pop("value")
-    model = Tiny()
-    training = training_on(model, settings.pop("inputs"), torch.zeros(3, 4, 4), **settings)
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared)
-        digest(model, teacher, training=training)
+        learn(Tiny(), inputs, Consensus(teacher), **settings)
     assert message in str(error.value)
