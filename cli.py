@@ -252,16 +252,8 @@ def prepare(
     from pipeline.data.prepare import prepare as run_prepare
 
     with _progress() as advance:
-        partition = run_prepare(config, with_oracle=with_oracle, progress=advance)
-    sizes = {
-        owner: {split: len(ids) for split, ids in partition.splits(owner).items()}
-        for owner in ("server", *partition.clients)
-    }
-    lines = [
-        f"{owner}: " + ", ".join(f"{count} {split}" for split, count in splits.items())
-        for owner, splits in sizes.items()
-    ]
-    _say(sizes, as_json, "\n".join(lines))
+        result = run_prepare(config, with_oracle=with_oracle, progress=advance)
+    _say(result.as_json(), as_json, result.text())
 
 
 @app.command("finetune-sam")

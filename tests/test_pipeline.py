@@ -345,7 +345,7 @@ def test_a_mask_that_changed_since_prepare_is_noticed(tiny_images: Path, tmp_pat
     root = tmp_path / "images"
     shutil.copytree(tiny_images, root)
     config = tiny_config(root, tmp_path / "cache")
-    partition = prepare(config)
+    partition = prepare(config).partition
     entry = partition.images[partition.server.train[0]]
     assert entry.mask is not None
     mask = np.asarray(Image.open(root / entry.mask))

@@ -7,8 +7,9 @@ exist, and an optional ``sites.csv`` (``image_id,site,group``). It is only ever 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.disk import file_sha256, is_folder_name
+from pipeline.disk import is_folder_name
 from pipeline.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+MASK_SUFFIXES = (".png",)
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # by content; no EPS reaches Ghostscript by another name
 MAX_PIXELS = 100_000_000  # a larger image is refused, not decoded
+MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits; a larger file is refused, not read
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit above is an error, Pillow's a warning
 
@@ -37,8 +40,11 @@ class ImageRecord:
     group: str
 
 
+# --------------------------------------------------------------------------- the folder
+
+
 def scan(root: Path) -> dict[str, ImageRecord]:
-    """All images below ``root`` by id, in id order.
+    """Find all images below ``root`` by id, in the order of their files' names.
 
     Raises:
         DataError: no images, two images with one id, a mask without an image, a bad ``sites.csv``.
@@ -48,99 +54,125 @@ def scan(root: Path) -> dict[str, ImageRecord]:
         raise DataError(
             f"{folder}: no such folder; expected images/<id>.png|jpg|tif|bmp in data.root"
         )
-    images: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
-            continue
-        if not _is_text(path.name):
-            raise DataError(f"{str(path)!a}: file name is not valid UTF-8; rename it")
-        if path.stem in images:
-            raise DataError(
-                f"{path}: a second image with id '{path.stem}' beside {images[path.stem].name}; "
-                "rename or remove one"
-            )
-        images[path.stem] = path
+    images = _files_by_id(folder, "image", IMAGE_SUFFIXES)
     if not images:
         raise DataError(f"{folder}: no images found; expected {' '.join(IMAGE_SUFFIXES)} files")
-    masks = _scan_masks(root / "masks", images)
+    masks = _files_by_id(root / "masks", "mask", MASK_SUFFIXES)
+    for image_id, path in masks.items():
+        if image_id not in images:
+            raise DataError(f"{path}: mask without an image; expected images/{image_id}.*")
     sites = _read_sites(root / "sites.csv", images)
     return {
         image_id: ImageRecord(
             image_id,
-            image=path.relative_to(root).as_posix(),
-            mask=masks.get(image_id),
-            site=sites[image_id][0] if image_id in sites else "site",
-            group=sites[image_id][1] if image_id in sites else image_id,
+            f"images/{path.name}",
+            f"masks/{masks[image_id].name}" if image_id in masks else None,
+            *sites.get(image_id, ("site", image_id)),
         )
         for image_id, path in images.items()
     }
 
 
-def _scan_masks(folder: Path, images: Mapping[str, Path]) -> dict[str, str]:
-    masks: dict[str, str] = {}
-    if not folder.is_dir():
-        return masks
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() != ".png" or path.name.startswith("."):
+def _files_by_id(folder: Path, kind: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
             continue
-        if path.stem not in images:
-            raise DataError(f"{path}: mask without an image; expected images/{path.stem}.*")
-        if path.stem in masks:
+        if path.name.encode(errors="ignore").decode() != path.name:  # no table could hold it
+            raise DataError(f"{str(path)!a}: file name is not valid UTF-8; rename it")
+        if path.stem in found:
             raise DataError(
-                f"{path}: a second mask with id '{path.stem}' beside {masks[path.stem]}; "
+                f"{path}: a second {kind} with id '{path.stem}' beside {found[path.stem].name}; "
                 "rename or remove one"
             )
-        masks[path.stem] = f"masks/{path.name}"
-    return masks
+        found[path.stem] = path
+    return found
 
 
-def _read_sites(path: Path, images: Mapping[str, Path]) -> dict[str, tuple[str, str]]:
-    """Site and group of each image id; a group's name is made unique across sites."""
+def _read_sites(path: Path, images: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return site and group of each image id; a group's name is made unique across sites."""
     if not path.is_file():
         return {}
     rows: dict[str, tuple[str, str]] = {}
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a UTF-8 table; save it as CSV in UTF-8") from error
-    with io.StringIO(text, newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames is None or not {"image_id", "site"} <= set(reader.fieldnames):
+        table = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+        if not {"image_id", "site"} <= set(table.fieldnames or ()):
             raise DataError(
-                f"{path}: found columns {reader.fieldnames}; expected image_id, site and "
+                f"{path}: found columns {table.fieldnames}; expected image_id, site and "
                 "optionally group"
             )
-        for row in reader:
+        for row in table:
             image_id, site, group = row["image_id"], row["site"], row.get("group")
-            if image_id in rows:
-                raise DataError(f"{path} line {reader.line_num}: '{image_id}' is listed twice")
-            if not image_id or not site:
-                raise DataError(f"{path} line {reader.line_num}: empty image_id or site")
-            if not is_folder_name(site) or site == "server":  # a client is named after its site
-                raise DataError(
-                    f"{path} line {reader.line_num}: site '{site}' cannot name a client's folder; "
-                    "avoid / \\ : and a dot in front, and 'server'"
-                )
+            fault = _site_fault(image_id, site, seen=image_id in rows)
+            if fault is not None:
+                raise DataError(f"{path} line {table.line_num}: {fault}")
             rows[image_id] = (site, f"{site}/{group or image_id}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a UTF-8 table; save it as CSV in UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{path}: damaged table ({error}); save it as CSV in UTF-8") from error
     missing = [image_id for image_id in images if image_id not in rows]
     if missing:
         raise DataError(f"{path}: no row for image '{missing[0]}' ({len(missing)} images lack one)")
     return rows
 
 
-def _is_text(name: str) -> bool:
-    """Whether a file's name can be written to a table: bytes that are no UTF-8 cannot."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _site_fault(image_id: str | None, site: str | None, *, seen: bool) -> str | None:
+    if seen:
+        return f"'{image_id}' is listed twice"
+    if not image_id or not site:
+        return "empty image_id or site"
+    if not is_folder_name(site) or site == "server":  # a client is named after its site
+        return (
+            f"site '{site}' cannot name a client's folder; avoid / \\ : and a dot in front, and "
+            "'server'"
+        )
+    return None
 
 
-def _decode(path: Path) -> Image.Image:
-    """The first frame, in memory and upright (EXIF orientation applied); the file is closed."""
+# --------------------------------------------------------------------------- the files
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file and its bytes, read once: what is hashed is what is decoded."""
+
+    path: Path
+    content: bytes
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the content, as 64 hexadecimal digits."""
+        return hashlib.sha256(self.content).hexdigest()
+
+
+def read_file(path: Path, *, sha256: str | None = None) -> InputFile:
+    """Read the file of an image or a mask.
+
+    Raises:
+        DataError: it is missing, too large, cannot be read, or has another digest than ``sha256``.
+    """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise DataError(f"{path}: {size} bytes; at most {MAX_BYTES} are read; scale it down")
+        file = InputFile(path, path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; run `samfed prepare` again") from error
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); check its permissions and its disk"
+        ) from error
+    if sha256 is not None and file.sha256 != sha256:
+        raise DataError(f"{path}: changed since `samfed prepare`; run `samfed prepare` again")
+    return file
+
+
+def _decode(file: InputFile) -> Image.Image:
+    """Decode the first frame, upright (EXIF orientation applied)."""
+    path = file.path
+    try:
+        with Image.open(io.BytesIO(file.content), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
                     f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are "
@@ -148,8 +180,6 @@ def _decode(path: Path) -> Image.Image:
                 )
             image.load()
             return ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; run `samfed prepare` again") from error
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: not an image that can be read; replace or remove it") from error
     except (DataError, MemoryError):
@@ -159,7 +189,7 @@ def _decode(path: Path) -> Image.Image:
         raise DataError(f"{path}: damaged image ({reason}); replace or remove it") from error
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
+def decode_image(file: InputFile) -> NDArray[np.uint8]:
     """Decode an image to (H, W, 3) uint8 RGB, upright (EXIF orientation applied).
 
     Grey images are repeated over the channels, alpha is dropped. Images with more than 8 bits a
@@ -167,23 +197,24 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     14 significant bits in 16-bit files and do not say how many.
 
     Raises:
-        DataError: the file is missing, truncated, too large or no image.
+        DataError: the file is truncated, has too many pixels, or is no image.
     """
-    image = _decode(path)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise DataError(
-                f"{path}: values are not finite (NaN or infinity); replace or remove it"
-            )
-        low, high = float(values.min()), float(values.max())
-        scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-        grey: NDArray[np.uint8] = np.rint(scaled).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGB"), dtype=np.uint8)
+    image = _decode(file)
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return np.asarray(image.convert("RGB"), dtype=np.uint8)
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise DataError(
+            f"{file.path}: values are not finite (NaN or infinity); replace or remove it"
+        )
+    low, high = float(values.min()), float(values.max())
+    scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
+    return np.repeat(np.rint(scaled).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def read_mask(path: Path, *, size_hw: tuple[int, int], num_classes: int) -> NDArray[np.uint8]:
+def decode_mask(
+    file: InputFile, *, size_hw: tuple[int, int], num_classes: int
+) -> NDArray[np.uint8]:
     """Decode a mask to class indices (H, W) uint8 in 0..K.
 
     With one class any non-zero value is foreground; with more, values are class indices.
@@ -191,34 +222,29 @@ def read_mask(path: Path, *, size_hw: tuple[int, int], num_classes: int) -> NDAr
     Raises:
         DataError: unreadable, another size than its image, several channels, or an unknown class.
     """
-    image = _decode(path)
+    image = _decode(file)
+    values = np.asarray(image)
     if image.mode in ("RGB", "RGBA", "LA"):
         channels = np.asarray(image.convert("RGB"))
+        values = channels[:, :, 0]
         if (channels != channels[:, :, :1]).any():
-            raise DataError(f"{path}: a colour image; expected class indices in one channel")
-        values = channels[:, :, 0].astype(np.int64)
-    else:
-        values = np.asarray(image).astype(np.int64)
+            raise DataError(f"{file.path}: a colour image; expected class indices in one channel")
     if values.shape != size_hw:
         raise DataError(
-            f"{path}: mask is {values.shape[1]} x {values.shape[0]} pixels, its image is "
+            f"{file.path}: mask is {values.shape[1]} x {values.shape[0]} pixels, its image is "
             f"{size_hw[1]} x {size_hw[0]}; they must be equal"
         )
-    if num_classes == 1:
-        values = values != 0
+    values = (values != 0) if num_classes == 1 else values.astype(np.int64)
     if values.max(initial=0) > num_classes:
         raise DataError(
-            f"{path}: found class {values.max()}, expected 0..{num_classes} (data.num_classes)"
+            f"{file.path}: found class {values.max()}, expected 0..{num_classes} (data.num_classes)"
         )
     return values.astype(np.uint8)
 
 
 def load_image(root: Path, file: str, *, sha256: str) -> NDArray[np.uint8]:
-    """``read_image`` of ``root/file``, refusing a file that changed since ``samfed prepare``."""
-    path = root / file
-    if path.is_file() and file_sha256(path) != sha256:
-        raise DataError(f"{path}: changed since `samfed prepare`; run `samfed prepare` again")
-    return read_image(path)
+    """Decode the image ``root/file``, refusing one that changed since ``samfed prepare``."""
+    return decode_image(read_file(root / file, sha256=sha256))
 
 
 def resize_image(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""The server's labelled images, at their own resolution."""
+"""Labelled images at their own resolution: the server's public set D_p, and test parts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config
-from pipeline.data.images import load_image, read_mask
+from pipeline.data.images import decode_mask, load_image, read_file
 from pipeline.data.partition import Partition
-from pipeline.disk import file_sha256
 from pipeline.errors import DataError
 
 
@@ -32,17 +31,13 @@ def load_labelled(
     Raises:
         DataError: an image or mask is missing, damaged, or changed since ``samfed prepare``.
     """
+    root = config.data.root
     for image_id in ids:
         entry = partition.images[image_id]
         if entry.mask is None:
-            raise DataError(f"image '{image_id}' of the server's set has no mask")
-        image = load_image(config.data.root, entry.image, sha256=entry.image_sha256)
-        path = config.data.root / entry.mask
-        if path.is_file() and file_sha256(path) != entry.mask_sha256:
-            raise DataError(f"{path}: changed since `samfed prepare`; run `samfed prepare` again")
-        mask = read_mask(
-            path,
-            size_hw=image.shape[:2],
-            num_classes=config.data.num_classes,
-        )
+            raise DataError(f"image '{image_id}' is in a labelled part but has no mask")
+        image = load_image(root, entry.image, sha256=entry.image_sha256)
+        file = read_file(root / entry.mask, sha256=entry.mask_sha256)
+        size_hw, classes = image.shape[:2], config.data.num_classes
+        mask = decode_mask(file, size_hw=size_hw, num_classes=classes)
         yield LabelledImage(image_id, image, mask)

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data import images
-from pipeline.data.images import load_image, read_image, read_mask, resize_image, resize_mask, scan
+from pipeline.data.images import (
+    decode_image,
+    decode_mask,
+    load_image,
+    read_file,
+    resize_image,
+    resize_mask,
+    scan,
+)
 from pipeline.disk import file_sha256
 from pipeline.errors import DataError
 
@@ -23,6 +31,14 @@ def save(path: Path, values: NDArray[np.generic], **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(values).save(path, **options)  # type: ignore[arg-type]
     return path
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    return decode_image(read_file(path))
+
+
+def read_mask(path: Path, *, size_hw: tuple[int, int], num_classes: int) -> NDArray[np.uint8]:
+    return decode_mask(read_file(path), size_hw=size_hw, num_classes=num_classes)
 
 
 def refusal(path: Path) -> str:
@@ -187,6 +203,21 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(images, "MAX_PIXELS", 23)
     path = save(tmp_path / "x.png", RGB)
     assert refusal(path) == f"{path}: 4 x 6 pixels; at most 23 are read; scale it down"
+
+
+def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "x.bmp", RGB)
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    assert refusal(path) == (
+        f"{path}: {path.stat().st_size} bytes; at most 100 are read; scale it down"
+    )
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "x.png").mkdir()
+    assert refusal(tmp_path / "x.png") == (
+        f"{tmp_path}/x.png: cannot be read (Is a directory); check its permissions and its disk"
+    )
 
 
 def test_changed_since_prepare(root: Path) -> None:
@@ -390,6 +421,13 @@ def test_a_wrong_sites_table(root: Path, text: str, expected: str) -> None:
 def test_a_sites_table_that_is_no_utf8(root: Path) -> None:
     write_sites(root, "image_id,site\na,K\u00f6ln\nb,x\n", "latin-1")
     assert scan_refusal(root, "sites.csv") == ": not a UTF-8 table; save it as CSV in UTF-8"
+
+
+def test_a_damaged_sites_table(root: Path) -> None:
+    write_sites(root, 'image_id,site\na,"x\nb,x\n' + "y" * 200_000)  # a quote without its end
+    assert scan_refusal(root, "sites.csv") == (
+        ": damaged table (field larger than field limit (131072)); save it as CSV in UTF-8"
+    )
 
 
 def test_a_site_named_outside_ascii(root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.config import PartitionConfig
+from pipeline.data.drawing import draw_partition
 from pipeline.data.images import ImageRecord
 from pipeline.data.partition import (
     ClientPart,
     ImageEntry,
     Partition,
     ServerPart,
-    draw_partition,
     load_partition,
     read_partition_file,
     save_partition,
@@ -346,9 +347,33 @@ def _no_mapping(raw: dict[str, Any]) -> str:
     return "clients: Input should be a valid dictionary; expected a samfed partition"
 
 
+SHA256_PATTERN = "String should match pattern '^[0-9a-f]{64}$'; expected a samfed partition"
+
+
+def _no_digest(raw: dict[str, Any]) -> str:
+    image_id = raw["server"]["train"][0]
+    raw["images"][image_id]["image_sha256"] = "x" * 64
+    return f"images.{image_id}.image_sha256: {SHA256_PATTERN}"
+
+
+def _no_mask_digest(raw: dict[str, Any]) -> str:
+    image_id = raw["server"]["train"][0]
+    raw["images"][image_id]["mask_sha256"] = "0" * 63
+    return f"images.{image_id}.mask_sha256: {SHA256_PATTERN}"
+
+
+def _no_path(raw: dict[str, Any]) -> str:
+    image_id = raw["server"]["train"][0]
+    raw["images"][image_id]["image"] = "images/\0.png"
+    return f"images.{image_id}.image: String should match pattern"
+
+
 @pytest.mark.parametrize(
     "tamper",
     [
+        _no_digest,
+        _no_mask_digest,
+        _no_path,
         _in_two_parts,
         _twice_in_one_part,
         _straddling,
@@ -372,6 +397,38 @@ def test_a_tampered_file_is_refused(
         load_partition(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert str(caught.value).removeprefix(f"{path}: ").startswith(expected)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a nest of dicts and lists; the first of each long list or dict of images."""
+    found = [path]
+    if isinstance(value, dict | list):
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        for key in keys if len(keys) < 7 else keys[:1]:
+            found += places(value[key], (*path, key))
+    return found
+
+
+def test_a_wrong_type_anywhere_gets_one_line(written: tuple[Path, Records]) -> None:
+    path, _ = written
+    whole = path.read_text()
+    refused = 0
+    for place in places(json.loads(whole)):
+        for wrong in (None, 7, 1e999, "\ud800", [], ["a", 1], {}, {"a": None}):
+            raw = json.loads(whole)
+            value = raw
+            for key in place[:-1]:
+                value = value[key]
+            if place:
+                value[place[-1]] = wrong
+            path.write_text(json.dumps(raw if place else wrong))
+            try:
+                load_partition(path)
+            except DataError as error:
+                refused += 1
+                assert str(error).startswith(f"{path}: ")  # noqa: PT017
+                assert "\n" not in str(error)  # noqa: PT017
+    assert refused > 100
 
 
 def test_a_file_that_is_no_json(tmp_path: Path) -> None:
@@ -431,7 +488,9 @@ def test_a_published_partition_is_repeated(folder: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", ["image", "mask"])
 def test_a_published_partition_refuses_other_files(folder: Path, tmp_path: Path, kind: str) -> None:
-    drawn = prepare(tiny_config(folder, tmp_path / "first", data=SMALL, partition=REQUEST))
+    drawn = prepare(
+        tiny_config(folder, tmp_path / "first", data=SMALL, partition=REQUEST)
+    ).partition
     image_id = drawn.server.train[0]
     path = folder / f"{kind}s" / f"{image_id}.png"
     Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
@@ -472,11 +531,15 @@ def test_stopping_between_stores_and_partition_is_seen(
     config = tiny_config(folder, tmp_path / "cache", data=SMALL, partition=REQUEST)
     prepare(config)
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).name == "partition.json":
+            raise KeyboardInterrupt
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.prepare.save_partition", killed)
+        patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(config.model_copy(update={"seed": 3}))
     with pytest.raises(StageError):  # never new images beside the old partition
@@ -485,10 +548,15 @@ def test_stopping_between_stores_and_partition_is_seen(
 
 def test_preparing_again_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     config = tiny_config(folder, tmp_path / "cache", data=SMALL, partition=REQUEST)
-    prepare(config)
+    result = prepare(config)
     before = listing(tmp_path / "cache")
-    prepare(config)
+    assert prepare(config) == result
     assert listing(tmp_path / "cache") == before
+    assert result.as_json() == {
+        "server": {"train": 2, "calibration": 2},
+        "north": {"train": 4, "val": 2, "test": 2},
+    }
+    assert result.text() == "server: 2 train, 2 calibration\nnorth: 4 train, 2 val, 2 test"
 
 
 def test_a_smaller_server_set_changes_nothing_else() -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,15 +112,15 @@ def test_a_users_file_is_refused_and_an_empty_folder_is_taken(tmp_path: Path) ->
 def test_an_interrupted_write_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existed: bool
 ) -> None:
-    out, render, calls = tmp_path / "data", synthetic._render, iter(range(9))
+    out, save, calls = tmp_path / "data", Image.Image.save, iter(range(9))
     before = make(out, images_per_site=1) if existed else {}
 
-    def interrupted(*args: object) -> object:
-        if next(calls) == 4:
+    def interrupted(image: Image.Image, *args: Any, **options: Any) -> None:
+        if next(calls) == 7:
             raise KeyboardInterrupt
-        return render(*args)  # type: ignore[arg-type]
+        save(image, *args, **options)
 
-    monkeypatch.setattr(synthetic, "_render", interrupted)
+    monkeypatch.setattr(Image.Image, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(out)
     assert [path.name for path in tmp_path.iterdir()] == (["data"] if existed else [])

@@ -1,0 +1,266 @@
+"""Drawing a partition: server, clients and their splits.
+
+Everything is drawn group by group (a patient, a video), so that no group straddles two parts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+
+from pipeline.config import PartitionConfig
+from pipeline.data.images import ImageRecord
+from pipeline.data.partition import ClientPart, ServerPart
+from pipeline.errors import ConfigError
+
+_SIZE_BINS = 5  # dirichlet over lesion size: quantiles of the foreground fraction
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images that stay together: those of one patient, of one video."""
+
+    name: str
+    ids: tuple[str, ...]
+    site: str
+    foreground: float | None  # mean fraction of foreground pixels; None unless all have a mask
+
+
+Groups = list[Group]
+
+
+def draw_partition(
+    records: Mapping[str, ImageRecord],
+    config: PartitionConfig,
+    *,
+    seed: int,
+    foreground: Mapping[str, float],
+) -> tuple[ServerPart, dict[str, ClientPart]]:
+    """Draw server, clients and splits.
+
+    Args:
+        records: every image by id.
+        foreground: fraction of foreground pixels, 0..1, of each image that has a mask.
+
+    Raises:
+        ConfigError: the request cannot be met with these images; says which number to change.
+    """
+    rng = np.random.default_rng([seed, 1])
+    groups = _group(records, foreground)
+    train, calibration = _draw_server(groups, config, rng)
+    rest = _shuffled(_without(groups, [*train, *calibration]), rng)
+    owners = _assign(rest, config, rng)
+    clients = {name: _split_client(name, owners[name], config, rng) for name in sorted(owners)}
+    server = ServerPart(train=_ids(train), calibration=_ids(calibration))
+    return _thin(server, config, seed), clients
+
+
+def _group(records: Mapping[str, ImageRecord], foreground: Mapping[str, float]) -> Groups:
+    members: dict[str, list[str]] = defaultdict(list)
+    for image_id, record in records.items():
+        members[record.group].append(image_id)
+    return [
+        Group(
+            name,
+            tuple(ids),
+            records[ids[0]].site,
+            float(np.mean([foreground[i] for i in ids])) if set(ids) <= foreground.keys() else None,
+        )
+        for name, ids in members.items()
+    ]
+
+
+def _count(groups: Iterable[Group]) -> int:
+    return sum(len(group.ids) for group in groups)
+
+
+def _ids(groups: Groups) -> tuple[str, ...]:
+    return tuple(sorted(i for group in groups for i in group.ids))
+
+
+def _without(groups: Groups, taken: Groups) -> Groups:
+    names = {group.name for group in taken}
+    return [group for group in groups if group.name not in names]
+
+
+def _labelled(groups: Groups) -> Groups:
+    return [group for group in groups if group.foreground is not None]
+
+
+def _shuffled(groups: Groups, rng: Generator) -> Groups:
+    ordered = sorted(groups, key=lambda group: group.name)
+    return [ordered[i] for i in rng.permutation(len(ordered))]
+
+
+def _take(groups: Groups, target: int, *, reach: bool = False) -> Groups:
+    """Return the first groups that hold ``target`` images at most (or at least, if ``reach``)."""
+    chosen: Groups = []
+    total = 0
+    for group in groups:
+        size = len(group.ids)
+        if total < target and (reach or total + size <= target):
+            chosen.append(group)
+            total += size
+    return chosen
+
+
+def _draw_server(groups: Groups, config: PartitionConfig, rng: Generator) -> tuple[Groups, Groups]:
+    """Return the groups of D_p's train and calibration parts."""
+    site, sites = config.server_site, sorted({group.site for group in groups})
+    if site is not None and site not in sites:
+        raise ConfigError(
+            f"partition.server_site: found no site '{site}'; expected one of {', '.join(sites)}"
+        )
+    eligible = [group for group in _labelled(groups) if site in (None, group.site)]
+    if _count(eligible) < config.server_images:
+        raise ConfigError(
+            f"partition.server_images: {config.server_images} asked for, {_count(eligible)} "
+            f"labelled images are there{f' at {site}' if site else ''}; lower it or add masks"
+        )
+    chosen = _take(_shuffled(eligible, rng), config.server_images)
+    total = _count(chosen)
+    wanted = max(config.calibration_min, round(config.calibration_fraction * total))
+    calibration = _take(_shuffled(chosen, rng), wanted, reach=True)
+    train = _without(chosen, calibration)
+    if not train:
+        raise ConfigError(
+            f"partition.server_images: of {total} images the calibration part takes all (at least "
+            f"{wanted}, by group); raise server_images or lower calibration_min"
+        )
+    return train, calibration
+
+
+def _thin(server: ServerPart, config: PartitionConfig, seed: int) -> ServerPart:
+    """Keep ``server_kept`` random images of D_p; what other owners hold does not change."""
+    kept, total = config.server_kept, len(server.train) + len(server.calibration)
+    if kept is None or kept >= total:
+        return server
+    least = min(config.calibration_min, len(server.calibration))
+    calibration = max(least, round(kept * len(server.calibration) / total))
+    if calibration >= kept:
+        raise ConfigError(
+            f"partition.server_kept: of {kept} images the calibration part takes {calibration}; "
+            "raise server_kept or lower calibration_min"
+        )
+    rng = np.random.default_rng([seed, 7])
+
+    def some(ids: tuple[str, ...], count: int) -> tuple[str, ...]:
+        # the first of one order, so that a smaller set is part of every larger one
+        return tuple(sorted(ids[row] for row in rng.permutation(len(ids))[:count]))
+
+    return ServerPart(
+        train=some(server.train, kept - calibration),
+        calibration=some(server.calibration, calibration),
+    )
+
+
+def _assign(groups: Groups, config: PartitionConfig, rng: Generator) -> dict[str, Groups]:
+    """Give every group to a client by the scheme (``sizes`` may leave some unused)."""
+    if config.scheme == "site":
+        return _by_site(groups, config.clients_per_site)
+    if config.scheme == "sizes":
+        return _by_sizes(groups, config.sizes)
+    if config.clients > len(groups):
+        raise ConfigError(
+            f"partition.clients: {config.clients} clients, but only {_count(groups)} images in "
+            f"{len(groups)} groups are left after the server's; lower it"
+        )
+    clients = [f"client_{i:02d}" for i in range(config.clients)]
+    if config.scheme == "iid":
+        return _deal(groups, clients)
+    return _by_dirichlet(groups, clients, config, rng)
+
+
+def _deal(groups: Groups, clients: Sequence[str]) -> dict[str, Groups]:
+    """Give each group to the client with the fewest images."""
+    owners: dict[str, Groups] = {client: [] for client in clients}
+    sizes = dict.fromkeys(clients, 0)
+    for group in groups:
+        client = min(sizes, key=sizes.__getitem__)
+        owners[client].append(group)
+        sizes[client] += len(group.ids)
+    return owners
+
+
+def _by_site(groups: Groups, per_site: int) -> dict[str, Groups]:
+    owners: dict[str, Groups] = {}
+    for site in sorted({group.site for group in groups}):
+        clients = [site] if per_site == 1 else [f"{site}_{i}" for i in range(per_site)]
+        owners |= _deal([group for group in groups if group.site == site], clients)
+    return owners
+
+
+def _by_sizes(groups: Groups, sizes: Sequence[int]) -> dict[str, Groups]:
+    if sum(sizes) > _count(groups):
+        raise ConfigError(
+            f"partition.sizes: {sum(sizes)} images asked for, {_count(groups)} are left after the "
+            "server's; lower them"
+        )
+    owners: dict[str, Groups] = {}
+    for i, size in enumerate(sizes):
+        owners[f"client_{i:02d}"] = _take(groups, size)
+        groups = _without(groups, owners[f"client_{i:02d}"])
+    return owners
+
+
+def _by_dirichlet(
+    groups: Groups, clients: Sequence[str], config: PartitionConfig, rng: Generator
+) -> dict[str, Groups]:
+    """Skew lesion sizes or sites over the clients."""
+    if config.by == "site":
+        bins = {group.name: group.site for group in groups}
+    else:
+        bins = _size_bins(groups)
+    owners: dict[str, Groups] = {client: [] for client in clients}
+    for label in sorted(set(bins.values())):
+        members = [group for group in groups if bins[group.name] == label]
+        shares = rng.dirichlet(np.full(len(clients), config.alpha))
+        bounds = np.rint(np.cumsum(shares) * len(members)).astype(int).tolist()
+        for client, start, end in zip(clients, [0, *bounds], [*bounds[:-1], None], strict=False):
+            owners[client] += members[start:end]
+    return owners
+
+
+def _size_bins(groups: Groups) -> dict[str, str]:
+    """Return the quantile of each group's lesion size."""
+    areas = [group.foreground for group in _labelled(groups)]
+    if not areas:
+        raise ConfigError("partition.by: 'size' needs masks, found none; use by: site")
+    edges = np.quantile(np.array(areas, float), np.linspace(0, 1, _SIZE_BINS + 1)[1:-1])
+    return {
+        group.name: "unlabelled"
+        if group.foreground is None
+        else str(int(np.searchsorted(edges, group.foreground)))
+        for group in groups
+    }
+
+
+def _split_client(
+    client: str, groups: Groups, config: PartitionConfig, rng: Generator
+) -> ClientPart:
+    total = _count(groups)
+    left = _shuffled(groups, rng)
+    test = _part(left, config.test_fraction * total)
+    left = _without(left, test)
+    val = _part(left, config.val_fraction * total)
+    if len(val) == len(left):  # a small client trains before it is validated
+        val = []
+    train = _without(left, val)
+    if not train or (config.test_fraction > 0 and not test):
+        raise ConfigError(
+            f"partition: client '{client}' has {total} images in {len(groups)} groups, too few to "
+            "give it a train and a test part; use fewer clients, or more images"
+        )
+    return ClientPart(train=_ids(train), val=_ids(val), test=_ids(test))
+
+
+def _part(groups: Groups, target: float) -> Groups:
+    """Return labelled groups of about ``target`` images, one at least where asked for and there."""
+    groups = _labelled(groups)
+    if target <= 0 or not groups:
+        return []
+    return _take(groups, max(1, round(target))) or [min(groups, key=lambda g: len(g.ids))]
