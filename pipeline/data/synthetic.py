@@ -161,7 +161,7 @@ class _Canvas:
         self.x: Field = (x + np.float32(0.5 - w / 2)) / np.float32(h)
 
     def noise(self, cells: int) -> Field:
-        """Draw smooth noise (H, W), mean 0, standard deviation about 0.7, ``cells`` bumps a height."""
+        """Draw smooth noise (H, W): mean 0, deviation about 0.7, ``cells`` bumps a height."""
         across = math.ceil(cells * self.aspect)
         knots = self.rng.standard_normal((cells + 2, across + 2), np.float32)
         # The outer ring of knots is cut off: Pillow holds the edge constant, which would show.
@@ -244,7 +244,7 @@ def _lesion_density(canvas: _Canvas, patient: Patient, level: Field, angle: Fiel
 
 
 def _skin_density(canvas: _Canvas, site: Site, patient: Patient) -> Field:
-    """Return the density (H, W, 3) of healthy skin: slow variation, skin lines, pores, freckles, folds."""
+    """Return the density (H, W, 3) of healthy skin: variation, lines, pores, freckles, folds."""
     rng = canvas.rng
     melanin = patient.skin_melanin + site.blotches * (canvas.noise(3) + 0.5 * canvas.noise(7))
     blood = patient.skin_blood + site.blotches * (canvas.noise(3) + 0.4 * canvas.noise(10))
