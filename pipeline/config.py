@@ -197,7 +197,7 @@ class AgreementConfig(_Section):
     max_threshold: Probability = 0.8  # `adaptive`: of a class well learnt
     foreground_prior: float = 0.0  # `adaptive`: log-odds for foreground in a conflict
     momentum: Fraction = 0.9  # `adaptive`: of the class-wise running confidence
-    # below these a round warns: foreground Dice(SAM, client), and the share of pixels kept
+    # foreground Dice of SAM and client, and coverage, below which a round warns
     warn_agreement: Annotated[Fraction, _NOTHING] = 0.3
     warn_coverage: Annotated[Fraction, _NOTHING] = 0.3
 
@@ -344,6 +344,18 @@ def load_config(path: Path | None, overrides: tuple[str, ...] = ()) -> Config:
     for override in overrides:
         _apply(raw, override)
     return parse_config(raw, source=str(path) if path is not None else "settings")
+
+
+def with_settings(config: Config, source: str, **sections: dict[str, Any]) -> Config:
+    """Return ``config`` with other values in some sections, validated; None leaves what is there.
+
+    Raises:
+        ConfigError: a key or value is wrong; ``source`` names where it comes from.
+    """
+    raw = config.model_dump()
+    for section, values in sections.items():
+        raw[section] |= {key: value for key, value in values.items() if value is not None}
+    return parse_config(raw, source=source)
 
 
 def parse_config(raw: dict[str, Any], *, source: str) -> Config:

@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import yaml
 from filelock import FileLock
-from forks import Forks, start_server
 
 from pipeline.config import Config, parse_config
 
@@ -57,7 +56,7 @@ TINY = {
     },
 }
 
-PREPARED = ("partition.json", "images", "oracle")
+PREPARED = ("partition.json", "images")
 ADAPTED = (*PREPARED, "teacher")
 LABELLED = (*ADAPTED, "sam")
 FINISHED = (*LABELLED, "runs")
@@ -256,10 +255,3 @@ class Project:
     def options(self) -> tuple[object, ...]:
         """The options that make a command use this project."""
         return ("--params", self.params)
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    """Real processes of ``samfed`` that start without importing everything anew."""
-    with start_server() as server:
-        yield server

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import discard, leftovers, recover_folder, tree_bytes, writer_lock, writer_of
-from pipeline.errors import LockedStoreError, StageError, StoreError
+from pipeline.errors import CorruptStoreError, LockedStoreError, StageError, StoreError
 from pipeline.stores.arrays import canonical_json
 from pipeline.stores.integrity import Advance, Fault, check_store
 from pipeline.stores.label_store import Identity, LabelStore
@@ -50,7 +50,23 @@ def owner_ids(partition: Partition) -> dict[str, Sequence[str]]:
 # --------------------------------------------------------------------------- info
 
 
-def info(config: Config) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CacheInfo:
+    """What ``info`` found."""
+
+    stores: list[dict[str, Any]]
+    archive: list[dict[str, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it."""
+        return {"stores": self.stores, "archive": self.archive}
+
+    def text(self) -> str:
+        """Return it for a person."""
+        return info_text(self.as_json())
+
+
+def info(config: Config) -> CacheInfo:
     """What the label stores hold, finished or not; needs neither a teacher nor a partition.
 
     Returns:
@@ -79,7 +95,7 @@ def info(config: Config) -> dict[str, Any]:
             rows = len(owners[owner])
             stores.append({"owner": owner, "path": path, "state": "missing", "rows": rows})
     archive = [{"path": str(path), "bytes": tree_bytes(path)} for path in _aside(cache)]
-    return {"stores": stores, "archive": archive}
+    return CacheInfo(stores, archive)
 
 
 def _store_info(
@@ -175,6 +191,12 @@ class Verification:
         summary = f"{self.stores} stores read, {skipped}{len(self.faults)} faults"
         return "\n".join([*self.skipped, summary])
 
+    exit_code = CorruptStoreError.exit_code
+
+    def failures(self) -> list[str]:
+        """Return the faults, a line each."""
+        return [str(fault) for fault in self.faults]
+
 
 def verify(config: Config, *, progress: Progress | None = None) -> Verification:
     """Read every label and image store whole, and list everything that is wrong.
@@ -265,7 +287,24 @@ class Removable:
         return {"path": str(self.path), "bytes": self.bytes, "why": self.why}
 
 
-def removable(config: Config) -> list[Removable]:
+@dataclass(frozen=True)
+class Pruning:
+    """What ``prune`` may remove, and how much of it is gone."""
+
+    items: list[Removable]
+    removed: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it."""
+        return {"found": [each.as_json() for each in self.items], "removed": self.removed}
+
+    def text(self) -> str:
+        """Return a line for each, and how many are gone."""
+        gone = [f"{self.removed} removed"] if self.removed else []
+        return "\n".join([*map(str, self.items), *gone]) or "nothing to remove"
+
+
+def removable(config: Config) -> Pruning:
     """Label stores that were moved aside, and what killed runs left behind.
 
     Earlier runs, in ``cache/archive/runs``, are results and stay. What looks left behind of a store
@@ -286,26 +325,26 @@ def removable(config: Config) -> list[Removable]:
     ]
     named = {path for path, _, _ in found}
     files = [path for path in leftovers(cache) if not named.intersection(path.parents)]
-    return result + [Removable(path, killed, tree_bytes(path), None) for path in files]
+    return Pruning(result + [Removable(path, killed, tree_bytes(path), None) for path in files])
 
 
-def prune(config: Config, chosen: Sequence[Removable]) -> list[Removable]:
+def prune(config: Config, chosen: Pruning) -> Pruning:
     """Remove what ``removable`` listed and is still removable; returns what went.
 
     Raises:
         LockedStoreError: another process writes to one of the stores; nothing is removed.
     """
     with ExitStack() as locks:
-        for lock in sorted({each.lock for each in chosen if each.lock is not None}):
+        for lock in sorted({each.lock for each in chosen.items if each.lock is not None}):
             locks.enter_context(writer_lock(lock))
-        still = {each.path for each in removable(config)}
-        gone = [each for each in chosen if each.path in still]
+        still = {each.path for each in removable(config).items}
+        gone = [each for each in chosen.items if each.path in still]
         for each in gone:
             if each.lock is None:
                 each.path.unlink(missing_ok=True)
             else:
                 _remove(each.path)
-    return gone
+    return Pruning(chosen.items, removed=len(gone))
 
 
 def _remove(path: Path) -> None:

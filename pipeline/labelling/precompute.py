@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from pipeline.config import Config, PrecomputeConfig
 from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError, DataError
-from pipeline.labelling.quality import doubts, measure_owner
+from pipeline.labelling.quality import as_table, doubts, measure_owner
 from pipeline.labelling.worker import Outcome, Task, label_tasks, load_backend, store_path
 from pipeline.runtime import torch_threads
 from pipeline.sam.onnx import check_model
@@ -44,6 +44,42 @@ class StageOneResult:
     notices: list[str] = field(default_factory=list)  # stores moved aside, rows carried over
     statistics: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each finished store
     warnings: list[str] = field(default_factory=list)  # labels to doubt, by client
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """Return the counts and a table of the statistics."""
+        counts = f"{self.labelled} images labelled, {self.kept} were labelled already"
+        return "\n".join([counts, *([as_table(self.statistics)] if self.statistics else [])])
+
+    def failures(self) -> list[str]:
+        """Return a line for each image that has no label, and their number last."""
+        count = f"{len(self.failed)} images have no label; the others are done"
+        return [*self.failed, count] if self.failed else []
+
+
+def choose_cluster(
+    config: Config, *, scheduler: str | None, workers: int | None
+) -> AbstractContextManager[Cluster] | None:
+    """Return the workers that a scheduler's address or a number of processes asks for.
+
+    None is this process; dask is imported for nobody else.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    if scheduler is not None and workers is not None:
+        raise ConfigError("--scheduler and --workers: give one of them")
+    if scheduler is None and workers is None:
+        return None
+    from pipeline.labelling.cluster import connect, local_cluster
+
+    logging.getLogger("distributed").setLevel(logging.WARNING)  # its own import sets INFO
+    if workers is None:
+        return connect(str(scheduler))
+    return local_cluster(workers, device=config.precompute.device)
 
 
 def precompute(

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.disk import move, recover_folder, writer_lock
-from pipeline.errors import IdentityError, LockedStoreError, StoreError
+from pipeline.errors import (
+    EXIT_PARTIAL,
+    CorruptStoreError,
+    IdentityError,
+    LockedStoreError,
+    StoreError,
+)
 from pipeline.labelling.maintenance import (
     Progress,
     check_at_rest,
@@ -55,6 +61,15 @@ class Repair:
         lines = [f"{fault}; mended" for fault in self.faults] + self.notices
         summary = f"{len(self.faults)} faults mended, {self.labelled} images labelled"
         return "\n".join([*lines, summary])
+
+    @property
+    def exit_code(self) -> int:
+        """The command's, if there are failures."""
+        return CorruptStoreError.exit_code if self.remaining else EXIT_PARTIAL
+
+    def failures(self) -> list[str]:
+        """Return what is still damaged, and the images that have no label, a line each."""
+        return [*self.remaining, *self.failed]
 
 
 def repair(

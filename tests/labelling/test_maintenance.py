@@ -25,7 +25,7 @@ from pipeline.data.prepare import prepare
 from pipeline.disk import write_json, writer_lock
 from pipeline.errors import ConfigError, IdentityError, LockedStoreError, StageError
 from pipeline.labelling.cluster import Cluster
-from pipeline.labelling.maintenance import info, info_text, prune, removable, verify
+from pipeline.labelling.maintenance import Pruning, info, info_text, prune, removable, verify
 from pipeline.labelling.precompute import precompute
 from pipeline.labelling.repair import Repair, repair
 from pipeline.stores.arrays import seal
@@ -305,8 +305,8 @@ def test_no_store_at_all(tmp_path: Path) -> None:
     with pytest.raises(StageError) as caught:
         verify(config)
     assert str(caught.value) == f"{tmp_path}/cache: found no store; run `samfed prepare` first"
-    assert info(config) == {"stores": [], "archive": []}
-    assert info_text(info(config)) == "no label store"
+    assert info(config).as_json() == {"stores": [], "archive": []}
+    assert info(config).text() == "no label store"
 
 
 # --------------------------------------------------------------------------- repair
@@ -542,7 +542,7 @@ def test_repair_asks_for_workers_before_it_removes_anything(config: Config) -> N
 
 def test_info(config: Config) -> None:
     store = LabelStore(store_of(config))
-    found = info(config)
+    found = info(config).as_json()
     assert [each["owner"] for each in found["stores"]] == ["server", "site"]
     site = found["stores"][1]
     assert site == {
@@ -565,7 +565,7 @@ def test_info(config: Config) -> None:
     ]
     json.dumps(found)
     store.mark_done(1, [64], [{"backend": "other"}])
-    lines = info_text(info(config)).splitlines()[5:]
+    lines = info(config).text().splitlines()[5:]
     assert lines == ["  2 shard(s) by backend fake", "  1 shard(s) by backend other"]
 
 
@@ -580,7 +580,7 @@ def test_info_of_what_is_not_as_it_should_be(config: Config) -> None:
     old = cache / "archive" / "site" / "x.zarr"
     old.mkdir(parents=True)
     (old / "zarr.json").write_bytes(b"12345")
-    found = info(config)
+    found = info(config).as_json()
     states = {each["owner"]: (each["state"], each.get("differs")) for each in found["stores"]}
     assert states == {
         "old": ("damaged", None),
@@ -593,10 +593,10 @@ def test_info_of_what_is_not_as_it_should_be(config: Config) -> None:
     assert "unfinished; differs from the present run in prompt, images" in text
     assert f"{old}: moved aside, 0.0 MiB" in text
     shutil.rmtree(store.path)
-    assert f"{store.path}: none of {len(rows)} rows yet" in info_text(info(config))
+    assert f"{store.path}: none of {len(rows)} rows yet" in info(config).text()
     shutil.rmtree(cache / "teacher")
     LabelStore.create(store.path, other, rows[:70])
-    text = info_text(info(config))
+    text = info(config).text()
     assert "unfinished; not compared: no teacher or no partition" in text
 
 
@@ -617,19 +617,19 @@ def test_prune(config: Config, whole: dict[str, bytes]) -> None:
     partial = store_of(config) / "masks" / "c" / "0" / "0" / "0.ab.partial"
     partial.write_bytes(b"half")
     found = removable(config)
-    assert {(each.path, each.why) for each in found} == {
+    assert {(each.path, each.why) for each in found.items} == {
         (aside, "moved aside"),
         *((path, "left by a killed run") for path in (half, building, retired, partial)),
     }
-    assert {each.bytes for each in found if each.path == partial} == {4}
+    assert {each.bytes for each in found.items if each.path == partial} == {4}
     with writer_lock(cache / "locks" / "sam-site.lock"), pytest.raises(LockedStoreError):
         prune(config, found)
     assert aside.exists()
-    assert set(prune(config, found)) == set(found)
-    assert removable(config) == []
+    assert prune(config, found) == Pruning(found.items, len(found.items))
+    assert removable(config).items == []
     assert content(cache / "sam") == whole
     assert (run.is_dir(), lost.is_dir(), aside.exists()) == (True, True, False)
-    assert prune(config, found) == []
+    assert prune(config, found).removed == 0
 
 
 def test_prune_of_single_files_that_a_kill_left(config: Config, whole: dict[str, bytes]) -> None:
@@ -653,19 +653,22 @@ def test_prune_of_single_files_that_a_kill_left(config: Config, whole: dict[str,
         path.write_bytes(b"a user's")
     folder = cache / ".c.abcdefgh.samfed-tmp"
     folder.mkdir()
-    assert {each.path for each in removable(config)} == {aside}
+    assert {each.path for each in removable(config).items} == {aside}
     hours_ago = time.time() - 2 * 60 * 60
     for path in [*left, *others, folder]:
         os.utime(path, (hours_ago, hours_ago))
     found = removable(config)
     wanted = {path for path in left if aside not in path.parents}
     assert len(wanted) == 2
-    assert {each.path for each in found} == {aside, *wanted}  # what goes with it is not named twice
-    assert {(each.bytes, each.why) for each in found if each.path in wanted} == {
+    assert {each.path for each in found.items} == {
+        aside,
+        *wanted,
+    }  # what goes with it is not named twice
+    assert {(each.bytes, each.why) for each in found.items if each.path in wanted} == {
         (4, "left by a killed run")
     }
     with writer_lock(cache / "locks" / "prepare.lock"):
-        assert set(prune(config, found)) == set(found)
+        assert prune(config, found) == Pruning(found.items, len(found.items))
     assert content(cache / "sam") == whole
     assert all(path.exists() for path in [*others, folder])
 
@@ -676,5 +679,5 @@ def test_prune_keeps_what_came_back_meanwhile(config: Config) -> None:
     found = removable(config)
     shutil.rmtree(store_of(config))
     aside.rename(store_of(config))
-    assert prune(config, found) == []
+    assert prune(config, found).removed == 0
     assert verify(config).faults == []
