@@ -36,9 +36,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import Config, parse_config
+from pipeline.data.partition import Partition, ServerPart
 from pipeline.disk import file_sha256
 from pipeline.labelling.backoff import TeacherBackend
-from pipeline.labelling.worker import Outcome, Task, label_tasks, store_path
+from pipeline.labelling.job import Job
+from pipeline.labelling.worker import ChunkTask, label_chunks
 from pipeline.runtime import resolve_device
 from pipeline.sam import teacher as teaching
 from pipeline.sam.build import build_sam
@@ -191,18 +193,18 @@ def label_all(config: Config, teacher: TeacherBackend, files: list[Path]) -> flo
     """Seconds from image files to a finished label store."""
     keys = [RowKey(file.stem, file_sha256(file)) for file in files]
     identity = teacher.card.identity(label_size=LABEL_SIZE, precision=config.precompute.precision)
-    store = LabelStore.create(store_path(config, "client"), identity, keys)
+    nothing = ServerPart(train=(), calibration=())
+    partition = Partition(scheme="iid", seed=0, server=nothing, clients={}, images={})
+    job = Job(config, partition, identity)
+    store = LabelStore.create(job.path("client"), identity, keys)
     tasks = []
-    for shard in store.pending():
-        rows = tuple(store.chunk_rows(shard))
+    for chunk in store.pending():
+        rows = tuple(store.chunk_rows(chunk))
         named = tuple((f"images/{files[row].name}", keys[row].sha256) for row in rows)
-        tasks.append(Task("client", shard, rows, named))
-
-    def finished(outcome: Outcome) -> None:
-        store.mark_done(outcome.task.chunk, outcome.rows, outcome.provenance)
-
+        tasks.append(ChunkTask("client", chunk, rows, named))
     began = time.perf_counter()
-    label_tasks(config, tasks, teacher, finished=finished)
+    for result in label_chunks(job, tasks, teacher):
+        store.mark_done(result.task.chunk, result.rows, result.provenance)
     return time.perf_counter() - began
 
 

@@ -32,7 +32,7 @@ from pipeline.data.synthetic import write_dataset
 from pipeline.federation import averaging, exchange
 from pipeline.federation import codistillation as distillation
 from pipeline.federation import local_update as training
-from pipeline.federation.aggregation import Aggregation
+from pipeline.federation.aggregation import FedAvg
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.server import federate
 from pipeline.runtime import resolve_device
@@ -67,8 +67,8 @@ TIMED: tuple[tuple[Any, str, str], ...] = (
     (torch.optim.Optimizer, "zero_grad", "optimiser"),
     (torch.optim.AdamW, "step", "optimiser"),
     (averaging.Averaging, "_aggregate", "aggregation"),
-    (Aggregation, "add", "aggregation"),
-    (Aggregation, "result", "aggregation"),
+    (FedAvg, "add", "aggregation"),
+    (FedAvg, "result", "aggregation"),
     (averaging, "check_update", "aggregation"),
     (exchange, "check_update", "aggregation"),
     (exchange, "public_logits", "RC and RF"),

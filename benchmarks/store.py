@@ -30,8 +30,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import Config, parse_config
+from pipeline.data.partition import Partition, ServerPart
 from pipeline.disk import file_sha256
-from pipeline.labelling.worker import Outcome, Task, label_tasks, store_path
+from pipeline.labelling.job import Job
+from pipeline.labelling.worker import ChunkTask, label_chunks
 from pipeline.stores.arrays import CHUNK_ROWS, INNER_ROWS
 from pipeline.stores.decode import is_held, read_index
 from pipeline.stores.label_store import LabelStore, PseudoLabels, RowKey, read_labels
@@ -111,21 +113,21 @@ def write(config: Config, count: int, sha256: str) -> tuple[LabelStore, list[tup
     teacher = Copier()
     identity = teacher.card.identity(label_size=SIZE, precision="auto")
     rows = [RowKey(f"{i:07d}", sha256) for i in range(count)]
-    store = LabelStore.create(store_path(config, f"rows{count}"), identity, rows)
+    nothing = ServerPart(train=(), calibration=())
+    partition = Partition(scheme="iid", seed=0, server=nothing, clients={}, images={})
+    job = Job(config, partition, identity)
+    store = LabelStore.create(job.path(f"rows{count}"), identity, rows)
     file = ("images/a.png", sha256)
     tasks = (
-        Task(f"rows{count}", shard, tuple(span), (file,) * len(span))
-        for shard in range(store.chunks)
-        for span in (store.chunk_rows(shard),)
+        ChunkTask(f"rows{count}", chunk, tuple(span), (file,) * len(span))
+        for chunk in range(store.chunks)
+        for span in (store.chunk_rows(chunk),)
     )
     track: list[tuple[float, float]] = []
     began = time.perf_counter()
-
-    def finished(outcome: Outcome) -> None:
-        store.mark_done(outcome.task.chunk, outcome.rows, outcome.provenance)
+    for result in label_chunks(job, tasks, teacher):
+        store.mark_done(result.task.chunk, result.rows, result.provenance)
         track.append((time.perf_counter() - began, rss_mib()))
-
-    label_tasks(config, tasks, teacher, finished=finished)
     return store, track
 
 

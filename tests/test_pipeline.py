@@ -28,9 +28,11 @@ from pipeline.federation.runs import Checkpoint, RunFolder
 from pipeline.federation.server import federate
 from pipeline.federation.views import ClientData
 from pipeline.labelling.precompute import precompute
-from pipeline.results.evaluate import evaluate, final_model, round_table
+from pipeline.results.evaluate import _write_rounds, evaluate
 from pipeline.results.evaluate_teacher import evaluate_teacher
-from pipeline.results.report import write_report
+from pipeline.results.final_models import FinalModels
+from pipeline.results.gallery import build_gallery
+from pipeline.results.report import load_run, render_report
 from pipeline.sam.finetune import finetune
 from pipeline.stores.label_store import LabelStore
 
@@ -104,9 +106,9 @@ def test_another_seed_gives_another_model(
 def test_every_method_runs(finished: tuple[Config, RunFolder], method: str) -> None:
     config = with_method(finished[0], method)
     run = federate(config)
-    found = evaluate(config, run)
-    assert found.method == method
-    assert 0 <= found.test["pooled"]["dice"] <= 1
+    metrics = evaluate(config, run)
+    assert metrics["method"] == method
+    assert 0 <= metrics["test"]["pooled"]["dice"] <= 1
     assert len(run.history()) == config.federate.rounds
     assert run.model_path.read_bytes() != finished[1].model_path.read_bytes()
 
@@ -179,7 +181,7 @@ def test_labels_are_computed_once(finished: tuple[Config, RunFolder]) -> None:
     before = digest(config.cache.root / "sam")
     result = precompute(config)
     assert result.labelled == 0
-    assert result.kept > 0
+    assert result.already_labelled > 0
     assert digest(config.cache.root / "sam") == before
 
 
@@ -192,6 +194,18 @@ def test_a_clients_training_store_holds_no_labels(finished: tuple[Config, RunFol
         assert (folder / "test.zarr" / "labels").is_dir()
 
 
+def test_report_shows_truth_sam_and_client(finished: tuple[Config, RunFolder]) -> None:
+    config, run = finished
+    rows = build_gallery(config, run)
+    assert rows[0].truth is not None
+    assert all(row.sam is not None and row.weight is not None for row in rows)
+    page = render_report([load_run(run.path)], rows, title="tiny")
+    assert "sam_fed" in page
+    for shown in ("Foreground agreement", "Gradient norm", "Drift, %", "MB up", "Trust in SAM"):
+        assert shown in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
 def test_metrics_file_has_the_promised_shape(finished: tuple[Config, RunFolder]) -> None:
     metrics = json.loads((finished[1].path / "metrics.json").read_text())
     assert set(metrics) == {"method", "seed", "rounds", "test"}
@@ -202,7 +216,7 @@ def test_metrics_file_has_the_promised_shape(finished: tuple[Config, RunFolder])
     )
 
 
-def test_rounds_as_a_table() -> None:
+def test_rounds_as_a_table(tmp_path: Path) -> None:
     """Means and sums over the clients of a round; what nobody reported is empty."""
     said = {"loss": 1.0, "agreement": 0.5, "coverage": None, "drift": 0.25, "gradient_norm": 2.0}
     sent = {"bytes_up": 12_345_678, "bytes_down": 3}
@@ -211,7 +225,8 @@ def test_rounds_as_a_table() -> None:
         {"round": 1, "clients": clients, "val": {"dice": 0.5}, "seconds": 1.5},
         {"round": 2, "clients": {"b": {"loss": 2.0}}, "val": {"dice": None}, "seconds": 2.5},
     ]
-    assert round_table(history).splitlines() == [
+    _write_rounds(tmp_path / "rounds.csv", history)
+    assert (tmp_path / "rounds.csv").read_text().splitlines() == [
         "round,val_dice,loss,agreement,coverage,pseudo_label_dice,gradient_norm,drift,"
         "bytes_up,bytes_down,seconds",
         "1,0.5,2,0.5,,0.75,2,0.25,24691356,6,1.5",
@@ -238,7 +253,7 @@ def test_two_classes_grey_images_and_a_partition_read_back(
     store = LabelStore(config.cache.root / "sam" / "client_00.zarr")
     assert store.identity.num_classes == 2
     assert store.read().masks.max() <= 2
-    assert write_report([run]).path.is_file()
+    assert len(build_gallery(config, run)) > 0
     read_back = tiny_config(
         root,
         tmp_path / "again",
@@ -311,6 +326,8 @@ def test_a_changed_partition_is_noticed_everywhere(tiny_images: Path, tmp_path: 
             stage(other)
     with pytest.raises(IdentityError, match=r"made on another partition than .*partition\.json"):
         evaluate(other, run)
+    with pytest.raises(IdentityError, match="made on another partition"):
+        build_gallery(other, run)
 
 
 def test_another_number_of_classes_is_noticed(
@@ -440,7 +457,9 @@ def test_truth_is_read_only_where_it_scores_something(tiny_images: Path, tmp_pat
     supervised = with_method(config, "supervised")  # it has no pseudo-labels
     federate(supervised)
     prepare(config, with_oracle=True)
-    federate(config)
+    run = federate(config)
+    prepare(config)  # takes the truth away again
+    assert build_gallery(config, run)  # which shows none of it
 
 
 def test_a_final_model_needs_no_pretrained_weights(
@@ -453,6 +472,6 @@ def test_a_final_model_needs_no_pretrained_weights(
     made = yaml.safe_load((copy.path / "params.yaml").read_text())
     made["model"]["encoder_weights"] = str(tmp_path / "gone.safetensors")
     (copy.path / "params.yaml").write_text(yaml.safe_dump(made))
-    model = final_model(copy, copy.config())
+    model = FinalModels(copy, copy.config(), ["site_a"]).of("site_a")
     for name, value in run.load_model().items():
         assert torch.equal(model.state_dict()[name], value)

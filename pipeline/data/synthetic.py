@@ -375,23 +375,7 @@ def _check_replaceable(out: Path) -> None:
     )
 
 
-@dataclass(frozen=True)
-class GeneratedData:
-    """A data set that ``write_dataset`` wrote."""
-
-    folder: Path
-    images: int
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the folder and the number of its images."""
-        return {"folder": str(self.folder), "images": self.images}
-
-    def text(self) -> str:
-        """Return the same as a line."""
-        return f"{self.images} images in {self.folder}"
-
-
-def write_dataset(out: Path, *, images_per_site: int, size_px: int, seed: int) -> GeneratedData:
+def write_dataset(out: Path, *, images_per_site: int, size_px: int, seed: int) -> None:
     """Write ``images/``, ``masks/``, ``sites.csv`` and ``synthetic.json`` to the folder ``out``.
 
     ``size_px`` is the height of every image; two sites are wider than high. An image depends only
@@ -402,9 +386,9 @@ def write_dataset(out: Path, *, images_per_site: int, size_px: int, seed: int) -
     for key, least in (("images_per_site", 1), ("size_px", MIN_SIZE_PX), ("seed", 0)):
         if arguments[key] < least:
             raise ConfigError(f"{key}: found {arguments[key]}, expected at least {least}")
-    final = out.resolve()
-    _check_replaceable(final)
-    with folder_beside(final) as folder:
+    out = out.resolve()
+    _check_replaceable(out)
+    with folder_beside(out) as folder:
         for kind in ("images", "masks"):
             (folder / kind).mkdir()
         rows = [row for name in SITE_NAMES for row in _write_site(folder, name, arguments)]
@@ -413,4 +397,3 @@ def write_dataset(out: Path, *, images_per_site: int, size_px: int, seed: int) -
             table.writerows([("image_id", "site", "group"), *rows])
         card = {"generator": GENERATOR, "version": GENERATOR_VERSION, **arguments}
         (folder / CARD_NAME).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    return GeneratedData(out, len(rows))

@@ -105,8 +105,12 @@ class GradedLogits:
         segmentation = structure_loss(logits, labels)
         divergence = (counts * _divergence(logits, taught)).mean()
         loss = segmentation + self.kl_weight * divergence
-        terms = {"loss_seg": segmentation, "loss_kl": divergence, "counted": counts.mean()}
-        return {"loss": loss, **terms}
+        return {
+            "loss": loss,
+            "loss_seg": segmentation,
+            "loss_kl": divergence,
+            "counted": counts.mean(),
+        }
 
 
 @dataclass(frozen=True)

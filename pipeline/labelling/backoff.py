@@ -19,10 +19,17 @@ from pipeline.stores.teacher_card import TeacherCard
 log = logging.getLogger("samfed.precompute")
 
 Image = NDArray[np.uint8]
+# torch and ONNX Runtime each say it in their own way, on the CPU in words only
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "Failed to allocate memory",
+    "bad allocation",
+)
 
 
 class TeacherBackend(Protocol):
-    """Whatever turns images into labels: the teacher in torch, or in ONNX Runtime."""
+    """The teacher, in torch or in ONNX Runtime."""
 
     @property
     def card(self) -> TeacherCard:
@@ -30,20 +37,20 @@ class TeacherBackend(Protocol):
         ...
 
     def label(self, images: Sequence[Image], size: int) -> PseudoLabels:
-        """Labels of (H, W, 3) uint8 images of any sizes, in the client's frame ``size``."""
+        """Label (H, W, 3) uint8 images of any sizes, in the client's frame of ``size`` pixels."""
         ...
 
     def provenance(self) -> Record:
-        """What computed this thread's last batch: backend, precision, device, versions."""
+        """Return what computed this thread's last batch: backend, precision, device, versions."""
         ...
 
 
 class MemoryAwareTeacher:
-    """A labeller that halves its batches when memory runs out, and says so.
+    """A teacher that halves its batches when memory runs out, and says so.
 
-    The smaller size stays for the rest of the run and is recorded with every shard that it made:
-    kernels may round differently at another batch size. Threads that share it take turns, a batch
-    at a time, and each is told the size of its own.
+    The smaller size stays for the rest of the run and is recorded with every chunk that it was used
+    for: kernels may round differently at another batch size. Threads that share it take turns, a
+    batch at a time, and each is told the size of its own.
     """
 
     def __init__(self, teacher: TeacherBackend, batch_size: int) -> None:
@@ -54,11 +61,11 @@ class MemoryAwareTeacher:
 
     @property
     def card(self) -> TeacherCard:
-        """The teacher's."""
+        """What the teacher is."""
         return self._teacher.card
 
     def label(self, images: Sequence[Image], size: int) -> PseudoLabels:
-        """Labels of ``images``, in as many passes as memory asks for.
+        """Label ``images`` in as many passes as memory asks for.
 
         Raises:
             SamfedError: memory does not suffice for one image.
@@ -76,11 +83,13 @@ class MemoryAwareTeacher:
                         raise
                     self._back_off(error)
             self._last.limit = self._limit
-        return PseudoLabels(
-            masks=np.concatenate([part.masks for part in parts]),
-            confidences=np.concatenate([part.confidences for part in parts]),
-            predicted_iou=np.concatenate([part.predicted_iou for part in parts]),
-        )
+        return join(parts)
+
+    def provenance(self) -> Record:
+        """Return the teacher's, with the batch size where it is not the one asked for."""
+        record = self._teacher.provenance()
+        limit = getattr(self._last, "limit", self._asked)
+        return record if limit == self._asked else record | {"batch_size": str(limit)}
 
     def _back_off(self, error: Exception) -> None:
         if self._limit == 1:
@@ -97,16 +106,17 @@ class MemoryAwareTeacher:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def provenance(self) -> Record:
-        """The teacher's, with the batch size where it is not the one asked for."""
-        record = self._teacher.provenance()
-        limit = getattr(self._last, "limit", self._asked)
-        return record if limit == self._asked else record | {"batch_size": str(limit)}
-
 
 def _out_of_memory(error: Exception) -> bool:
-    """torch and ONNX Runtime say it each in their own way, on the CPU in words only."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    said = ("can't allocate memory", "out of memory", "Failed to allocate memory", "bad allocation")
-    return any(words in str(error) for words in said)
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def join(parts: Sequence[PseudoLabels]) -> PseudoLabels:
+    """Concatenate labels along their images."""
+    return PseudoLabels(
+        masks=np.concatenate([part.masks for part in parts]),
+        confidences=np.concatenate([part.confidences for part in parts]),
+        predicted_iou=np.concatenate([part.predicted_iou for part in parts]),
+    )

@@ -1,4 +1,4 @@
-"""What a finished label store says of the teacher without any truth, and when to doubt it.
+"""What a finished label store says of the teacher without any truth, and when to warn of it.
 
 The statistics follow from the store and the teacher alone, so a run that stopped and went on ends
 with the same bytes. They are kept among the store's attributes and measured once.
@@ -12,51 +12,52 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config, PrecomputeConfig
+from pipeline.config import PrecomputeConfig
 from pipeline.data.images import load_image
-from pipeline.data.partition import Partition
+from pipeline.errors import DataError
 from pipeline.labelling.backoff import Image, TeacherBackend
-from pipeline.labelling.worker import store_path
+from pipeline.labelling.job import Job
 from pipeline.segmentation.metrics import dice_score
 from pipeline.stores.label_store import LabelStore, RowKey, confidence_to_probability
 
 FLIPPED_IMAGES = 16  # labelled once more, mirrored; all if there are fewer
 _SAMPLE_SEED = 0  # whatever the run's seed: the sample is the store's own
 
+Statistics = dict[str, Any]  # see ``measure``
 
-def measure_owner(
-    config: Config, partition: Partition, owner: str, teacher: TeacherBackend
-) -> dict[str, Any]:
-    """Statistics of an owner's finished store, its images read from ``data.root``; see ``measure``.
 
-    Raises:
-        DataError: an image of the sample cannot be read.
-    """
+def measure_owner(job: Job, owner: str, teacher: TeacherBackend) -> Statistics | DataError:
+    """Measure an owner's finished store; the error where an image of the sample cannot be read."""
 
     def load(key: RowKey) -> Image:
-        return load_image(config.data.root, partition.images[key.image_id].image, sha256=key.sha256)
+        file = job.partition.images[key.image_id].image
+        return load_image(job.config.data.root, file, sha256=key.sha256)
 
-    store = LabelStore(store_path(config, owner))
-    return measure(store, teacher, load, batch_size=config.precompute.batch_size)
+    size = job.config.precompute.batch_size
+    try:
+        return measure(LabelStore(job.path(owner)), teacher, load, batch_size=size)
+    except DataError as error:
+        return error
 
 
 def measure(
     store: LabelStore, teacher: TeacherBackend, load: Callable[[RowKey], Image], *, batch_size: int
-) -> dict[str, Any]:
-    """Statistics of a store whose rows are all done, read once, shard by shard.
+) -> Statistics:
+    """Measure a store whose rows are all done, reading it once, chunk by chunk.
 
     Returns:
         JSON-ready: ``images``; ``confidence``, the mean probability over all pixels, and
         ``foreground_confidence`` over those labelled foreground (None if there are none);
         ``area`` and ``area_std``, mean and standard deviation over the images of the foreground's
-        share; ``empty``, the share of images without any; ``score``, the mean of the teacher's own
-        IoU estimates; ``flips``, the number of images that were mirrored and labelled again, and
-        ``flip_dice``, the mean foreground Dice of those labels, mirrored back, with the store's.
+        share; ``empty``, the share of images without any; ``predicted_iou``, the mean of the
+        teacher's own estimates; ``flips``, the number of images that were mirrored and labelled
+        again, and ``flip_dice``, the mean foreground Dice of those labels, mirrored back, with the
+        store's.
     """
     levels = np.zeros((2, 256), np.int64)  # pixels by stored confidence: all, foreground
     areas, predicted_iou = [], []
-    for shard in range(store.chunks):
-        labels = store.read_chunk(shard)
+    for chunk in range(store.chunks):
+        labels = store.read_chunk(chunk)
         foreground = labels.masks > 0
         levels[0] += np.bincount(labels.confidences.ravel(), minlength=256)
         levels[1] += np.bincount(labels.confidences[foreground], minlength=256)
@@ -78,7 +79,7 @@ def measure(
 
 
 def _mean_probability(levels: NDArray[np.int64]) -> float | None:
-    """Mean of the probabilities that 256 stored levels stand for, weighted by their pixels."""
+    """Return the mean of the probabilities that 256 levels stand for, weighted by their pixels."""
     if not levels.any():
         return None
     values = confidence_to_probability(np.arange(256, dtype=np.uint8)).astype(np.float64)
@@ -88,7 +89,7 @@ def _mean_probability(levels: NDArray[np.int64]) -> float | None:
 def _flip_dice(
     store: LabelStore, teacher: TeacherBackend, load: Callable[[RowKey], Image], batch_size: int
 ) -> list[float]:
-    """Foreground Dice between a sample's stored labels and those of its mirror images."""
+    """Return the foreground Dice of a sample's stored labels with those of its mirror images."""
     count = min(FLIPPED_IMAGES, len(store))
     sample = np.random.default_rng(_SAMPLE_SEED).choice(len(store), count, replace=False)
     rows = sorted(sample.tolist())
@@ -104,8 +105,8 @@ def _flip_dice(
     return dice
 
 
-def doubts(owner: str, statistics: dict[str, Any], config: PrecomputeConfig) -> list[str]:
-    """One line for each reason not to trust SAM's labels of ``owner``."""
+def quality_warnings(owner: str, statistics: Statistics, config: PrecomputeConfig) -> list[str]:
+    """Return one line for each reason to look at SAM's labels of ``owner`` before using them."""
     lines = []
     if statistics["flip_dice"] < config.warn_consistency:
         lines.append(
@@ -123,11 +124,11 @@ def doubts(owner: str, statistics: dict[str, Any], config: PrecomputeConfig) -> 
     return lines
 
 
-def as_table(statistics: dict[str, dict[str, Any]]) -> str:
-    """Each owner's statistics as a line of text, under a heading."""
+def statistics_table(statistics: dict[str, Statistics]) -> str:
+    """Format each owner's statistics as a line of text, under a heading."""
     lines = [
         f"{'':<12} {'images':>7} {'confidence':>11} {'foreground':>11} {'area':>16} {'empty':>6} "
-        f"{'score':>6} {'flip Dice':>10}"
+        f"{'pred. IoU':>10} {'flip Dice':>10}"
     ]
     for owner, row in statistics.items():
         inside = row["foreground_confidence"]
@@ -135,6 +136,6 @@ def as_table(statistics: dict[str, dict[str, Any]]) -> str:
         area = f"{row['area']:.1%} \N{PLUS-MINUS SIGN} {row['area_std']:.1%}"
         lines.append(
             f"{owner:<12} {row['images']:7d} {row['confidence']:11.3f} {shown:>11} {area:>16} "
-            f"{row['empty']:6.0%} {row['predicted_iou']:6.3f} {row['flip_dice']:10.3f}"
+            f"{row['empty']:6.0%} {row['predicted_iou']:10.3f} {row['flip_dice']:10.3f}"
         )
     return "\n".join(lines)

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_maintenance import config, content, finished, settings, teacher_of, whole
-from test_precompute import stand_in
+from teachers import content, labelled_rows, teacher_of
+from teachers import run as run_with
+from test_maintenance import config, finished, settings, whole
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.labelling.maintenance import verify
-from pipeline.labelling.precompute import StageOneResult, precompute
+from pipeline.labelling.precompute import StageOneResult
 from pipeline.stores.label_store import LabelStore
 
 __all__ = ["config", "finished", "whole"]  # fixtures
@@ -38,15 +39,7 @@ KILLS = 20
 def run(config: Config, **changes: object) -> tuple[StageOneResult, int]:
     """Stage one by a teacher with these changes; also the number of images that it labelled."""
     teacher = teacher_of(config, **changes)
-    with pytest.MonkeyPatch.context() as patch:
-        stand_in(patch, teacher, check=False)
-        return precompute(config), teacher.images
-
-
-def labelled_rows(config: Config) -> int:
-    """Rows on disk with a done mark, over all stores."""
-    stores = [LabelStore(path) for path in (config.cache.root / "sam").glob("[!.]*.zarr")]
-    return sum(int(store.done().sum()) for store in stores)
+    return run_with(config, teacher, measured=False), teacher.images
 
 
 def forget(config: Config) -> None:
@@ -127,7 +120,11 @@ def test_kill_9_at_20_moments(config: Config, whole: dict[str, bytes], forks: Fo
         before = labelled_rows(config)
         stopped.add(before)
         result, images = run(config)
-        assert (result.kept, result.labelled, images) == (before, total - before, total - before)
+        assert (result.already_labelled, result.labelled, images) == (
+            before,
+            total - before,
+            total - before,
+        )
         assert content(config.cache.root / "sam") == whole
     assert killed > KILLS // 2
     assert {0} < stopped  # some before the first done mark, some after
@@ -178,7 +175,7 @@ def test_a_full_disk(config: Config, whole: dict[str, bytes], size: int) -> None
     before = labelled_rows(config)
     assert before == (0 if size == 600 else 2)
     result, images = run(config)
-    assert (result.kept, images) == (before, result.labelled)
+    assert (result.already_labelled, images) == (before, result.labelled)
     assert content(config.cache.root / "sam") == whole
 
 

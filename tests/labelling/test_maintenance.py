@@ -16,22 +16,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_config
-from PIL import Image
-from test_precompute import FakeTeacher, content, stand_in
+from teachers import FakeTeacher, content, stand_in, teacher_of, write_noise
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
-from pipeline.disk import write_json, writer_lock
+from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError, IdentityError, LockedStoreError, StageError
-from pipeline.labelling.cluster import Cluster
-from pipeline.labelling.maintenance import Pruning, info, info_text, prune, removable, verify
+from pipeline.labelling.executors import InProcess
+from pipeline.labelling.maintenance import (
+    CacheInfo,
+    Pruning,
+    StoreInfo,
+    info,
+    prune,
+    removable,
+    verify,
+)
 from pipeline.labelling.precompute import precompute
 from pipeline.labelling.repair import Repair, repair
 from pipeline.stores.arrays import seal
 from pipeline.stores.integrity import Fault, check_store
 from pipeline.stores.label_store import LabelStore
-from pipeline.stores.teacher_card import TeacherCard
 
 ROOT = Path(__file__).parents[2]
 COUNT = 110  # two shards of labels, the second one partly filled
@@ -48,46 +54,15 @@ def settings(root: Path, cache: Path) -> Config:
     )
 
 
-def teacher_of(config: Config, **changes: object) -> FakeTeacher:
-    """A teacher of labels that follow from pixels alone, with a card on disk."""
-    card = TeacherCard(
-        variant="fake",
-        input_size=64,
-        num_classes=1,
-        prompt="none",
-        lora_rank=2,
-        base_sha256="b" * 64,
-        adapter_sha256="a" * 64,
-        parameters=1,
-        trained_parameters=1,
-        server_sha256=load_partition(config.cache.root / "partition.json").server_sha256(),
-        train_images=1,
-        calibration_images=1,
-        calibration_dice=0.5,
-        seed=0,
-    ).model_copy(update=changes)
-    write_json(config.cache.root / "teacher" / "card.json", card.model_dump())
-    teacher = FakeTeacher()
-    teacher.card = card  # type: ignore[assignment]
-    return teacher
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A cache that is whole; tests only read it."""
     folder = tmp_path_factory.mktemp("finished")
-    rng = np.random.default_rng(0)
-    for name in ("images", "masks"):
-        (folder / "data" / name).mkdir(parents=True)
-    for i in range(COUNT):
-        image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(image).save(folder / "data" / "images" / f"{i:03d}.png")
-        mask = (image[..., 0] > 127).astype(np.uint8)
-        Image.fromarray(mask).save(folder / "data" / "masks" / f"{i:03d}.png")
+    write_noise(folder / "data", count=COUNT, size=32)
     config = settings(folder / "data", folder / "cache")
     prepare(config, with_oracle=True)
     with pytest.MonkeyPatch.context() as patch:
-        stand_in(patch, teacher_of(config), check=False)
+        stand_in(patch, teacher_of(config), measured=False)
         precompute(config)
     return config
 
@@ -108,7 +83,7 @@ def whole(finished: Config) -> dict[str, bytes]:
 def teacher(config: Config, monkeypatch: pytest.MonkeyPatch) -> FakeTeacher:
     """Stands in for the teacher of ``config`` wherever stage one loads one."""
     teacher = teacher_of(config)
-    stand_in(monkeypatch, teacher, check=False)
+    stand_in(monkeypatch, teacher, measured=False)
     return teacher
 
 
@@ -305,7 +280,7 @@ def test_no_store_at_all(tmp_path: Path) -> None:
     with pytest.raises(StageError) as caught:
         verify(config)
     assert str(caught.value) == f"{tmp_path}/cache: found no store; run `samfed prepare` first"
-    assert info(config).as_json() == {"stores": [], "archive": []}
+    assert info(config) == CacheInfo([], [])
     assert info(config).text() == "no label store"
 
 
@@ -447,15 +422,15 @@ def test_metadata_of_another_teacher_is_never_guessed(
 ) -> None:
     """Labels of an earlier teacher do not become the present one's when their metadata breaks."""
     new = teacher_of(config, adapter_sha256="c" * 64)
-    stand_in(monkeypatch, new, check=False)
+    stand_in(monkeypatch, new, measured=False)
     flip(store_of(config) / "masks" / "zarr.json", 9)
     repair(config)
     assert (config.cache.root / "archive" / "site" / "damaged-1.zarr").is_dir()
     assert new.images == len(LabelStore(store_of(config)))  # and nobody else's
 
 
-def test_damaged_labels_of_another_teacher(config: Config) -> None:
-    teacher_of(config, adapter_sha256="c" * 64)
+def test_damaged_labels_of_another_teacher(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, teacher_of(config, adapter_sha256="c" * 64))
     flip(store_of(config) / "masks" / "c" / "0" / "0" / "0", 9)
     before = content(config.cache.root / "sam")
     result = repair(config)
@@ -523,9 +498,11 @@ def test_repair_without_a_teacher(config: Config) -> None:
     assert content(store_of(config)) == before
 
 
-def test_repair_asks_for_workers_before_it_removes_anything(config: Config) -> None:
+def test_repair_asks_for_workers_before_it_removes_anything(
+    config: Config, teacher: FakeTeacher
+) -> None:
     @contextmanager
-    def refuse() -> Iterator[Cluster]:
+    def refuse() -> Iterator[type[InProcess]]:
         raise ConfigError("no scheduler")
         yield
 
@@ -542,31 +519,31 @@ def test_repair_asks_for_workers_before_it_removes_anything(config: Config) -> N
 
 def test_info(config: Config) -> None:
     store = LabelStore(store_of(config))
-    found = info(config).as_json()
-    assert [each["owner"] for each in found["stores"]] == ["server", "site"]
-    site = found["stores"][1]
-    assert site == {
-        "owner": "site",
-        "path": str(store.path),
-        "state": "complete",
-        "rows": len(store),
-        "done": len(store),
-        "bytes": sum(map(len, content(store.path).values())),
-        "identity": store.identity.model_dump() | {"digest": store.identity.digest},
-        "provenance": [{"backend": "fake", "shards": 2}],
-        "differs": [],
-    }
-    assert info_text(found).splitlines()[3:] == [
-        f"{store.path}: {len(store)} of {len(store)} rows, {site['bytes'] / 2**20:.1f} MiB, "
+    found = info(config)
+    assert [each.owner for each in found.stores] == ["server", "site"]
+    site = found.stores[1]
+    assert site == StoreInfo(
+        owner="site",
+        path=str(store.path),
+        state="complete",
+        bytes=sum(map(len, content(store.path).values())),
+        rows=len(store),
+        done=len(store),
+        identity=store.identity.model_dump() | {"digest": store.identity.digest},
+        provenance=[{"backend": "fake", "chunks": 2}],
+        differs=[],
+    )
+    assert found.text().splitlines()[3:] == [
+        f"{store.path}: {len(store)} of {len(store)} rows, {site.bytes / 2**20:.1f} MiB, "
         "complete; of the present teacher and partition",
         f"  identity {store.identity.digest}: fake, prompt none, input 64 px, labels 16 px, "
         "1 class(es)",
-        "  2 shard(s) by backend fake",
+        "  2 chunk(s) by backend fake",
     ]
-    json.dumps(found)
+    json.dumps(found.as_json())
     store.mark_done(1, [64], [{"backend": "other"}])
     lines = info(config).text().splitlines()[5:]
-    assert lines == ["  2 shard(s) by backend fake", "  1 shard(s) by backend other"]
+    assert lines == ["  2 chunk(s) by backend fake", "  1 chunk(s) by backend other"]
 
 
 def test_info_of_what_is_not_as_it_should_be(config: Config) -> None:
@@ -580,15 +557,15 @@ def test_info_of_what_is_not_as_it_should_be(config: Config) -> None:
     old = cache / "archive" / "site" / "x.zarr"
     old.mkdir(parents=True)
     (old / "zarr.json").write_bytes(b"12345")
-    found = info(config).as_json()
-    states = {each["owner"]: (each["state"], each.get("differs")) for each in found["stores"]}
+    found = info(config)
+    states = {each.owner: (each.state, each.differs) for each in found.stores}
     assert states == {
         "old": ("damaged", None),
         "server": ("damaged", None),
         "site": ("unfinished", ["prompt", "images"]),
     }
-    assert found["archive"] == [{"path": str(old), "bytes": 5}]
-    text = info_text(found)
+    assert found.archive == [{"path": str(old), "bytes": 5}]
+    text = found.text()
     assert f"{store.path}: 0 of 70 rows, " in text
     assert "unfinished; differs from the present run in prompt, images" in text
     assert f"{old}: moved aside, 0.0 MiB" in text
@@ -617,16 +594,16 @@ def test_prune(config: Config, whole: dict[str, bytes]) -> None:
     partial = store_of(config) / "masks" / "c" / "0" / "0" / "0.ab.partial"
     partial.write_bytes(b"half")
     found = removable(config)
-    assert {(each.path, each.why) for each in found.items} == {
+    assert {(each.path, each.why) for each in found.found} == {
         (aside, "moved aside"),
         *((path, "left by a killed run") for path in (half, building, retired, partial)),
     }
-    assert {each.bytes for each in found.items if each.path == partial} == {4}
+    assert {each.bytes for each in found.found if each.path == partial} == {4}
     with writer_lock(cache / "locks" / "sam-site.lock"), pytest.raises(LockedStoreError):
         prune(config, found)
     assert aside.exists()
-    assert prune(config, found) == Pruning(found.items, len(found.items))
-    assert removable(config).items == []
+    assert prune(config, found).removed == len(found.found)
+    assert removable(config) == Pruning([])
     assert content(cache / "sam") == whole
     assert (run.is_dir(), lost.is_dir(), aside.exists()) == (True, True, False)
     assert prune(config, found).removed == 0
@@ -653,22 +630,22 @@ def test_prune_of_single_files_that_a_kill_left(config: Config, whole: dict[str,
         path.write_bytes(b"a user's")
     folder = cache / ".c.abcdefgh.samfed-tmp"
     folder.mkdir()
-    assert {each.path for each in removable(config).items} == {aside}
+    assert {each.path for each in removable(config).found} == {aside}
     hours_ago = time.time() - 2 * 60 * 60
     for path in [*left, *others, folder]:
         os.utime(path, (hours_ago, hours_ago))
     found = removable(config)
     wanted = {path for path in left if aside not in path.parents}
     assert len(wanted) == 2
-    assert {each.path for each in found.items} == {
+    assert {each.path for each in found.found} == {
         aside,
         *wanted,
     }  # what goes with it is not named twice
-    assert {(each.bytes, each.why) for each in found.items if each.path in wanted} == {
+    assert {(each.bytes, each.why) for each in found.found if each.path in wanted} == {
         (4, "left by a killed run")
     }
     with writer_lock(cache / "locks" / "prepare.lock"):
-        assert prune(config, found) == Pruning(found.items, len(found.items))
+        assert prune(config, found).removed == len(found.found)
     assert content(cache / "sam") == whole
     assert all(path.exists() for path in [*others, folder])
 

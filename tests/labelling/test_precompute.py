@@ -9,65 +9,28 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from conftest import tiny_config
-from numpy.typing import NDArray
-from PIL import Image
+from teachers import FakeTeacher, Hungry, content, labelled_rows, run, stand_in, write_noise
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
 from pipeline.errors import ConfigError, DataError, LockedStoreError, SamfedError
-from pipeline.labelling import precompute as stage
-from pipeline.labelling import worker as labelling
-from pipeline.labelling.precompute import StageOneResult, precompute
+from pipeline.labelling.backoff import MemoryAwareTeacher
+from pipeline.labelling.precompute import precompute
 from pipeline.labelling.quality import FLIPPED_IMAGES
 from pipeline.runtime import resolve_device
 from pipeline.sam import build
 from pipeline.sam.build import TimmImageEncoder, load_state
-from pipeline.stores.label_store import Identity, LabelStore, PseudoLabels
+from pipeline.stores.label_store import LabelStore
 
 COUNT = 150
-Images = Sequence[NDArray[np.uint8]]
-
-
-class FakeTeacher:
-    """Labels that follow from an image's pixels alone; counts the images that it labelled."""
-
-    def __init__(self, on_batch: Callable[[int], None] = lambda batch: None) -> None:
-        self.card = SimpleNamespace(identity=self._identity, input_size=64)
-        self.on_batch, self.batches, self.images = on_batch, 0, 0
-
-    def _identity(self, *, label_size: int, precision: str) -> Identity:
-        return Identity(
-            variant="fake",
-            base_sha256="b" * 64,
-            adapter_sha256="a" * 64,
-            prompt="none",
-            input_size=64,
-            label_size=label_size,
-            num_classes=1,
-        )
-
-    def provenance(self) -> dict[str, str]:
-        return {"backend": "fake"}
-
-    def label(self, images: Images, size: int) -> PseudoLabels:
-        self.on_batch(self.batches)
-        self.batches, self.images = self.batches + 1, self.images + len(images)
-        small = np.stack([image[:size, :size] for image in images])
-        return PseudoLabels(
-            masks=(small[..., 0] > 127).astype(np.uint8),
-            confidences=small[..., 1],
-            predicted_iou=(small.mean((1, 2, 3)) / 255).astype(np.float32),
-        )
 
 
 def settings(root: Path, cache: Path) -> Config:
@@ -77,23 +40,6 @@ def settings(root: Path, cache: Path) -> Config:
         partition={"val_fraction": 0.02, "test_fraction": 0.02},
         precompute={"batch_size": 10},
     )
-
-
-def stand_in(patch: pytest.MonkeyPatch, teacher: FakeTeacher, *, check: bool = True) -> None:
-    """Let stage one find ``teacher`` where it would load one.
-
-    Without ``check`` no statistics are made, so the images that the teacher counts are the rows.
-    """
-    if not check:
-        patch.setattr(stage._Stores, "unmeasured", lambda stores: [])
-    patch.setattr(stage, "checked_card", lambda *args: teacher.card)
-    patch.setattr(labelling, "load_teacher", lambda *args: teacher)
-
-
-def run(config: Config, teacher: FakeTeacher) -> StageOneResult:
-    with pytest.MonkeyPatch.context() as patch:
-        stand_in(patch, teacher)
-        return precompute(config)
 
 
 def mirrored(config: Config) -> int:
@@ -109,27 +55,15 @@ def mirrored(config: Config) -> int:
     )
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """150 images of one site, three shards of labels, done without a stop."""
     folder = tmp_path_factory.mktemp("stage_one")
-    rng = np.random.default_rng(0)
-    for name in ("images", "masks"):
-        (folder / "data" / name).mkdir(parents=True)
-    for i in range(COUNT):
-        image = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)
-        Image.fromarray(image).save(folder / "data" / "images" / f"{i:03d}.png")
-        mask = (image[..., 0] > 127).astype(np.uint8)
-        Image.fromarray(mask).save(folder / "data" / "masks" / f"{i:03d}.png")
+    write_noise(folder / "data", count=COUNT, size=48)
     config = settings(folder / "data", folder / "cache")
     prepare(config)
     result = run(config, FakeTeacher())
-    assert (result.kept, result.failed, result.notices) == (0, [], [])
+    assert (result.already_labelled, result.failed, result.notices) == (0, [], [])
     assert LabelStore(folder / "cache" / "sam" / "site.zarr").chunks == 3
     return config
 
@@ -146,12 +80,6 @@ def config(prepared: Config, tmp_path: Path) -> Config:
 def whole(prepared: Config) -> dict[str, bytes]:
     """The stores of a run that nothing stopped."""
     return content(prepared.cache.root / "sam")
-
-
-def labelled_rows(config: Config) -> int:
-    """Rows on disk with a done mark, over all stores."""
-    stores = [LabelStore(path) for path in (config.cache.root / "sam").glob("[!.]*.zarr")]
-    return sum(int(store.done().sum()) for store in stores)
 
 
 # --------------------------------------------------------------------------- stops
@@ -178,10 +106,14 @@ def test_ctrl_c_and_again(config: Config, whole: dict[str, bytes], stop: int) ->
     result = run(config, teacher)
     assert content(config.cache.root / "sam") == whole
     total = labelled_rows(config)
-    assert (result.kept, result.labelled, result.failed) == (finished, total - finished, [])
+    assert (result.already_labelled, result.labelled, result.failed) == (
+        finished,
+        total - finished,
+        [],
+    )
     assert teacher.images == total - finished + flips
     again = FakeTeacher()
-    assert run(config, again).kept == total
+    assert run(config, again).already_labelled == total
     assert again.batches == 0
 
 
@@ -208,7 +140,7 @@ def test_an_unreadable_image(config: Config, whole: dict[str, bytes], tmp_path: 
     assert content(config.cache.root / "sam") == whole
 
 
-def test_a_shard_that_two_teachers_finish(config: Config, tmp_path: Path) -> None:
+def test_a_chunk_that_two_teachers_finish(config: Config, tmp_path: Path) -> None:
     """One identity, but another backend, where an image could not be read at first."""
     root = tmp_path / "data"
     shutil.copytree(config.data.root, root)
@@ -219,9 +151,7 @@ def test_a_shard_that_two_teachers_finish(config: Config, tmp_path: Path) -> Non
     path.unlink()
     run(config, FakeTeacher())
     path.write_bytes(good)
-    other = FakeTeacher()
-    other.provenance = lambda: {"backend": "other"}  # type: ignore[method-assign]
-    assert run(config, other).labelled == 1
+    assert run(config, FakeTeacher(backend="other")).labelled == 1
     store = LabelStore(config.cache.root / "sam" / "site.zarr")
     first = {"backend": "fake"}
     assert store.provenance() == [[first], [first, {"backend": "other"}], [first]]
@@ -250,19 +180,6 @@ def test_a_second_writer_is_refused(config: Config, whole: dict[str, bytes]) -> 
 # --------------------------------------------------------------------------- memory
 
 
-class Hungry(FakeTeacher):
-    """Holds so many images at once and no more; says so as ``error`` does."""
-
-    def __init__(self, capacity: int, error: Exception) -> None:
-        super().__init__()
-        self.capacity, self.error = capacity, error
-
-    def label(self, images: Images, size: int) -> PseudoLabels:
-        if len(images) > self.capacity:
-            raise self.error
-        return super().label(images, size)
-
-
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     MemoryError(),
@@ -289,11 +206,11 @@ def test_batches_shrink_when_memory_runs_out(
     assert [store.provenance()[0] for store in stores] == [[fake | {"batch_size": "3"}], [fake]]
 
 
-def test_a_shard_records_its_own_batches(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_records_its_own_batches(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks of one dask worker share its teacher: one backs off while another is at its end."""
     teacher = Hungry(10, MemoryError())
-    shared = labelling.MemoryAwareTeacher(teacher, 10)
-    monkeypatch.setattr(stage, "load_backend", lambda *args: shared)
+    shared = MemoryAwareTeacher(teacher, 10)
+    monkeypatch.setattr("pipeline.labelling.executors.load_backend", lambda job: shared)
     server = len(load_partition(config.cache.root / "partition.json").server.calibration)
 
     def other(what: str, done: int, total: int) -> None:

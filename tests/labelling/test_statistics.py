@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 from numpy.typing import NDArray
-from test_precompute import FakeTeacher, content, run
+from teachers import STATISTICS, FakeTeacher, content, run
 
 from pipeline.config import PrecomputeConfig
 from pipeline.data.prepare import prepare
 from pipeline.labelling.quality import (
     FLIPPED_IMAGES,
-    as_table,
-    doubts,
     measure,
+    quality_warnings,
+    statistics_table,
 )
 from pipeline.stores.arrays import check_seal
 from pipeline.stores.label_store import Identity, LabelStore, PseudoLabels, RowKey, open_label_store
@@ -118,7 +118,7 @@ def test_no_foreground_anywhere(tmp_path: Path) -> None:
     statistics = measure(store, Thresholds(), image_of, batch_size=1)
     assert statistics["foreground_confidence"] is None
     assert (statistics["empty"], statistics["area"], statistics["flip_dice"]) == (1, 0, 1)
-    assert " - " in as_table({"a": statistics})
+    assert " - " in statistics_table({"a": statistics})
 
 
 def keep_statistics(store: LabelStore) -> dict[str, Any]:
@@ -159,23 +159,13 @@ def test_statistics_go_when_the_labels_change(tmp_path: Path) -> None:
 
 
 def statistics(**changes: Any) -> dict[str, Any]:
-    return {
-        "images": 40,
-        "confidence": 0.9,
-        "foreground_confidence": 0.8,
-        "area": 0.25,
-        "area_std": 0.125,
-        "empty": 0.5,
-        "predicted_iou": 0.75,
-        "flips": 16,
-        "flip_dice": 0.7,
-    } | changes
+    return STATISTICS | changes
 
 
-def test_doubts_name_the_client() -> None:
+def test_warnings_name_the_client() -> None:
     config = PrecomputeConfig()
-    assert doubts("site_b", statistics(), config) == []  # on the floor is not below it
-    assert doubts("site_b", statistics(flip_dice=0.52, empty=0.6), config) == [
+    assert quality_warnings("site_b", statistics(), config) == []  # on the floor is not below it
+    assert quality_warnings("site_b", statistics(flip_dice=0.52, empty=0.6), config) == [
         "site_b: SAM contradicts itself: the labels of 16 mirrored images match its own with Dice "
         "0.52, below precompute.warn_consistency 0.7; look at them before you trust them",
         "site_b: SAM finds nothing in 60% of 40 images, above precompute.warn_empty 0.5; look at "
@@ -184,9 +174,9 @@ def test_doubts_name_the_client() -> None:
 
 
 def test_the_table() -> None:
-    heading, line = as_table({"site_b": statistics()}).splitlines()
+    heading, line = statistics_table({"site_b": statistics()}).splitlines()
     assert heading.split() == (
-        ["images", "confidence", "foreground", "area", "empty", "predicted_iou", "flip", "Dice"]
+        ["images", "confidence", "foreground", "area", "empty", "pred.", "IoU", "flip", "Dice"]
     )
     assert line.split() == (
         ["site_b", "40", "0.900", "0.800", "25.0%", "±", "12.5%", "50%", "0.750", "0.700"]

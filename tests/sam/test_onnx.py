@@ -489,7 +489,7 @@ def test_labels_of_another_size(timm: Timm, tmp_path: Path) -> None:
 def test_a_store_made_by_onnx_is_one_made_by_torch(exported: Exported, project: Project) -> None:
     made = answer("precompute-sam", "--backend", "onnx", *project.options)
     assert made["labelled"] > 0
-    assert (made["kept"], made["failed"], made["notices"]) == (0, [], [])
+    assert (made["already_labelled"], made["failed"], made["notices"]) == (0, [], [])
     stores = sorted((project.cache / "sam").glob("*.zarr"))
     by_onnx = {path.name: LabelStore(path) for path in stores}
     for store in by_onnx.values():
@@ -498,7 +498,11 @@ def test_a_store_made_by_onnx_is_one_made_by_torch(exported: Exported, project: 
         ]
     labels = {name: store.read() for name, store in by_onnx.items()}
     again = answer("precompute-sam", *project.options)
-    assert (again["labelled"], again["kept"], again["notices"]) == (0, made["labelled"], [])
+    assert (again["labelled"], again["already_labelled"], again["notices"]) == (
+        0,
+        made["labelled"],
+        [],
+    )
     shutil.rmtree(project.cache / "sam")
     answer("precompute-sam", "--set", "precompute.precision=fp32", *project.options)
     for path in stores:
@@ -515,7 +519,7 @@ def test_onnx_on_a_dask_worker(project: Project) -> None:
     assert LabelStore(project.cache / "sam" / "site_a.zarr").provenance()[0][0]["backend"] == "onnx"
     shutil.rmtree(project.cache / "sam")
     result = precompute(config, clients=["site_a"], cluster=local_cluster(1, device="cpu"))
-    assert (result.kept, result.failed) == (0, [])
+    assert (result.already_labelled, result.failed) == (0, [])
     assert listing(project.cache / "sam") == here
 
 

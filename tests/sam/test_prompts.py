@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from numpy.typing import NDArray
-from test_precompute import content
+from teachers import content
 from torch import Tensor, nn
 
 from pipeline.config import Config, SamConfig
@@ -328,7 +328,7 @@ def test_points_on_a_dask_worker(labelled: Path, tiny_images: Path, tmp_path: Pa
     here = content(tmp_path / "sam")
     shutil.rmtree(tmp_path / "sam")
     result = precompute(config, clients=["site_a"], cluster=local_cluster(1, device="cpu"))
-    assert (result.kept, result.failed) == (0, [])
+    assert (result.already_labelled, result.failed) == (0, [])
     assert content(tmp_path / "sam") == here
 
 

@@ -134,7 +134,7 @@ def test_the_loaded_teacher_is_the_fine_tuned_one(adapted: Adapted) -> None:
 
 def test_the_stages_after_it_take_it(adapted: Adapted) -> None:
     config, cache = adapted.config, adapted.config.cache.root
-    measured = evaluate_teacher(config).as_json()
+    measured = evaluate_teacher(config)
     assert measured["variant"] == f"timm:{BACKBONE}"
     assert measured["n"] == adapted.card.calibration_images
     assert 0 <= measured["dice"] <= 1
@@ -153,7 +153,7 @@ def test_the_stages_after_it_take_it(adapted: Adapted) -> None:
     assert len(items) <= config.precompute.batch_size
     assert_equal(store.read(), adapted.teacher.label([item.image for item in items], size))
     again = precompute(config)
-    assert (again.labelled, again.kept) == (0, result.labelled)
+    assert (again.labelled, again.already_labelled) == (0, result.labelled)
 
 
 def test_labels_of_another_precision_are_made_anew(adapted: Adapted) -> None:
