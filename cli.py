@@ -25,7 +25,7 @@ from pipeline.errors import (
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.federation.runs import RunFolder
-    from pipeline.labelling.executors import Workplace
+    from pipeline.labelling.worker import Workplace
 
 _debug = False
 _OS_ADVICE = "check the path, its permissions and the space left on the disk"

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError, DataError
-from pipeline.labelling.executors import Executor, Workplace, executor_on
 from pipeline.labelling.job import Job, Meter, Progress, load_job, store_lock
 from pipeline.labelling.quality import Statistics, quality_warnings, statistics_table
-from pipeline.labelling.worker import ChunkResult, ChunkTask
+from pipeline.labelling.worker import ChunkResult, ChunkTask, Executor, InProcess, Workplace
 from pipeline.runtime import torch_threads
 from pipeline.stores.label_store import LabelStore, open_label_store
 
@@ -38,14 +37,12 @@ class StageOneResult:
     warnings: list[str] = field(default_factory=list)  # labels to look at, by client
 
     def text(self) -> str:
-        """Return the counts and a table of the statistics, for a person."""
         counts = f"{self.labelled} images labelled, {self.already_labelled} were labelled already"
         return "\n".join(
             [counts, *([statistics_table(self.statistics)] if self.statistics else [])]
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it, for ``--json``."""
         return asdict(self)
 
     def failures(self) -> list[str]:
@@ -80,6 +77,13 @@ def precompute(
     return label_owners(job, owners, executor_on(job, cluster), progress=progress)
 
 
+@contextmanager
+def executor_on(job: Job, workplace: Workplace | None) -> Iterator[Executor]:
+    """Enter the workplace, this process if it is None, and do the job there."""
+    with workplace or nullcontext(InProcess) as executor_for:
+        yield executor_for(job)
+
+
 def label_owners(
     job: Job,
     owners: Sequence[str],
@@ -97,16 +101,17 @@ def label_owners(
     with threads, _Stores(job) as stores, executor as workers:
         for owner in owners:
             stores.open(owner)
-        result = stores.result
-        meter = Meter("labelling images", stores.rows(), result.already_labelled, progress)
+        total, done = sum(map(len, stores.opened.values())), stores.result.already_labelled
+        meter = Meter("labelling images", total, done, progress)
         meter.advance(0)
         for group in workers.groups(owners):
-            for chunk in workers.run(stores.tasks(group), meter=meter):
-                stores.mark_done(chunk)
+            with closing(workers.run(stores.tasks(group), meter=meter)) as chunks:
+                for chunk in chunks:
+                    stores.mark_done(chunk)
             for owner, statistics in workers.measure(stores.unmeasured(group)):
                 stores.keep_statistics(owner, statistics)
             stores.release(group)
-    return result
+    return stores.result
 
 
 class _Stores(ExitStack):
@@ -116,7 +121,7 @@ class _Stores(ExitStack):
         super().__init__()
         self.result = StageOneResult()
         self._job = job
-        self._opened: dict[str, LabelStore] = {}
+        self.opened: dict[str, LabelStore] = {}
         self._locks: dict[str, ExitStack] = {}
 
     def open(self, owner: str) -> None:
@@ -130,7 +135,7 @@ class _Stores(ExitStack):
         if notice:
             log.warning(notice)
             self.result.notices.append(notice)
-        self._opened[owner] = store
+        self.opened[owner] = store
         done = store.done()
         self.result.already_labelled += int(done.sum())
         if store.statistics is not None and done.all():
@@ -141,15 +146,11 @@ class _Stores(ExitStack):
         for owner in owners:
             self._locks[owner].close()
 
-    def rows(self) -> int:
-        """Return the number of rows of all stores."""
-        return sum(map(len, self._opened.values()))
-
     def tasks(self, owners: Sequence[str]) -> Iterator[ChunkTask]:
         """Yield each chunk of the owners' with work left, and its rows that are not done."""
         images = self._job.partition.images
         for owner in owners:
-            store = self._opened[owner]
+            store = self.opened[owner]
             done = store.done()
             for chunk in store.pending():
                 rows = tuple(row for row in store.chunk_rows(chunk) if not done[row])
@@ -160,14 +161,14 @@ class _Stores(ExitStack):
     def mark_done(self, chunk: ChunkResult) -> None:
         """Set the done marks of what is labelled."""
         if chunk.rows:
-            store = self._opened[chunk.task.owner]
+            store = self.opened[chunk.task.owner]
             store.mark_done(chunk.task.chunk, chunk.rows, chunk.provenance)
         self.result.labelled += len(chunk.rows)
         self.result.failed += chunk.failed
 
     def unmeasured(self, owners: Sequence[str]) -> list[str]:
         """Return the owners whose store is complete and has no statistics yet."""
-        stores = ((owner, self._opened[owner]) for owner in owners)
+        stores = ((owner, self.opened[owner]) for owner in owners)
         return [owner for owner, s in stores if s.statistics is None and s.done().all()]
 
     def keep_statistics(self, owner: str, statistics: Statistics | DataError) -> None:
@@ -178,7 +179,7 @@ class _Stores(ExitStack):
         if isinstance(statistics, DataError):
             self._warn([f"{owner}: the labels were not checked: {statistics}"])
         else:
-            self._opened[owner].set_statistics(statistics)
+            self.opened[owner].set_statistics(statistics)
             self._show(owner, statistics)
 
     def _show(self, owner: str, statistics: Statistics) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.disk import move, recover_folder, writer_lock
 from pipeline.errors import IdentityError, LockedStoreError, StoreError
-from pipeline.labelling.executors import Executor, Workplace, executor_on
 from pipeline.labelling.job import Job, Meter, Progress, load_job, owner_images, store_lock
 from pipeline.labelling.maintenance import check_at_rest, image_stores, label_stores, reading
-from pipeline.labelling.precompute import label_owners
+from pipeline.labelling.precompute import executor_on, label_owners
+from pipeline.labelling.worker import Executor, Workplace
 from pipeline.stores.arrays import CHUNK_ROWS, remove_partial_files
 from pipeline.stores.integrity import FORMAT_FAULT, METADATA, Fault, check_store
 from pipeline.stores.label_store import LabelStore, check_identity

@@ -10,14 +10,17 @@ another backend: the chunk's provenance names both.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from pipeline.data.images import load_image
 from pipeline.errors import DataError
 from pipeline.labelling.backoff import Image, MemoryAwareTeacher, TeacherBackend, join
 from pipeline.labelling.job import Job, Meter
+from pipeline.labelling.quality import Statistics, measure_owner
 from pipeline.sam.frame import fit_longest_side
 from pipeline.sam.onnx import load_onnx_teacher
 from pipeline.sam.teacher import load_teacher
@@ -50,6 +53,46 @@ class ChunkResult:
     provenance: list[Record] = field(default_factory=list)  # what labelled them, each record once
 
 
+class Executor(Protocol):
+    """Whatever does stage one's work; the same bytes whatever it is."""
+
+    def groups(self, owners: Sequence[str]) -> list[Sequence[str]]:
+        """Return the owners in groups, each to be labelled, measured and released together."""
+
+    def run(self, tasks: Iterable[ChunkTask], *, meter: Meter) -> Generator[ChunkResult]:
+        """Label and write each task's chunk; yield each result once its labels are on the disk."""
+
+    def measure(self, owners: Iterable[str]) -> Iterator[tuple[str, Statistics | DataError]]:
+        """Measure finished stores; the error where an image of the sample cannot be read."""
+
+    def check(self, owner: str) -> None:
+        """Do all that comes before labelling the owner's images; it fails where that would."""
+
+
+Workplace = AbstractContextManager[Callable[[Job], Executor]]  # e.g. ``cluster.connect(address)``
+
+
+class InProcess:
+    """The teacher in this process: one owner after the other, so that each is soon released."""
+
+    def __init__(self, job: Job) -> None:
+        """Load the teacher; errors as ``load_backend``'s."""
+        self._job = job
+        self._teacher = load_backend(job)
+
+    def groups(self, owners: Sequence[str]) -> list[Sequence[str]]:
+        return [[owner] for owner in owners]
+
+    def run(self, tasks: Iterable[ChunkTask], *, meter: Meter) -> Generator[ChunkResult]:
+        return label_chunks(self._job, tasks, self._teacher, meter=meter)
+
+    def measure(self, owners: Iterable[str]) -> Iterator[tuple[str, Statistics | DataError]]:
+        return ((owner, measure_owner(self._job, owner, self._teacher)) for owner in owners)
+
+    def check(self, owner: str) -> None:
+        """Do nothing: the teacher is loaded, and the files are here."""
+
+
 def load_backend(job: Job) -> TeacherBackend:
     """Load the teacher in the backend that ``precompute.backend`` names.
 
@@ -64,78 +107,39 @@ def load_backend(job: Job) -> TeacherBackend:
 
 def label_chunks(
     job: Job, tasks: Iterable[ChunkTask], teacher: TeacherBackend, *, meter: Meter | None = None
-) -> Iterator[ChunkResult]:
+) -> Generator[ChunkResult]:
     """Label and write every task in turn; yield each result once its labels are on the disk.
 
     At most two chunks are behind the teacher. Where an error or Ctrl-C stops it, the chunks that it
     has finished are yielded before that is raised. ``meter`` counts images as they are labelled.
     """
     writes: deque[Future[ChunkResult]] = deque()
-    chunk = _Chunk()
+    parts: list[PseudoLabels] = []
     workers = job.config.precompute.readers
     with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as writer:
         try:
             for batch in _read_ahead(job, tasks, readers):
-                count = chunk.label(batch, teacher, job.identity.label_size)
-                if meter is not None:
-                    meter.advance(count)
+                labels = _label(batch, teacher, job.identity.label_size)
+                if labels is not None:
+                    parts.append(labels)
+                    if meter is not None:
+                        meter.advance(len(labels.masks))
                 if batch.last:
-                    writes.append(writer.submit(chunk.write, job, batch.task))
-                    chunk = _Chunk()
+                    writes.append(writer.submit(_write, job, batch.result, parts))
+                    parts = []
                 while len(writes) > _AHEAD or (writes and writes[0].done()):
                     yield writes.popleft().result()
         except (Exception, KeyboardInterrupt):
-            while writes:
-                yield writes.popleft().result()
+            yield from (write.result() for write in writes)
             raise
-        while writes:
-            yield writes.popleft().result()
-
-
-class _Chunk:
-    """A chunk that grows batch by batch."""
-
-    def __init__(self) -> None:
-        self._rows: list[int] = []
-        self._failed: list[str] = []
-        self._provenance: list[Record] = []
-        self._parts: list[PseudoLabels] = []
-
-    def label(self, batch: _Batch, teacher: TeacherBackend, size: int) -> int:
-        """Label the batch's images that could be read; return how many."""
-        images: list[Image] = []
-        for row, future in zip(batch.rows, batch.images, strict=True):
-            try:
-                images.append(future.result())
-                self._rows.append(row)
-            except DataError as error:
-                self._failed.append(str(error))  # named at the end; the other images go on
-        if images:
-            self._parts.append(teacher.label(images, size))
-            if teacher.provenance() not in self._provenance:
-                self._provenance.append(teacher.provenance())
-        return len(images)
-
-    def write(self, job: Job, task: ChunkTask) -> ChunkResult:
-        """Write the labels, if the store is still the one that they are for."""
-        if self._rows:
-            store = LabelStore(job.path(task.owner))
-            # a worker may come late, when another run has taken over
-            check_identity(store, job.identity)
-            sha256 = dict(zip(task.rows, (sha256 for _, sha256 in task.files), strict=True))
-            store.check_rows(self._rows, [sha256[row] for row in self._rows])
-            store.write_chunk(task.chunk, self._rows, join(self._parts))
-        return ChunkResult(task, self._rows, self._failed, self._provenance)
-
-
-# --------------------------------------------------------------------------- reading
+        yield from (write.result() for write in writes)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    task: ChunkTask
     rows: tuple[int, ...]
     images: list[Future[Image]]
+    result: ChunkResult  # of its task, which grows batch by batch
     last: bool  # of its task
 
 
@@ -151,10 +155,41 @@ def _read_ahead(
     size = job.config.precompute.batch_size
     waiting: deque[_Batch] = deque()
     for task in tasks:
+        result = ChunkResult(task)
         for start in range(0, len(task.rows), size):
             stop = start + size
             images = [readers.submit(read, *file) for file in task.files[start:stop]]
-            waiting.append(_Batch(task, task.rows[start:stop], images, stop >= len(task.rows)))
+            last = stop >= len(task.rows)
+            waiting.append(_Batch(task.rows[start:stop], images, result, last))
             if len(waiting) > _AHEAD:
                 yield waiting.popleft()
     yield from waiting
+
+
+def _label(batch: _Batch, teacher: TeacherBackend, size: int) -> PseudoLabels | None:
+    """Label the batch's images that can be read; None if there are none."""
+    images, result = [], batch.result
+    for row, future in zip(batch.rows, batch.images, strict=True):
+        try:
+            images.append(future.result())
+            result.rows.append(row)
+        except DataError as error:
+            result.failed.append(str(error))  # named at the end; the other images go on
+    if not images:
+        return None
+    labels = teacher.label(images, size)
+    if teacher.provenance() not in result.provenance:
+        result.provenance.append(teacher.provenance())
+    return labels
+
+
+def _write(job: Job, result: ChunkResult, parts: Sequence[PseudoLabels]) -> ChunkResult:
+    """Write the labels, if the store is still the one that they are for."""
+    if parts:
+        task, store = result.task, LabelStore(job.path(result.task.owner))
+        # a worker may come late, when another run has taken over
+        check_identity(store, job.identity)
+        sha256 = dict(zip(task.rows, (sha256 for _, sha256 in task.files), strict=True))
+        store.check_rows(result.rows, [sha256[row] for row in result.rows])
+        store.write_chunk(task.chunk, result.rows, join(parts))
+    return result

@@ -100,7 +100,7 @@ def stand_in(patch: pytest.MonkeyPatch, teacher: FakeTeacher, *, measured: bool 
     patch.setattr("pipeline.labelling.job.checked_card", lambda *args: teacher.card)
     patch.setattr("pipeline.labelling.worker.load_teacher", lambda *args: teacher)
     if not measured:
-        for module in ("executors", "dask_executor"):
+        for module in ("worker", "cluster"):
             patch.setattr(f"pipeline.labelling.{module}.measure_owner", lambda *args: DataError(""))
 
 

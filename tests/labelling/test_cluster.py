@@ -187,7 +187,7 @@ def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_scheduler_without_workers(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     workers.add(0)
-    monkeypatch.setattr("pipeline.labelling.dask_executor.WORKERS_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.labelling.cluster.WORKERS_SECONDS", 0.5)
     with pytest.raises(ConfigError, match=r"no worker within 0\.5 s"), connect(workers.address):
         pass
 
@@ -240,7 +240,7 @@ class Refused(Mute):
 def test_local_workers_that_do_not_start(
     monkeypatch: pytest.MonkeyPatch, kind: type[Mute], reason: str
 ) -> None:
-    monkeypatch.setattr("pipeline.labelling.dask_executor.WORKERS_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.labelling.cluster.WORKERS_SECONDS", 0.2)
     monkeypatch.setattr(distributed, "Nanny", kind)
     with pytest.raises(SamfedError) as caught, local_cluster(1, device="cpu"):
         pass

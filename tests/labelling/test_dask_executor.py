@@ -19,11 +19,11 @@ from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
 from pipeline.disk import writer_lock
 from pipeline.errors import SamfedError
-from pipeline.labelling.dask_executor import DaskExecutor, Order, run_check
-from pipeline.labelling.executors import Workplace
+from pipeline.labelling.cluster import DaskExecutor, Order, run_check
 from pipeline.labelling.job import load_job, store_lock
 from pipeline.labelling.precompute import precompute
 from pipeline.labelling.repair import repair
+from pipeline.labelling.worker import Workplace
 from pipeline.stores.label_store import LabelStore
 
 
@@ -110,8 +110,8 @@ def scheduler() -> Iterator[Threads]:
 @pytest.fixture
 def threads(scheduler: Threads, monkeypatch: pytest.MonkeyPatch) -> Threads:
     """One worker, as often as tests lose it; the executor soon misses one."""
-    monkeypatch.setattr("pipeline.labelling.dask_executor.LOOK_SECONDS", 0.1)
-    monkeypatch.setattr("pipeline.labelling.dask_executor.WORKERS_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.labelling.cluster.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.labelling.cluster.WORKERS_SECONDS", 0.2)
     scheduler.add()
     return scheduler
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,10 @@ def forget(config: Config) -> None:
 # --------------------------------------------------------------------------- other processes
 
 _SERVER = """
-import json, os, sys, time
+import json, os, sys
 sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
-from test_faults import run, settings
+from test_faults import counting_steps, run, settings
 
 print("ready", flush=True)
 for line in sys.stdin:
@@ -63,16 +63,34 @@ for line in sys.stdin:
         if order["user"] is not None:
             os.setuid(order["user"])
         try:
-            run(settings(Path(order["root"]), Path(order["cache"])))
+            with counting_steps(kill_at=order["kill_at"]):
+                run(settings(Path(order["root"]), Path(order["cache"])))
         except OSError as error:
             os._exit(error.errno)
         os._exit(0)
-    if order["seconds"] is not None:
-        time.sleep(order["seconds"])
-        os.kill(child, 9)
     status = os.waitpid(child, 0)[1]
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
+
+
+@contextmanager
+def counting_steps(kill_at: int | None = None) -> Iterator[list[int]]:
+    """Count the flushes and renames of this process; kill it before one of them."""
+    steps: list[int] = []
+
+    def counted(step: Callable[..., None]) -> Callable[..., None]:
+        def take(*args: Any, **options: Any) -> None:
+            steps.append(len(steps))
+            if len(steps) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            step(*args, **options)
+
+        return take
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "replace"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        yield steps
 
 
 class Forks:
@@ -81,12 +99,12 @@ class Forks:
     def __init__(self, server: subprocess.Popen[str]) -> None:
         self._server = server
 
-    def run(self, config: Config, *, seconds: float | None = None, user: int | None = None) -> int:
-        """Its exit code: of a kill after ``seconds`` -9, of an OSError its number, else 0."""
+    def run(self, config: Config, *, kill_at: int | None = None, user: int | None = None) -> int:
+        """Return its exit code: of a kill at that step -9, of an OSError its number, else 0."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         order: dict[str, Any] = {"root": str(config.data.root), "cache": str(config.cache.root)}
-        print(json.dumps(order | {"seconds": seconds, "user": user}), file=self._server.stdin)
+        print(json.dumps(order | {"kill_at": kill_at, "user": user}), file=self._server.stdin)
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
 
@@ -103,30 +121,21 @@ def forks() -> Iterator[Forks]:
 
 
 def test_kill_9_at_20_moments(config: Config, whole: dict[str, bytes], forks: Forks) -> None:
-    """Spread over a run, from its first folder to its last mark."""
+    """Spread over a run, from the first file that it flushes to its last mark."""
     forget(config)
-    begin = time.perf_counter()
-    assert forks.run(config) == 0
-    whole_run = time.perf_counter() - begin
+    with counting_steps() as steps:
+        run(config)
     assert content(config.cache.root / "sam") == whole
-    total = labelled_rows(config)
-    rng = random.Random(0)
-    stopped, killed = set(), 0
+    total, stopped = labelled_rows(config), set()
     for number in range(KILLS):
         forget(config)
-        code = forks.run(config, seconds=(number + rng.random()) / KILLS * whole_run)
-        assert code in (-9, 0)  # a quick run may end before its kill
-        killed += code == -9
+        assert forks.run(config, kill_at=1 + number * len(steps) // KILLS) == -9
         before = labelled_rows(config)
         stopped.add(before)
         result, images = run(config)
-        assert (result.already_labelled, result.labelled, images) == (
-            before,
-            total - before,
-            total - before,
-        )
+        assert result.already_labelled == before
+        assert result.labelled == images == total - before
         assert content(config.cache.root / "sam") == whole
-    assert killed > KILLS // 2
     assert {0} < stopped  # some before the first done mark, some after
 
 

@@ -23,7 +23,6 @@ from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
 from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError, IdentityError, LockedStoreError, StageError
-from pipeline.labelling.executors import InProcess
 from pipeline.labelling.maintenance import (
     CacheInfo,
     Pruning,
@@ -35,6 +34,7 @@ from pipeline.labelling.maintenance import (
 )
 from pipeline.labelling.precompute import precompute
 from pipeline.labelling.repair import Repair, repair
+from pipeline.labelling.worker import InProcess
 from pipeline.stores.arrays import seal
 from pipeline.stores.integrity import Fault, check_store
 from pipeline.stores.label_store import LabelStore

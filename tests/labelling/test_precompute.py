@@ -210,7 +210,7 @@ def test_a_chunk_records_its_own_batches(config: Config, monkeypatch: pytest.Mon
     """Tasks of one dask worker share its teacher: one backs off while another is at its end."""
     teacher = Hungry(10, MemoryError())
     shared = MemoryAwareTeacher(teacher, 10)
-    monkeypatch.setattr("pipeline.labelling.executors.load_backend", lambda job: shared)
+    monkeypatch.setattr("pipeline.labelling.worker.load_backend", lambda job: shared)
     server = len(load_partition(config.cache.root / "partition.json").server.calibration)
 
     def other(what: str, done: int, total: int) -> None:
