@@ -57,7 +57,11 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
             times = {}
             for way in ("segment-anything", "folded", "slices"):
                 layer = stock if way == "segment-anything" else folded
-                attention._slices_pay = lambda q, way=way: way == "slices"
+
+                def pays(q: Tensor, slices: bool = way == "slices") -> bool:
+                    return slices
+
+                attention._slices_pay = pays
 
                 def call(layer: Any = layer, x: Tensor = x, dtype: Any = dtype) -> Tensor:
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

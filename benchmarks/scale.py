@@ -30,7 +30,7 @@ from torch import Tensor
 from pipeline.config import Config, parse_config
 from pipeline.data.synthetic import write_dataset
 from pipeline.federation import server as federation
-from pipeline.federation.inputs import RunInputs
+from pipeline.federation.inputs import RunInputs, load_inputs
 
 ROUNDS = 3  # the first is left out
 SERVER_IMAGES = 12
@@ -97,7 +97,7 @@ def run_child(config: Config) -> dict[str, Any]:
     """Run one setting in this process."""
     result: dict[str, Any] = {"imported_mib": memory_mib("VmRSS")}
     marks: list[float] = []
-    load = federation.load_inputs
+    load = load_inputs
 
     def load_and_measure(config: Config) -> RunInputs:
         began = time.process_time()
@@ -111,7 +111,7 @@ def run_child(config: Config) -> dict[str, Any]:
         if "rounds" in what:
             marks.append(time.process_time())
 
-    federation.load_inputs = load_and_measure  # type: ignore[assignment]
+    federation.load_inputs = load_and_measure  # type: ignore[attr-defined]
     run = federation.federate(config, progress=finished)
     rounds = [after - before for before, after in pairwise(marks)]
     saved = max(run.path.glob("checkpoints/*"))

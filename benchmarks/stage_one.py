@@ -239,7 +239,9 @@ def run_torch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 class WithLogits(TeacherNetwork):
     """The exported network with one output more, for its error; stage one never asks for it."""
 
-    def forward(self, pixels: Tensor, valid_hw: Tensor) -> tuple[Tensor, ...]:
+    def forward(  # type: ignore[override]
+        self, pixels: Tensor, valid_hw: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inside = teaching.inside_image(valid_hw, pixels.shape[-1])
         logits, iou = teaching.forward(self.sam, pixels, inside)
         frame = teaching.to_client_frame(logits, valid_hw, self.size_hw)

@@ -18,12 +18,16 @@ import json
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pipeline.segmentation.networks  # noqa: F401  (before segmentation_models_pytorch)
+
+# isort: split
+import segmentation_models_pytorch as smp
 import torch
 from inputs import prepare_with_labels
 
@@ -33,10 +37,10 @@ from pipeline.federation import averaging, exchange
 from pipeline.federation import codistillation as distillation
 from pipeline.federation import local_update as training
 from pipeline.federation.aggregation import FedAvg
+from pipeline.federation.codistillation_losses import GradedLogits
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.server import federate
 from pipeline.runtime import resolve_device
-from pipeline.segmentation.networks import smp
 
 NETWORKS = [  # of the heterogeneous clients, in turn
     {"encoder": "tu-mobilenetv3_small_050"},
@@ -75,7 +79,7 @@ TIMED: tuple[tuple[Any, str, str], ...] = (
     (exchange, "distil", "RC and RF"),
     (exchange, "noised_public", "noise and grades"),
     (distillation.BestClient, "add", "noise and grades"),
-    (exchange.GradedLogits, "of", "noise and grades"),
+    (GradedLogits, "of", "noise and grades"),
     (RunFolder, "append_history", "checkpoint"),
     (RunFolder, "save_checkpoint", "checkpoint"),
 )
@@ -83,23 +87,23 @@ Path_ = tuple[str, ...]
 
 
 class Clock:
-    """Wall and CPU seconds by path of sections, each without the sections below it."""
+    """Wall and CPU nanoseconds by path of sections, each without the sections below it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._path: list[str] = []
         self.wall: Counter[Path_] = Counter()
         self.cpu: Counter[Path_] = Counter()
-        self._last = self._now()
+        self._last = self.now()
 
-    def _now(self) -> tuple[float, float]:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter(), time.process_time()
+    def now(self) -> tuple[int, int]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter_ns(), time.process_time_ns()
 
     def charge(self) -> None:
         """Count what passed since the last call for the present path."""
-        wall, cpu = self._now()
+        wall, cpu = self.now()
         key = tuple(self._path)
         self.wall[key] += wall - self._last[0]
         self.cpu[key] += cpu - self._last[1]
@@ -169,11 +173,11 @@ FIT = ("calibration: fit",)
 CALIBRATION = (*FIT, "calibration: forward")
 
 
-def shares(seconds: Counter[Path_]) -> dict[str, float]:
+def shares(spent: Counter[Path_]) -> dict[str, float]:
     """A round's parts, as shares of it, and what the bars are on."""
-    total = seconds.total()
-    parts: Counter[str] = Counter()
-    for path, value in seconds.items():
+    total = spent.total()
+    parts: dict[str, float] = defaultdict(float)
+    for path, value in spent.items():
         parts[part_of(path)] += value / total
 
     def of(names: Sequence[str]) -> float:
@@ -209,12 +213,12 @@ def measure(config: Config) -> dict[str, Any]:
     with clock.watching():
         federate(config, mode="restart", progress=finished)
     result: dict[str, Any] = {}
-    steady = clock._device.type == "cpu" and config.federate.threads == 1
+    steady = clock.device.type == "cpu" and config.federate.threads == 1
     for key in ("wall", "cpu") if steady else ("wall",):
         every = [shares(each[key]) for each in rounds]
         names = dict.fromkeys(name for each in every for name in each)
         result[key] = {
-            "seconds": statistics.median(each[key].total() for each in rounds),
+            "seconds": statistics.median(each[key].total() / 1e9 for each in rounds),
             **{name: statistics.median(e.get(name, 0.0) for e in every) for name in names},
         }
     return result

@@ -156,7 +156,7 @@ def read_in_shards(store: LabelStore) -> None:
 def read_through_zarr(store: LabelStore) -> None:
     """The same, but for the check that every file is there."""
     group = zarr.open_group(store.path, mode="r")
-    arrays = [group[name] for name in ("done", "masks", "confidences", "predicted_iou")]
+    arrays: list[Any] = [group[name] for name in ("done", "masks", "confidences", "predicted_iou")]
     for span in spans(store):
         for array in arrays:
             array[span]
@@ -193,7 +193,7 @@ def measure(rows: int) -> dict[str, Any]:
         seconds = [at for at, _ in track]
         half = len(track) // 2
         size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
-        wanted = {"rows": store.rows, "identity": store.identity}
+        wanted: dict[str, Any] = {"rows": store.rows, "identity": store.identity}
         chunks = compressed(store)
         readers: dict[str, Callable[[], object]] = {
             "read": lambda: read_in_shards(store),
