@@ -36,7 +36,7 @@ from pipeline.data.synthetic import write_dataset
 from pipeline.federation import averaging, exchange
 from pipeline.federation import codistillation as distillation
 from pipeline.federation import local_update as training
-from pipeline.federation.aggregation import FedAvg
+from pipeline.federation.aggregation import Aggregation
 from pipeline.federation.codistillation_losses import GradedLogits
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.server import federate
@@ -71,8 +71,8 @@ TIMED: tuple[tuple[Any, str, str], ...] = (
     (torch.optim.Optimizer, "zero_grad", "optimiser"),
     (torch.optim.AdamW, "step", "optimiser"),
     (averaging.Averaging, "_aggregate", "aggregation"),
-    (FedAvg, "add", "aggregation"),
-    (FedAvg, "result", "aggregation"),
+    (Aggregation, "add", "aggregation"),
+    (Aggregation, "result", "aggregation"),
     (averaging, "check_update", "aggregation"),
     (exchange, "check_update", "aggregation"),
     (exchange, "public_logits", "RC and RF"),

@@ -22,8 +22,8 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
-from pydantic import model_validator as _model_validator
 
 from pipeline.disk import file_sha256, is_folder_name
 from pipeline.errors import ConfigError
@@ -115,7 +115,7 @@ class PartitionConfig(_Section):
     val_fraction: Fraction = 0.1  # of each client
     test_fraction: Fraction = 0.3  # of each client
 
-    @_model_validator(mode="after")
+    @model_validator(mode="after")
     def _check(self) -> PartitionConfig:
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction + test_fraction must leave something to train on")
@@ -197,14 +197,11 @@ class AgreementConfig(_Section):
     max_threshold: Probability = 0.8  # `adaptive`: of a class well learnt
     foreground_prior: float = 0.0  # `adaptive`: log-odds for foreground in a conflict
     momentum: Fraction = 0.9  # `adaptive`: of the class-wise running confidence
-    warn_agreement: Annotated[Fraction, _NOTHING] = (
-        0.3  # foreground Dice(SAM, client) below this is a warning
-    )
-    warn_coverage: Annotated[Fraction, _NOTHING] = (
-        0.3  # share of pixels kept below this is a warning
-    )
+    # foreground Dice of SAM and client, and coverage, below which a round warns
+    warn_agreement: Annotated[Fraction, _NOTHING] = 0.3
+    warn_coverage: Annotated[Fraction, _NOTHING] = 0.3
 
-    @_model_validator(mode="after")
+    @model_validator(mode="after")
     def _check(self) -> AgreementConfig:
         if self.min_threshold > self.max_threshold:
             raise ValueError("min_threshold is above max_threshold")
@@ -263,7 +260,7 @@ class Config(_Section):
     agreement: AgreementConfig = AgreementConfig()
     federate: FederateConfig = FederateConfig()
 
-    @_model_validator(mode="after")
+    @model_validator(mode="after")
     def _check(self) -> Config:
         own = bool(self.model.clients)
         method = self.federate.method
@@ -287,7 +284,7 @@ class Config(_Section):
         return bool(self.model.clients)
 
     def network_of(self, index: int) -> NetworkConfig:
-        """The network of the client at ``index``: ``model.clients`` in turn, or the global one."""
+        """Return the network of client ``index``: ``model.clients`` in turn, or the global one."""
         own = self.model.clients
         return own[index % len(own)] if own else self.model
 
@@ -335,9 +332,10 @@ def load_config(path: Path | None, overrides: tuple[str, ...] = ()) -> Config:
     if path is not None:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; run in the project's folder or pass --params")
+        content = path.read_bytes()
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raw = yaml.safe_load(content) or {}
+        except Exception as error:  # PyYAML lets errors of int(), of dates and of its own escape
             place = getattr(error, "problem_mark", None)
             line = f" at line {place.line + 1}" if place is not None else ""
             raise ConfigError(f"{path}: not valid YAML{line}; expected sections of keys") from error
@@ -346,6 +344,18 @@ def load_config(path: Path | None, overrides: tuple[str, ...] = ()) -> Config:
     for override in overrides:
         _apply(raw, override)
     return parse_config(raw, source=str(path) if path is not None else "settings")
+
+
+def with_settings(config: Config, source: str, **sections: dict[str, Any]) -> Config:
+    """Return ``config`` with other values in some sections, validated; None leaves what is there.
+
+    Raises:
+        ConfigError: a key or value is wrong; ``source`` names where it comes from.
+    """
+    raw = config.model_dump()
+    for section, values in sections.items():
+        raw[section] |= {key: value for key, value in values.items() if value is not None}
+    return parse_config(raw, source=source)
 
 
 def parse_config(raw: dict[str, Any], *, source: str) -> Config:
@@ -383,7 +393,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: expected section.key=value, e.g. federate.rounds=5")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except Exception as error:  # as in load_config
         raise ConfigError(f"--set {override}: the value is not valid YAML") from error
     section = raw
     for part in parts[:-1]:

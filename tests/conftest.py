@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 from filelock import FileLock
+from forks import Forks, start_server
 
 from pipeline.config import Config, parse_config
 
@@ -56,7 +57,7 @@ TINY = {
     },
 }
 
-PREPARED = ("partition.json", "images")
+PREPARED = ("partition.json", "images", "oracle")
 ADAPTED = (*PREPARED, "teacher")
 LABELLED = (*ADAPTED, "sam")
 FINISHED = (*LABELLED, "runs")
@@ -255,3 +256,10 @@ class Project:
     def options(self) -> tuple[object, ...]:
         """The options that make a command use this project."""
         return ("--params", self.params)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Real processes of ``samfed`` that start without importing everything anew."""
+    with start_server() as server:
+        yield server

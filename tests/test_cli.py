@@ -115,7 +115,7 @@ def test_every_stage_answers_in_json(finished: tuple[Project, dict[str, Any]]) -
     assert len(said["prepare"]) == 5
     assert said["finetune-sam"]["variant"] == "vit_t"
     assert 0 <= said["evaluate-sam"]["dice"] <= 1
-    assert list(said["evaluate-sam"]["teachers"]) == ["adapted", "box", "points"]
+    assert list(said["evaluate-sam"]["teachers"]) == ["adapted", "points"]
     assert (project.cache / "evaluate-sam.html").is_file()
     assert said["precompute-sam"]["failed"] == []
     assert said["precompute-sam"]["already_labelled"] == 0
@@ -176,13 +176,12 @@ def test_a_store_made_by_another_teacher_is_moved_aside(project: Project) -> Non
         ("precompute-sam", "partition.json", "partition.json", "prepare"),
         ("federate", "partition.json", "partition.json", "prepare"),
         ("evaluate", "partition.json", "partition.json", "prepare"),
-        ("report", "partition.json", "partition.json", "prepare"),
         ("federate", "images", "images/server/train.zarr", "prepare"),
         ("evaluate-sam", "teacher", "teacher/card.json", "finetune-sam"),
         ("precompute-sam", "teacher", "teacher/card.json", "finetune-sam"),
         ("federate", "sam", "sam/server.zarr", "precompute-sam"),
         ("evaluate", "runs", "runs/sam_fed/params.yaml", "federate"),
-        ("report", "runs", "runs/sam_fed/history.jsonl", "federate"),
+        ("report", "runs", "runs/sam_fed/params.yaml", "federate"),
         ("report", "runs/sam_fed/metrics.json", "runs/sam_fed/metrics.json", "evaluate"),
     ],
 )
@@ -240,13 +239,14 @@ def test_unknown_client(project: Project) -> None:
     assert listing(project.cache) == before
 
 
-@pytest.mark.parametrize(
-    ("command", "file"), [("evaluate", "params.yaml"), ("report", "history.jsonl")]
-)
-def test_unknown_run(project: Project, command: str, file: str) -> None:
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_unknown_run(project: Project, command: str) -> None:
     before = listing(project.cache)
     assert fails(4, command, *project.options, "--name", "other") == (
-        f"{project.cache}/runs/other/{file}: not found; run `samfed federate` first"
+        f"{project.cache}/runs/other/params.yaml: not found; run `samfed federate` first"
+    )
+    assert fails(2, command, *project.options, "--name", "../x") == (
+        "--name '../x': expected the name of a folder under cache/runs"
     )
     assert listing(project.cache) == before
 
@@ -403,13 +403,13 @@ def test_cache_prune_asks_first(project: Project, monkeypatch: pytest.MonkeyPatc
     assert fails(2, *prune) == cannot
     assert fails(2, *prune, "--json") == cannot
     assert call(*prune, "--dry-run").stdout == f"{line}\n"
-    monkeypatch.setattr(cli, "_can_ask", lambda: True)
+    monkeypatch.setattr(cli, "can_ask", lambda: True)
     for said, code in (("n\n", 1), ("y\n", 0)):
         assert aside.is_dir()
         result = call(*prune, stdin=said)
         assert result.exit_code == code
-        assert result.stdout.startswith(f"{line}\nRemove all of these? [y/N]: ")
-    assert result.stdout.endswith("1 removed\n")
+        assert result.stderr.startswith(f"{line}\nRemove all of these? [y/N]: ")
+    assert result.stdout == f"{line}\n1 removed\n"
     assert not aside.exists()
     assert answer(*prune, "--yes") == {"found": [], "removed": 0}
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import Config, load_config, parse_config
+from pipeline.config import RENAMED, Config, deciding_settings, load_config, parse_config
 from pipeline.errors import ConfigError
 from pipeline.segmentation.networks import build_model
 
@@ -161,6 +161,15 @@ def test_a_wrong_value_is_named_with_what_was_expected(
     assert message(path) == f"{path}: {expected}"
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_key_of_an_earlier_version_names_the_new_one(tmp_path: Path, old: str, new: str) -> None:
+    section, key = old.split(".")
+    path = write(tmp_path, f"{section}: {{{key}: 1}}\n")
+    assert message(path) == f"{path}: unknown key '{old}'; it is now called {new}"
+    assert message(None, f"{old}=1") == f"settings: unknown key '{old}'; it is now called {new}"
+    assert new in {leaf.removeprefix(".") for leaf in leaves(Config().model_dump())}
+
+
 @pytest.mark.parametrize(("text", "found"), [("[1, 2]", "list"), ("seed", "str"), ("7", "int")])
 def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, found: str) -> None:
     path = write(tmp_path, text)
@@ -170,6 +179,14 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, found: str) -> Non
 def test_invalid_yaml_names_the_line(tmp_path: Path) -> None:
     path = write(tmp_path, "seed: 0\ndata:\n  root: [a, b\n  image_size: 64\n")
     assert message(path) == f"{path}: not valid YAML at line 4; expected sections of keys"
+
+
+@pytest.mark.parametrize("value", ["2024-99-99", "1" * 5000, "[" * 5000, "!!float x", "!!int ''"])
+def test_a_value_on_which_the_yaml_library_stumbles(tmp_path: Path, value: str) -> None:
+    """It raises errors that are none of its own there."""
+    path = write(tmp_path, f"seed: {value}")
+    assert message(path).startswith(f"{path}: not valid YAML")
+    assert message(None, f"seed={value}") == f"--set seed={value}: the value is not valid YAML"
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
@@ -239,3 +256,93 @@ def test_what_is_written_is_read_back() -> None:
     config = Config()
     raw = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
     assert parse_config(raw, source="copy") == config
+
+
+# --------------------------------------------------------------------------- what decides a result
+
+FIRST_MODEL = [
+    "data.num_classes",
+    "data.image_size",
+    "federate.pretrain_steps",
+    "federate.labelled_batch",
+    "federate.learning_rate",
+    "federate.weight_decay",
+]
+ROUNDS = [
+    "model.architecture",
+    "model.encoder",
+    "model.encoder_depth",
+    "model.decoder_channels",
+    "model.encoder_weights",
+    "model.clients",
+    "agreement.rule",
+    "agreement.threshold",
+    "agreement.calibrate",
+    "agreement.min_threshold",
+    "agreement.max_threshold",
+    "agreement.foreground_prior",
+    "agreement.momentum",
+    "federate.method",
+    "federate.rounds",
+    "federate.clients_per_round",
+    "federate.aggregation",
+    "federate.local_steps",
+    "federate.unlabelled_batch",
+    "federate.unlabelled_weight",
+    "federate.ramp_rounds",
+    "federate.kd_weight",
+    "federate.kd_temperature",
+    "federate.confidence_threshold",
+    "federate.fusion_epochs",
+    "federate.fusion_weight",
+    "federate.fusion_warmup_rounds",
+]
+REPETITION = ["seed", "federate.threads", "federate.device"]  # of one experiment
+AUDIT = ["federate.audit"]
+TEACHER = [f"sam.{key}" for key in Config().sam.model_dump()]  # rounds depend on its labels
+NOTHING = [
+    "data.root",
+    "cache.root",
+    *(f"synth.{key}" for key in Config().synth.model_dump()),
+    *(
+        f"partition.{key}" for key in Config().partition.model_dump()
+    ),  # what it drew counts: partition.json's digest
+    *(f"precompute.{key}" for key in Config().precompute.model_dump()),
+    "agreement.warn_agreement",
+    "agreement.warn_coverage",
+    "federate.name",
+    "federate.link_mbit",
+    "federate.warn_drift",
+]
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("run", [*FIRST_MODEL, *ROUNDS, *REPETITION, *AUDIT]),
+        ("first_model", [*FIRST_MODEL, *REPETITION]),
+        ("experiment", [*FIRST_MODEL, *ROUNDS, *TEACHER]),
+    ],
+)
+def test_what_decides_a_result(what: Any, expected: list[str]) -> None:
+    assert sorted(deciding_settings(Config(), what)) == sorted(expected)
+
+
+def test_every_setting_is_on_one_of_these_lists() -> None:
+    listed = [*FIRST_MODEL, *ROUNDS, *REPETITION, *AUDIT, *TEACHER, *NOTHING]
+    every = (leaf.removeprefix(".") for leaf in leaves(Config().model_dump()))
+    assert sorted(listed) == sorted(every)
+
+
+def test_weights_on_disk_decide_by_content_in_a_run_and_by_name_in_an_experiment(
+    tmp_path: Path,
+) -> None:
+    files = tmp_path / "a" / "w.safetensors", tmp_path / "b" / "w.safetensors"
+    found = []
+    for number, path in enumerate(files):
+        path.parent.mkdir()
+        path.write_bytes(bytes([number]))
+        config = load_config(None, (f"model.encoder_weights={path}",))
+        found.append([deciding_settings(config, what) for what in ("run", "experiment")])
+    assert found[0][0] != found[1][0]
+    assert found[0][1] == found[1][1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -11,9 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
-from conftest import TINY
+from conftest import TINY, digest
+from forks import Forks
 
 from pipeline.config import parse_config
 
@@ -24,8 +23,9 @@ STAGES = list(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
 class Project:
     """A copy of the repository's files with tiny settings and a user's folder as input."""
 
-    def __init__(self, root: Path, images: Path) -> None:
+    def __init__(self, root: Path, images: Path, commands: Path) -> None:
         self.root = root
+        self.commands = commands  # a folder with `samfed`, to be first on PATH
         for name in ("pipeline", ".dvc"):
             ignored = shutil.ignore_patterns("__pycache__", "tmp", "cache")
             shutil.copytree(ROOT / name, root / name, ignore=ignored)
@@ -45,8 +45,9 @@ class Project:
 
     def run(self, *command: str) -> str:
         environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
+            "PATH": os.pathsep.join(
+                [str(self.commands), str(Path(sys.executable).parent), os.environ["PATH"]]
+            )
         }
         done = subprocess.run(
             command, cwd=self.root, env=environment, capture_output=True, text=True, check=False
@@ -59,19 +60,10 @@ class Project:
         return re.findall(r"Running stage '([^']+)'", self.run("dvc", "repro"))
 
 
-def digest(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-@pytest.mark.timeout(600)
-def test_repro_runs_what_changed(tiny_images: Path, tmp_path: Path) -> None:
+def test_repro_runs_what_changed(tiny_images: Path, tmp_path: Path, forks: Forks) -> None:
     before = digest(tiny_images)
     (tmp_path / "project").mkdir()
-    project = Project(tmp_path / "project", tiny_images)
+    project = Project(tmp_path / "project", tiny_images, forks.bin)
     assert project.repro() == STAGES
     assert (project.root / "cache/runs/sam_fed/report.html").is_file()
 

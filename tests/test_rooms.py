@@ -11,7 +11,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = ROOT / "pipeline"
-GROUND = {"__init__", "config", "disk", "errors", "methods", "runtime"}
+GROUND = {"__init__", "config", "disk", "errors", "methods", "progress", "runtime"}
 BELOW = {
     "stores": {"segmentation"},
     "segmentation": set(),
@@ -30,7 +30,7 @@ ENTRIES = {
     "precompute-sam": ["labelling/precompute"],
     "federate": ["federation/server"],
     "evaluate": ["results/evaluate"],
-    "report": ["results/report", "results/gallery"],
+    "report": ["results/report"],
 }
 
 

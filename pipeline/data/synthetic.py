@@ -10,7 +10,6 @@ Lengths are fractions of the image height; *density* is optical density to the b
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ SUPERSAMPLING = 3  # thin strokes are drawn larger, then averaged down
 
 Field = npt.NDArray[np.floating[Any]]  # float32 in fact
 Range = tuple[float, float]
-_Pair = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
+Pixels = npt.NDArray[np.uint8]
 
 # Density of one unit of each pigment for red, green and blue light.
 MELANIN = np.array([0.42, 0.80, 1.15], np.float32)
@@ -131,7 +130,7 @@ def _count(rng: np.random.Generator, limits: Range) -> int:
 
 
 def _rng(seed: int, site: str, patient: int, number: int) -> np.random.Generator:
-    """A stream of its own for each image (number >= 1) and each patient's style (number = 0)."""
+    """Return the stream of one image (number >= 1) or of one patient's style (number = 0)."""
     # SeedSequence pads its key with zeros: keys of one length keep (1, 2) apart from (1, 2, 0).
     key = (SITE_NAMES.index(site), patient, number)
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
@@ -162,7 +161,7 @@ class _Canvas:
         self.x: Field = (x + np.float32(0.5 - w / 2)) / np.float32(h)
 
     def noise(self, cells: int) -> Field:
-        """Smooth noise (H, W), mean 0, standard deviation about 0.7, ``cells`` bumps a height."""
+        """Draw smooth noise (H, W): mean 0, deviation about 0.7, ``cells`` bumps a height."""
         across = math.ceil(cells * self.aspect)
         knots = self.rng.standard_normal((cells + 2, across + 2), np.float32)
         # The outer ring of knots is cut off: Pillow holds the edge constant, which would show.
@@ -171,7 +170,7 @@ class _Canvas:
         return np.asarray(Image.fromarray(knots).resize(size_wh, Image.Resampling.BICUBIC, box))
 
     def point(self, spread: float = 0.5) -> tuple[float, float]:
-        """A point (y, x), uniform over the middle ``2 * spread`` of the image."""
+        """Draw a point (y, x), uniform over the middle ``2 * spread`` of the image."""
         y, x = self.rng.uniform(-spread, spread, 2)
         return float(y), float(x) * self.aspect
 
@@ -179,7 +178,7 @@ class _Canvas:
         return np.asarray(np.hypot(self.y - centre_yx[0], self.x - centre_yx[1]))
 
     def strokes(self, lines_yx: list[npt.NDArray[np.float64]], width: float) -> Field:
-        """Polylines, each (points, 2) in the frame of the canvas -> coverage (H, W), 0..1."""
+        """Draw polylines, each (points, 2) in the canvas's frame; returns coverage (H, W), 0..1."""
         h, w = self.shape_hw
         layer = Image.new("L", (w * SUPERSAMPLING, h * SUPERSAMPLING))
         pen, scale = ImageDraw.Draw(layer), h * SUPERSAMPLING
@@ -190,7 +189,7 @@ class _Canvas:
 
 
 def _lesion_level(canvas: _Canvas, site: Site) -> tuple[Field, Field]:
-    """The lesion's shape: (level, angle), each (H, W).
+    """Draw the lesion's shape: (level, angle), each (H, W).
 
     ``level`` is in lesion radii: 0 on the outline, positive inside, 1 at most; ``angle`` is in
     radians around the centre. The area is exact: the outline is a quantile of the gauge.
@@ -218,7 +217,7 @@ def _lesion_level(canvas: _Canvas, site: Site) -> tuple[Field, Field]:
 
 
 def _lesion_density(canvas: _Canvas, patient: Patient, level: Field, angle: Field) -> Field:
-    """Density (H, W, 3) that the lesion adds; half of it is left on the outline."""
+    """Return the density (H, W, 3) that the lesion adds; half of it is left on the outline."""
     rng, shows = canvas.rng, patient.structures
     # The boundary is sharp here and fades there, as in a real lesion.
     width = patient.softness * np.exp(0.6 * canvas.noise(4))
@@ -245,7 +244,7 @@ def _lesion_density(canvas: _Canvas, patient: Patient, level: Field, angle: Fiel
 
 
 def _skin_density(canvas: _Canvas, site: Site, patient: Patient) -> Field:
-    """Density (H, W, 3) of healthy skin: slow variation, skin lines, pores, freckles, folds."""
+    """Return the density (H, W, 3) of healthy skin: variation, lines, pores, freckles, folds."""
     rng = canvas.rng
     melanin = patient.skin_melanin + site.blotches * (canvas.noise(3) + 0.5 * canvas.noise(7))
     blood = patient.skin_blood + site.blotches * (canvas.noise(3) + 0.4 * canvas.noise(10))
@@ -270,7 +269,7 @@ def _skin_density(canvas: _Canvas, site: Site, patient: Patient) -> Field:
 
 
 def _hair(canvas: _Canvas, count: int, width: float) -> Field:
-    """Coverage (H, W) of ``count`` bent hairs that lie mostly one way."""
+    """Return the coverage (H, W) of ``count`` bent hairs that lie mostly one way."""
     rng, lines = canvas.rng, []
     lie = _draw(rng, (0, math.pi))
     t = np.linspace(-0.5, 0.5, 13)
@@ -284,7 +283,7 @@ def _hair(canvas: _Canvas, count: int, width: float) -> Field:
 
 
 def _add_overlays(canvas: _Canvas, site: Site, patient: Patient, light: Field) -> Field:
-    """Light (H, W, 3) after what lies on the skin: hairs, a ruler, gel bubbles."""
+    """Return the light (H, W, 3) after what lies on the skin: hairs, a ruler, gel bubbles."""
     rng = canvas.rng
     hair = _hair(canvas, _count(rng, site.hairs), _draw(rng, (0.006, 0.012)))[..., None]
     tone = np.array([0.85, 0.72, 0.5] if patient.blond else [0.12, 0.09, 0.08], np.float32)
@@ -306,8 +305,8 @@ def _add_overlays(canvas: _Canvas, site: Site, patient: Patient, light: Field) -
     return light
 
 
-def _photograph(canvas: _Canvas, site: Site, light: Field) -> npt.NDArray[np.uint8]:
-    """Light (H, W, 3), 1 = white, through the site's lamp, lens and sensor -> RGB uint8."""
+def _photograph(canvas: _Canvas, site: Site, light: Field) -> Pixels:
+    """Send light (H, W, 3), 1 = white, through the site's lamp, lens and sensor; RGB uint8."""
     rng = canvas.rng
     tilt, slope = _draw(rng, (0, 2 * math.pi)), _draw(rng, (0.0, 0.25))
     lamp = 1 + slope * (canvas.x * math.cos(tilt) + canvas.y * math.sin(tilt))
@@ -329,8 +328,10 @@ def _photograph(canvas: _Canvas, site: Site, light: Field) -> npt.NDArray[np.uin
     return np.rint(255 * np.clip(seen, 0, 1)).astype(np.uint8)
 
 
-def _render(site: Site, patient: Patient, rng: np.random.Generator, size_px: int) -> _Pair:
-    """One image, RGB (H, W, 3) uint8, and its mask (H, W) uint8, 0 or 255."""
+def _render(
+    site: Site, patient: Patient, rng: np.random.Generator, size_px: int
+) -> tuple[Pixels, Pixels]:
+    """Make one image, RGB (H, W, 3) uint8, and its mask (H, W) uint8, 0 or 255."""
     canvas = _Canvas(rng, (size_px, round(size_px * site.aspect)))
     level, angle = _lesion_level(canvas, site)
     density = _skin_density(canvas, site, patient)
@@ -342,40 +343,55 @@ def _render(site: Site, patient: Patient, rng: np.random.Generator, size_px: int
 
 def _write_site(folder: Path, name: str, arguments: dict[str, int]) -> list[tuple[str, str, str]]:
     """Write one site's images and masks; returns its rows of ``sites.csv``."""
-    site, rows = SITES[name], list[tuple[str, str, str]]()
-    for person in itertools.count(1):
-        patient = _patient(site, _rng(arguments["seed"], name, person, 0))
-        for number in range(1, patient.images + 1):
+    rows: list[tuple[str, str, str]] = []
+    seed, count, person = arguments["seed"], arguments["images_per_site"], 0
+    while len(rows) < count:
+        person += 1
+        patient = _patient(SITES[name], _rng(seed, name, person, 0))
+        for number in range(1, 1 + min(patient.images, count - len(rows))):
             image_id = f"{name}_{len(rows) + 1:04d}"
-            rng = _rng(arguments["seed"], name, person, number)
-            image, mask = _render(site, patient, rng, arguments["size_px"])
+            rng = _rng(seed, name, person, number)
+            image, mask = _render(SITES[name], patient, rng, arguments["size_px"])
             for kind, pixels in (("images", image), ("masks", mask)):
                 path = folder / kind / f"{image_id}.png"
                 Image.fromarray(pixels).save(path, format="PNG", compress_level=6)
             rows.append((image_id, name, f"{name}_patient_{person:03d}"))
-            if len(rows) == arguments["images_per_site"]:
-                return rows
-    raise AssertionError("unreachable: the count of patients has no end")
+    return rows
 
 
 def _check_replaceable(out: Path) -> None:
     """Refuse to replace anything that :func:`write_dataset` did not write."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    found = "a file" if not out.is_dir() else f"a folder without a {CARD_NAME} of samfed's"
     try:
-        card = json.loads((out / CARD_NAME).read_text(encoding="utf-8"))
-        if isinstance(card, dict) and card.get("generator") == GENERATOR:
-            return
-    except (OSError, ValueError):
-        pass
-    raise DataError(
-        f"{out}: found {found}, expected no such path, an empty folder or an earlier synthetic "
-        "dataset; move it away or choose another output folder"
-    )
+        ours = json.loads((out / CARD_NAME).read_bytes())["generator"] == GENERATOR
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        found = f"a folder without a {CARD_NAME} of samfed's" if out.is_dir() else "a file"
+        raise DataError(
+            f"{out}: found {found}, expected no such path, an empty folder or an earlier synthetic "
+            "dataset; move it away or choose another output folder"
+        )
 
 
-def write_dataset(out: Path, *, images_per_site: int, size_px: int, seed: int) -> None:
+@dataclass(frozen=True)
+class GeneratedData:
+    """A data set that ``write_dataset`` wrote."""
+
+    folder: Path
+    images: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the folder and the number of its images."""
+        return {"folder": str(self.folder), "images": self.images}
+
+    def text(self) -> str:
+        """Return the same as a line."""
+        return f"{self.images} images in {self.folder}"
+
+
+def write_dataset(out: Path, *, images_per_site: int, size_px: int, seed: int) -> GeneratedData:
     """Write ``images/``, ``masks/``, ``sites.csv`` and ``synthetic.json`` to the folder ``out``.
 
     ``size_px`` is the height of every image; two sites are wider than high. An image depends only
@@ -386,9 +402,9 @@ def write_dataset(out: Path, *, images_per_site: int, size_px: int, seed: int) -
     for key, least in (("images_per_site", 1), ("size_px", MIN_SIZE_PX), ("seed", 0)):
         if arguments[key] < least:
             raise ConfigError(f"{key}: found {arguments[key]}, expected at least {least}")
-    out = out.resolve()
-    _check_replaceable(out)
-    with folder_beside(out) as folder:
+    final = out.resolve()
+    _check_replaceable(final)
+    with folder_beside(final) as folder:
         for kind in ("images", "masks"):
             (folder / kind).mkdir()
         rows = [row for name in SITE_NAMES for row in _write_site(folder, name, arguments)]
@@ -397,3 +413,4 @@ def write_dataset(out: Path, *, images_per_site: int, size_px: int, seed: int) -
             table.writerows([("image_id", "site", "group"), *rows])
         card = {"generator": GENERATOR, "version": GENERATOR_VERSION, **arguments}
         (folder / CARD_NAME).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    return GeneratedData(out, len(rows))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -14,119 +11,20 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 
-class Aggregation(ABC):
-    """What combines the updates of one round, added one at a time in the order of the clients.
-
-    Integer entries (batch norm's counters) take the maximum of the updates and of ``broadcast``,
-    the weights that every client started from.
-    """
-
-    def __init__(self, broadcast: State) -> None:
-        self._broadcast = broadcast
-        self._weight = 0.0
-
-    def add(self, update: State, weight: float) -> None:
-        """Count ``update`` with ``weight`` > 0, such as the client's number of images.
-
-        Raises:
-            ValueError: ``check_update`` refuses the update, or the weight is not positive.
-        """
-        if not weight > 0:
-            raise ValueError(f"weight {weight} is not positive")
-        reason = check_update(update, self._broadcast)
-        if reason is not None:
-            raise ValueError(reason)
-        self._accumulate(update, weight)
-        self._weight += weight
-
-    def result(self) -> State:
-        """Return the combined weights, each entry in the dtype of the broadcast.
-
-        Raises:
-            ValueError: nothing was added.
-        """
-        if not self._weight:
-            raise ValueError("nothing to aggregate: no client sent a usable update")
-        return {name: self._combined(name).to(old.dtype) for name, old in self._broadcast.items()}
-
-    @abstractmethod
-    def _accumulate(self, update: State, weight: float) -> None:
-        """Count a checked update."""
-
-    @abstractmethod
-    def _combined(self, name: str) -> Tensor:
-        """Return one entry of the result."""
-
-
-class FedAvg(Aggregation):
-    """Weighted mean of the updates, whose number does not change the memory it needs.
-
-    McMahan et al., 2017, over the whole state dict: floating-point entries (parameters and batch
-    norm's running statistics) are averaged in float64. Float sums depend on the clients' order.
-    """
-
-    def __init__(self, broadcast: State) -> None:
-        super().__init__(broadcast)
-        self._sums = {
-            name: torch.zeros_like(old, dtype=torch.float64) if old.is_floating_point() else old
-            for name, old in broadcast.items()
-        }
-
-    def _accumulate(self, update: State, weight: float) -> None:
-        for name, value in update.items():
-            if value.is_floating_point():
-                self._sums[name] += value.double() * weight
-            else:
-                self._sums[name] = torch.maximum(self._sums[name], value)
-
-    def _combined(self, name: str) -> Tensor:
-        value = self._sums[name]
-        return value / self._weight if value.is_floating_point() else value
-
-
-class CoordinateMedian(Aggregation):
-    """Median of each entry's values, whatever the clients' weights (Yin et al., 2018).
-
-    Up to half of the clients may send anything at all without moving an entry beyond what the
-    others sent. Of an even number the two middle values are averaged. All updates are in memory
-    at once.
-    """
-
-    def __init__(self, broadcast: State) -> None:
-        super().__init__(broadcast)
-        self._updates: list[State] = []
-
-    def _accumulate(self, update: State, weight: float) -> None:
-        self._updates.append({name: value.clone() for name, value in update.items()})
-
-    def _combined(self, name: str) -> Tensor:
-        values = torch.stack([update[name] for update in self._updates])
-        if not values.is_floating_point():
-            return torch.maximum(values.amax(dim=0), self._broadcast[name])
-        ordered = values.double().sort(dim=0).values
-        middle = len(ordered) // 2
-        return (ordered[middle] + ordered[-middle - 1]) / 2
-
-
-AGGREGATIONS: Mapping[Literal["fedavg", "median"], type[Aggregation]] = MappingProxyType(
-    {"fedavg": FedAvg, "median": CoordinateMedian}
-)
-
-
 def check_update(update: State, broadcast: State) -> str | None:
     """Return why ``update`` cannot be used, naming the entry, or None if it can.
 
     It must have the names, shapes and dtypes of the broadcast weights, and finite values.
     """
-    if unmatched := sorted(broadcast.keys() ^ update.keys()):
-        return f"'{unmatched[0]}' is {'missing' if unmatched[0] in broadcast else 'unexpected'}"
-    for name, value in update.items():
-        expected = broadcast[name]
-        if value.shape != expected.shape:
-            return f"'{name}' has shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
-        if value.dtype != expected.dtype:
-            return f"'{name}' is {value.dtype}, expected {expected.dtype}"
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    for name in sorted(broadcast.keys() | update.keys()):
+        old, new = broadcast.get(name), update.get(name)
+        if new is None or old is None:
+            return f"'{name}' is {'missing' if new is None else 'unexpected'}"
+        if new.shape != old.shape:
+            return f"'{name}' has shape {tuple(new.shape)}, expected {tuple(old.shape)}"
+        if new.dtype != old.dtype:
+            return f"'{name}' is {new.dtype}, expected {old.dtype}"
+        if new.is_floating_point() and not bool(torch.isfinite(new).all()):
             return f"'{name}' is not finite"
     return None
 
@@ -139,3 +37,87 @@ def update_norm(update: State, broadcast: State) -> float:
         if old.is_floating_point()
     )
     return math.sqrt(sum(float(change.square().sum()) for change in changes))
+
+
+class _Maximum:
+    def __init__(self, old: Tensor) -> None:
+        self._value = old
+
+    def add(self, value: Tensor, weight: float) -> None:
+        self._value = torch.maximum(self._value, value)
+
+    def result(self) -> Tensor:
+        return self._value
+
+
+class _Mean:
+    def __init__(self, old: Tensor) -> None:
+        self._sum, self._weight = torch.zeros_like(old, dtype=torch.float64), 0.0
+
+    def add(self, value: Tensor, weight: float) -> None:
+        self._sum += value.double() * weight
+        self._weight += weight
+
+    def result(self) -> Tensor:
+        return self._sum / self._weight
+
+
+class _Median:
+    def __init__(self, old: Tensor) -> None:
+        self._values: list[Tensor] = []
+
+    def add(self, value: Tensor, weight: float) -> None:
+        self._values.append(value.clone())
+
+    def result(self) -> Tensor:
+        ordered = torch.stack(self._values).double().sort(dim=0).values
+        middle = len(ordered) // 2
+        return (ordered[middle] + ordered[-middle - 1]) / 2
+
+
+class Aggregation:
+    """What combines a round's updates, added one at a time in the order of the clients.
+
+    Floating-point entries (parameters and batch norm's running statistics) are combined in float64
+    as ``kind`` says; integer entries (batch norm's counters) take the maximum of the updates and
+    the broadcast.
+
+    * ``fedavg``: the weighted mean (McMahan et al., 2017). Float sums depend on the clients' order;
+      the memory it needs does not depend on their number.
+    * ``median``: the median of each coordinate, whatever the weights (Yin et al., 2018). Up to half
+      of the clients may send anything at all without moving an entry beyond what the others sent.
+      Of an even number the two middle values are averaged. All updates are in memory at once.
+    """
+
+    def __init__(self, broadcast: State, kind: Literal["fedavg", "median"] = "fedavg") -> None:
+        """Expect updates of ``broadcast``, the weights that every client started from."""
+        self._broadcast, self._empty = broadcast, True
+        floats: type[_Mean | _Median] = _Mean if kind == "fedavg" else _Median
+        self._entries = {
+            name: floats(old) if old.is_floating_point() else _Maximum(old)
+            for name, old in broadcast.items()
+        }
+
+    def add(self, update: State, weight: float) -> None:
+        """Count ``update`` with ``weight`` > 0, such as the client's number of images.
+
+        Raises:
+            ValueError: ``check_update`` refuses the update, or the weight is not positive.
+        """
+        reason = check_update(update, self._broadcast)
+        if reason is not None or not weight > 0:
+            raise ValueError(reason or f"weight {weight} is not positive")
+        for name, entry in self._entries.items():
+            entry.add(update[name], weight)
+        self._empty = False
+
+    def result(self) -> State:
+        """Return the combined weights, each entry in the dtype of the broadcast.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if self._empty:
+            raise ValueError("nothing to aggregate: no client sent a usable update")
+        broadcast = self._broadcast.items()
+        return {name: self._entries[name].result().to(old.dtype) for name, old in broadcast}

@@ -1,9 +1,8 @@
 """Agreement: SAM's label and the client's own prediction become one target, pixel by pixel.
 
 Pure functions on tensors. ``Sources`` holds SAM's label ``y_s`` with its probability ``s`` and the
-client's prediction on the weak view, label ``y_c`` with probability ``c``. ``agree`` returns a
-target, a weight in [0, 1] and statistics. ``RULES`` lists the ways to get there. The main one is
-``adaptive``, whose reasons are in docs/method.md:
+client's prediction on the weak view, label ``y_c`` with probability ``c``. ``RULES`` lists the ways
+from there to a target and its weight. The rule ``adaptive`` is explained in docs/method.md:
 
 * Both probabilities are calibrated on D_p's calibration part: ``s' = a_s logit(s)``,
   ``c' = a_c logit(c)``.
@@ -19,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field, replace
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -56,8 +54,13 @@ class AgreementState:
 
     @classmethod
     def from_tensor(cls, values: Tensor) -> AgreementState:
-        """Return the state that ``as_tensor`` made ``values`` of."""
+        """Return the state whose ``as_tensor`` is ``values``."""
         return cls(values[:-3].clone(), Calibration(*map(float, values[-3:])))
+
+    def thresholds(self, config: AgreementConfig) -> Tensor:
+        """Return the class-wise thresholds (K+1,), lowest for a class that is not learnt yet."""
+        span = config.max_threshold - config.min_threshold
+        return config.min_threshold + span * self.class_confidence
 
 
 @dataclass(eq=False)
@@ -77,11 +80,11 @@ class Sources:
     dice: Tensor = field(init=False)  # (B,) float32, ``foreground_dice`` of the labels
 
     def __post_init__(self) -> None:
-        client = self.client_probabilities.shape
-        if not self.sam_label.shape == self.sam_probability.shape == (client[0], *client[2:]):
+        sam, s = tuple(self.sam_label.shape), tuple(self.sam_probability.shape)
+        client = tuple(self.client_probabilities.shape)
+        if not sam == s == (client[0], *client[2:]):
             raise ValueError(
-                f"SAM's labels {tuple(self.sam_label.shape)}, its probabilities "
-                f"{tuple(self.sam_probability.shape)} and the client's {tuple(client)} "
+                f"SAM's labels {sam}, its probabilities {s} and the client's {client} "
                 "do not belong together"
             )
         self.client_probability, self.client_label = self.client_probabilities.max(dim=1)
@@ -90,22 +93,22 @@ class Sources:
 
     def select(self, rows: Tensor) -> Sources:
         """Return the sources of the images ``rows`` (R,) int64 alone."""
-        return Sources(
-            self.sam_label[rows], self.sam_probability[rows], self.client_probabilities[rows]
-        )
+        given = self.sam_label, self.sam_probability, self.client_probabilities
+        return Sources(*(values[rows] for values in given))
 
     def client_reliability(self) -> Tensor:
         """Return h (B, H, W) float32 in 0..1: how far the client's side counts in a conflict.
 
-        It is 1 where the client says foreground and the image's Dice where it says background: a
-        network that fails says background, so its background, however confident, and its past
-        successes count only as far as it agrees with SAM on the image at all.
+        It is 1 where the client says foreground and the image's Dice where it says background. A
+        network that fails says background, so that word and the client's past successes count only
+        as far as it agrees with SAM on the image at all.
         """
         return torch.where(self.client_label == 0, self.dice[:, None, None], 1.0)
 
     def foreground_log_odds(self, prior: float) -> Tensor:
-        """Return (B, H, W) float32: ``prior`` where only SAM says foreground, -``prior`` where
-        only the client does, else 0.
+        """Return +``prior`` where only SAM says foreground, -``prior`` where only the client does.
+
+        Elsewhere it is 0: (B, H, W) float32.
         """
         return prior * ((self.sam_label > 0).float() - (self.client_label > 0).float())
 
@@ -119,15 +122,15 @@ class Sources:
 
 @dataclass
 class AgreementStatistics:
-    """Additive counts of a client's round."""
+    """Sums over a client's round: ``agreement`` over images, what follows it over pixels."""
 
     images: int = 0
     pixels: int = 0
-    dice: float = 0.0  # sum over images of the foreground Dice(y_s, y_c)
-    from_sam: int = 0  # kept pixels of conflicts that SAM won
+    agreement: float = 0.0  # foreground Dice(y_s, y_c)
+    coverage: int = 0  # pixels with a weight
+    from_sam: int = 0  # those in conflicts that SAM won
     from_client: int = 0
-    consensus: int = 0  # kept pixels on which both agree
-    weight: float = 0.0  # sum
+    weight: float = 0.0
 
     def add(self, other: AgreementStatistics) -> None:
         """Count ``other`` too."""
@@ -135,15 +138,10 @@ class AgreementStatistics:
             setattr(self, name, getattr(self, name) + value)
 
     def summary(self) -> dict[str, float]:
-        """Return means: agreement (Dice), coverage, from_sam, from_client (of pixels), weight."""
-        kept = self.consensus + self.from_sam + self.from_client
-        return {
-            "agreement": self.dice / self.images,
-            "coverage": kept / self.pixels,
-            "from_sam": self.from_sam / self.pixels,
-            "from_client": self.from_client / self.pixels,
-            "weight": self.weight / self.pixels,
-        }
+        """Return the means, each in 0..1."""
+        names = ("coverage", "from_sam", "from_client", "weight")
+        shares = {name: getattr(self, name) / self.pixels for name in names}
+        return {"agreement": self.agreement / self.images, **shares}
 
 
 @dataclass(frozen=True)
@@ -159,35 +157,17 @@ def agree(sources: Sources, *, config: AgreementConfig, state: AgreementState) -
     """Return the target and the weight of every pixel under ``config.rule``."""
     target, weight = RULES[config.rule](sources, config, state)
     kept = weight > 0
-    conflict = kept & ~sources.same
-    from_sam = conflict & (target == sources.sam_label)
+    conflict, sam_won = kept & ~sources.same, target == sources.sam_label
     statistics = AgreementStatistics(
         images=len(sources.dice),
         pixels=target.numel(),
-        dice=float(sources.dice.sum()),
-        from_sam=int(from_sam.sum()),
-        from_client=int((conflict & ~from_sam).sum()),
-        consensus=int((kept & sources.same).sum()),
+        agreement=float(sources.dice.sum()),
+        coverage=int(kept.sum()),
+        from_sam=int((conflict & sam_won).sum()),
+        from_client=int((conflict & ~sam_won).sum()),
         weight=float(weight.sum()),
     )
     return Agreement(target, weight, statistics)
-
-
-def foreground_dice(first: Tensor, second: Tensor) -> Tensor:
-    """Return the Dice (B,) of the foregrounds of two label maps (B, H, W); 1 if both are empty.
-
-    A foreground pixel counts as shared only where the classes are equal.
-    """
-    a, b = first > 0, second > 0
-    shared = (a & b & (first == second)).sum(dim=(1, 2)).float()
-    total = (a.sum(dim=(1, 2)) + b.sum(dim=(1, 2))).float()
-    return torch.where(total > 0, 2 * shared / total.clamp(min=1), 1.0)
-
-
-def thresholds(state: AgreementState, config: AgreementConfig) -> Tensor:
-    """Return class-wise thresholds (K+1,), lowest for a class unlearnt, highest for a sure one."""
-    span = config.max_threshold - config.min_threshold
-    return config.min_threshold + span * state.class_confidence
 
 
 def update_state(
@@ -203,9 +183,19 @@ def update_state(
     certainty = ((classes * sources.client_probability - 1) / (classes - 1)).flatten()
     counts = torch.bincount(label, minlength=classes).float()
     sums = torch.zeros(classes).scatter_add_(0, label.cpu(), certainty.float().cpu())
-    old = state.class_confidence
-    mean = sums / counts.cpu().clamp(min=1)
-    return replace(state, class_confidence=config.momentum * old + (1 - config.momentum) * mean)
+    old, new = state.class_confidence, sums / counts.cpu().clamp(min=1)
+    return replace(state, class_confidence=config.momentum * old + (1 - config.momentum) * new)
+
+
+def foreground_dice(first: Tensor, second: Tensor) -> Tensor:
+    """Return the Dice (B,) of the foregrounds of two label maps (B, H, W); 1 if both are empty.
+
+    A foreground pixel counts as shared only where the classes are equal.
+    """
+    a, b = first > 0, second > 0
+    shared = (a & b & (first == second)).sum(dim=(1, 2)).float()
+    total = (a.sum(dim=(1, 2)) + b.sum(dim=(1, 2))).float()
+    return torch.where(total > 0, 2 * shared / total.clamp(min=1), 1.0)
 
 
 def logit(probability: Tensor) -> Tensor:
@@ -215,13 +205,12 @@ def logit(probability: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------- rules
 
-#: From both sources to the target and its weight, as in ``Agreement``.
-AgreementRule = Callable[[Sources, AgreementConfig, AgreementState], tuple[Tensor, Tensor]]
+#: Target and weight, as in ``Agreement``.
+Decision = tuple[Tensor, Tensor]
+AgreementRule = Callable[[Sources, AgreementConfig, AgreementState], Decision]
 
 
-def _adaptive(
-    sources: Sources, config: AgreementConfig, state: AgreementState
-) -> tuple[Tensor, Tensor]:
+def _adaptive(sources: Sources, config: AgreementConfig, state: AgreementState) -> Decision:
     s, c = sources.calibrated(state.calibration)
     h, b = sources.client_reliability(), state.calibration.conflict_log_odds
     bias = max(b, 0.0) + h * min(b, 0.0)
@@ -229,22 +218,20 @@ def _adaptive(
     sam_wins = sources.same | (chance >= 0.5)
     target = torch.where(sam_wins, sources.sam_label, sources.client_label)
     posterior = torch.maximum(chance, 1 - chance)
-    accepted = posterior >= thresholds(state, config).to(c)[target]
+    accepted = posterior >= state.thresholds(config).to(c)[target]
     conflict = posterior * accepted * torch.where(sam_wins, 1.0, h)
     # Bayes with a uniform prior: two wrong witnesses must also hit the same one of K classes
     classes = math.log(len(state.class_confidence) - 1)
     return target, torch.where(sources.same, torch.sigmoid(s + c + classes), conflict)
 
 
-def _confident(
-    sources: Sources, config: AgreementConfig, _: AgreementState
-) -> tuple[Tensor, Tensor]:
+def _confident(sources: Sources, config: AgreementConfig, state: AgreementState) -> Decision:
     s, c = sources.sam_probability, sources.client_probability
     target = torch.where(s >= c, sources.sam_label, sources.client_label)
     return target, (torch.maximum(s, c) >= config.threshold).float()
 
 
-def _soft(sources: Sources, _: AgreementConfig, __: AgreementState) -> tuple[Tensor, Tensor]:
+def _soft(sources: Sources, config: AgreementConfig, state: AgreementState) -> Decision:
     """Take the mean of both distributions; SAM's other classes share what its label leaves."""
     s, client = sources.sam_probability, sources.client_probabilities
     rest = ((1 - s) / (client.shape[1] - 1))[:, None].expand_as(client)
@@ -253,19 +240,14 @@ def _soft(sources: Sources, _: AgreementConfig, __: AgreementState) -> tuple[Ten
     return target, weight
 
 
-RULES: Mapping[Rule, AgreementRule] = MappingProxyType(
-    {
-        "adaptive": _adaptive,
-        "consensus": lambda sources, _, __: (sources.sam_label, sources.same.float()),
-        "confident": _confident,
-        "soft": _soft,
-        "sam_only": lambda sources, _, __: (
-            sources.sam_label,
-            torch.ones_like(sources.client_probability),
-        ),
-        "client_only": lambda sources, config, _: (
-            sources.client_label,
-            (sources.client_probability >= config.threshold).float(),
-        ),
-    }
-)
+RULES: Mapping[Rule, AgreementRule] = {
+    "adaptive": _adaptive,
+    "consensus": lambda both, config, state: (both.sam_label, both.same.float()),
+    "confident": _confident,
+    "soft": _soft,
+    "sam_only": lambda both, config, state: (both.sam_label, torch.ones_like(both.sam_probability)),
+    "client_only": lambda both, config, state: (
+        both.client_label,
+        (both.client_probability >= config.threshold).float(),
+    ),
+}

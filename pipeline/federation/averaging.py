@@ -11,7 +11,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.errors import SamfedError
-from pipeline.federation.aggregation import AGGREGATIONS, check_update
+from pipeline.federation.aggregation import Aggregation, check_update
 from pipeline.federation.agreement import AgreementState
 from pipeline.federation.diagnostics import (
     client_warnings,
@@ -125,7 +125,7 @@ class Averaging:
     ) -> tuple[Checkpoint, dict[str, Any], list[str]]:
         """Combine the usable updates; also what the clients report, and warnings."""
         config = self._config
-        combined = AGGREGATIONS[config.federate.aggregation](before.weights)
+        combined = Aggregation(before.weights, config.federate.aggregation)
         states = dict(before.client_states)
         clients: dict[str, Any] = {}
         warnings: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ def calibrate(
 ) -> Calibration:
     """Fit the three scalars on labelled images that neither source was trained on.
 
-    The fit is crossed: the inverse temperatures of one half of the images are used to fit b on the
+    The fit is crossed: the inverse temperatures of one half of the images serve to fit b on the
     other, so that their own fit does not flatter b, and the two results are averaged. A group is in
     one half only. With fewer than four images, or one group, nothing is fitted.
 
@@ -33,31 +34,28 @@ def calibrate(
     halves = split_in_halves(groups)
     if len(groups) < 4 or not all(len(half) for half in halves):
         return Calibration()
-    first, second = ((sources.select(half), truth[half]) for half in halves)
-    prior = config.foreground_prior
-    fits = [_fit_crossed(first, second, prior), _fit_crossed(second, first, prior)]
+    parts = [(sources.select(half), truth[half]) for half in halves]
+    fits = [
+        astuple(_fit_crossed(*fit, *rest, prior=config.foreground_prior))
+        for fit, rest in (parts, parts[::-1])
+    ]
     return Calibration(*(sum(values) / len(fits) for values in zip(*fits, strict=True)))
 
 
 def _fit_crossed(
-    fit: tuple[Sources, Tensor], rest: tuple[Sources, Tensor], prior: float
-) -> tuple[float, float, float]:
-    """Return a_s and a_c, fitted on ``fit``, and the b that they leave for ``rest``."""
-    sources, truth = fit
+    fit: Sources, fit_truth: Tensor, rest: Sources, truth: Tensor, *, prior: float
+) -> Calibration:
+    """Fit the inverse temperatures on ``fit``, and the b that they leave on ``rest``."""
     fitted = Calibration(
-        fit_inverse_temperature(sources.sam_probability, sources.sam_label, truth),
-        fit_inverse_temperature(sources.client_probability, sources.client_label, truth),
+        fit_inverse_temperature(fit.sam_probability, fit.sam_label, fit_truth),
+        fit_inverse_temperature(fit.client_probability, fit.client_label, fit_truth),
     )
-    sources, truth = rest
-    s, c = sources.calibrated(fitted)
-    reliability = sources.client_reliability()
-    log_odds = fit_conflict_log_odds(
-        s - c * reliability + sources.foreground_log_odds(prior),
-        reliability,
-        sam_right=sources.sam_label == truth,
-        client_right=sources.client_label == truth,
-    )
-    return fitted.sam_inverse_temperature, fitted.client_inverse_temperature, log_odds
+    s, c = rest.calibrated(fitted)
+    h = rest.client_reliability()
+    evidence = s - c * h + rest.foreground_log_odds(prior)
+    sam_right, client_right = rest.sam_label == truth, rest.client_label == truth
+    b = fit_conflict_log_odds(evidence, h, sam_right=sam_right, client_right=client_right)
+    return replace(fitted, conflict_log_odds=b)
 
 
 def split_in_halves(groups: Sequence[str]) -> list[Tensor]:
@@ -86,9 +84,8 @@ def fit_inverse_temperature(probability: Tensor, label: Tensor, truth: Tensor) -
     right = (label == truth).flatten()
     levels = torch.linspace(float(logits.min()), float(logits.max()) + 1e-6, _BINS + 1)
     centres = (levels[1:] + levels[:-1]) / 2
-    bins = torch.bucketize(logits, levels[1:-1])
     # one count for every class, whether it was right, and bin
-    cells = (label.flatten() * 2 + right) * _BINS + bins
+    cells = (label.flatten() * 2 + right) * _BINS + torch.bucketize(logits, levels[1:-1])
     counts = torch.bincount(cells, minlength=2 * _BINS * (int(label.max()) + 1))
     counts = counts.reshape(-1, 2, _BINS)
     present = counts[counts.sum(dim=(1, 2)) > 0]

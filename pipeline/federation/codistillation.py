@@ -32,11 +32,9 @@ def noised_public(images: Tensor, *, seed: int) -> Tensor:
     """Return D_p as every model sees it in one round, from nothing but ``seed``.
 
     ``x + clip(0.1 n, -0.2, 0.2)``, n standard normal, x in the networks' range -1..1. The noise is
-    clipped, the sum is not: values reach -1.2..1.2.
-
-    The draws are NumPy's: inside the clip its ziggurat takes them from tables, where torch's pass
-    through a logarithm and a cosine that round otherwise on another processor. So every client gets
-    the same bytes.
+    clipped, the sum is not: values reach -1.2..1.2. The draws are NumPy's, so that every client
+    gets the same bytes: inside the clip its ziggurat takes them from tables, where torch's pass
+    through a logarithm and a cosine that round otherwise on another processor.
 
     Args:
         images: (N, 3, S, S) uint8.
@@ -88,7 +86,7 @@ class BestClient:
     def __init__(self, labels: Tensor, *, num_classes: int) -> None:
         """Expect logits that ``labels`` (N, S, S), integers in 0..K = ``num_classes``, grade."""
         self._labels = labels
-        self._shape = (len(labels), num_classes + 1, *labels.shape[1:])
+        self._shape = _logits_shape(labels, num_classes)
         self._best: GradedLogits | None = None
 
     def add(self, logits: Tensor) -> None:
@@ -104,7 +102,6 @@ class BestClient:
         new = GradedLogits.of(logits, self._labels)
         if self._best is None:
             self._best = replace(new, logits=logits.clone(), min_grade=CONDENSATION_MIN_GRADE)
-            return
         better = new.grades > self._best.grades
         self._best.logits[better] = logits[better]
         self._best.grades[better] = new.grades[better]
@@ -121,22 +118,17 @@ class BestClient:
 
 
 class MeanLogits:
-    """FedMD's consensus: the mean of the clients' logits, one client at a time.
+    """FedMD's consensus, the mean of the clients' logits; used in the same way as ``BestClient``.
 
-    Add clients in a fixed order: float sums depend on it.
+    Of the labels only the shape matters. Float sums depend on the clients' order.
     """
 
     def __init__(self, labels: Tensor, *, num_classes: int) -> None:
-        """Expect logits of the same shape as ``BestClient``; the labels' values do not matter."""
-        self._sum = torch.zeros(len(labels), num_classes + 1, *labels.shape[1:])
+        self._sum = torch.zeros(_logits_shape(labels, num_classes))
         self._count = 0
 
     def add(self, logits: Tensor) -> None:
-        """Count ``logits``, (N, K+1, S, S) float16, finite.
-
-        Raises:
-            ValueError: another shape or dtype, or a NaN or infinity; nothing was changed.
-        """
+        """Count ``logits``; else as ``BestClient.add``."""
         _check_logits(logits, tuple(self._sum.shape))
         self._sum += logits
         self._count += 1
@@ -150,6 +142,10 @@ class MeanLogits:
         if not self._count:
             raise ValueError("no consensus: no client sent usable logits")
         return (self._sum / self._count).half()
+
+
+def _logits_shape(labels: Tensor, num_classes: int) -> tuple[int, ...]:
+    return len(labels), num_classes + 1, *labels.shape[1:]
 
 
 def _check_logits(logits: Tensor, shape: tuple[int, ...]) -> None:
@@ -182,6 +178,25 @@ class PublicTraining:
     epochs: int  # at least 1
     batch_size: int  # at least 2; a last image left alone joins the batch before it
 
+    def batches(self) -> Iterator[Tensor]:
+        """Yield the rows of shuffled batches, of every epoch.
+
+        A last image left alone joins the batch before it, because batch norm cannot train on one
+        image where a feature map has a single pixel.
+        """
+        count, size = len(self.inputs), self.batch_size
+        if self.epochs < 1:
+            raise ValueError(f"epochs is {self.epochs}, expected at least 1")
+        if count < 2 or size < 2:
+            raise ValueError(
+                f"batches of {size} from {count} public images, expected at least 2 each"
+            )
+        for _ in range(self.epochs):
+            *batches, last = torch.randperm(count, generator=self.generator).split(size)
+            if len(last) == 1:
+                last = torch.cat([batches.pop(), last])
+            yield from (*batches, last)
+
 
 def distil(
     model: nn.Module, teacher: GradedLogits | Consensus, *, training: PublicTraining
@@ -198,9 +213,7 @@ def distil(
         ValueError: the teacher does not fit the model's logits or is not finite, there are fewer
             than two images, or ``epochs`` or ``batch_size`` is too small.
     """
-    count, epochs = len(training.inputs), training.epochs
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}, expected at least 1")
+    count, optimizer = len(training.inputs), training.optimizer
     if len(teacher.logits) != count:
         raise ValueError(f"logits are of {len(teacher.logits)} public images, expected {count}")
     _check_finite(teacher.logits)
@@ -209,30 +222,16 @@ def distil(
     seed = int(torch.randint(2**31, (), generator=training.generator))
     with seeded(seed, model):
         model.train()
-        for _ in range(epochs):
-            for rows in _batches(count, training.batch_size, training.generator):
-                logits = model(_to_network(training.inputs[rows], device)).float()
-                terms = teacher.terms(logits, rows)
-                training.optimizer.zero_grad()
-                terms["loss"].backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-                training.optimizer.step()
-                for name, value in terms.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.detach()) * len(rows)
-    return {name: value / (epochs * count) for name, value in sums.items()}
-
-
-def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield shuffled rows in batches of ``size``, the last one of at least two.
-
-    Batch norm cannot train on one image where a feature map has a single pixel.
-    """
-    if count < 2 or size < 2:
-        raise ValueError(f"batches of {size} from {count} public images, expected at least 2 each")
-    batches = list(torch.randperm(count, generator=generator).split(size))
-    if len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    yield from batches
+        for rows in training.batches():
+            logits = model(_to_network(training.inputs[rows], device)).float()
+            terms = teacher.terms(logits, rows)
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+            optimizer.step()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) * len(rows)
+    return {name: value / (training.epochs * count) for name, value in sums.items()}
 
 
 def _to_network(inputs: Tensor, device: torch.device) -> Tensor:

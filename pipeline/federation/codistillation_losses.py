@@ -105,12 +105,8 @@ class GradedLogits:
         segmentation = structure_loss(logits, labels)
         divergence = (counts * _divergence(logits, taught)).mean()
         loss = segmentation + self.kl_weight * divergence
-        return {
-            "loss": loss,
-            "loss_seg": segmentation,
-            "loss_kl": divergence,
-            "counted": counts.mean(),
-        }
+        terms = {"loss_seg": segmentation, "loss_kl": divergence, "counted": counts.mean()}
+        return {"loss": loss, **terms}
 
 
 @dataclass(frozen=True)

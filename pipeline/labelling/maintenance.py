@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import discard, leftovers, recover_folder, tree_bytes, writer_lock, writer_of
-from pipeline.errors import LockedStoreError, StageError, StoreError
+from pipeline.errors import CorruptStoreError, LockedStoreError, StageError, StoreError
 from pipeline.labelling.job import Meter, Progress, owner_images, store_lock, store_path
 from pipeline.stores.arrays import canonical_json
 from pipeline.stores.integrity import Fault, check_store
@@ -172,6 +172,8 @@ class Verification:
     def as_json(self) -> dict[str, Any]:
         """Return all of it for ``--json``."""
         return vars(self) | {"faults": [fault.as_json() for fault in self.faults]}
+
+    exit_code = CorruptStoreError.exit_code  # of the command, if there are faults
 
     def failures(self) -> list[str]:
         """Return one line for each fault."""

@@ -51,6 +51,28 @@ class StageOneResult:
         return [*self.failed, count] if self.failed else []
 
 
+def choose_cluster(
+    config: Config, *, scheduler: str | None, workers: int | None
+) -> Workplace | None:
+    """Return the workers that a scheduler's address or a number of processes asks for.
+
+    None is this process; dask is imported for nobody else.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    if scheduler is not None and workers is not None:
+        raise ConfigError("--scheduler and --workers: give one of them")
+    if scheduler is None and workers is None:
+        return None
+    from pipeline.labelling.cluster import connect, local_cluster
+
+    logging.getLogger("distributed").setLevel(logging.WARNING)  # its own import sets INFO
+    if workers is None:
+        return connect(str(scheduler))
+    return local_cluster(workers, device=config.precompute.device)
+
+
 def precompute(
     config: Config,
     *,

@@ -11,7 +11,13 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.disk import move, recover_folder, writer_lock
-from pipeline.errors import IdentityError, LockedStoreError, StoreError
+from pipeline.errors import (
+    EXIT_PARTIAL,
+    CorruptStoreError,
+    IdentityError,
+    LockedStoreError,
+    StoreError,
+)
 from pipeline.labelling.job import Job, Meter, Progress, load_job, owner_images, store_lock
 from pipeline.labelling.maintenance import check_at_rest, image_stores, label_stores, reading
 from pipeline.labelling.precompute import executor_on, label_owners
@@ -43,6 +49,11 @@ class Repair:
     def as_json(self) -> dict[str, Any]:
         """Return all of it for ``--json``."""
         return vars(self) | {"faults": [fault.as_json() for fault in self.faults]}
+
+    @property
+    def exit_code(self) -> int:
+        """Return that of the command, if there are failures."""
+        return CorruptStoreError.exit_code if self.remaining else EXIT_PARTIAL
 
     def failures(self) -> list[str]:
         """Return a line for everything that is not as it should be."""

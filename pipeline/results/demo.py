@@ -2,73 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config, with_settings
 from pipeline.data.prepare import prepare
 from pipeline.data.synthetic import write_dataset
-from pipeline.disk import write_bytes
-from pipeline.federation.schedule import Progress
+from pipeline.errors import ConfigError
 from pipeline.federation.server import federate
 from pipeline.labelling.precompute import precompute
-from pipeline.methods import Method
+from pipeline.methods import METHODS
+from pipeline.progress import Progress
 from pipeline.results.evaluate import evaluate
-from pipeline.results.gallery import build_gallery
-from pipeline.results.report import load_run, render_report
+from pipeline.results.report import write_report
 from pipeline.sam.finetune import finetune
 
-METHODS: tuple[Method, ...] = ("supervised", "fedavg_ssl", "sam_fed")
+DEMO_METHODS = ("supervised", "fedavg_ssl", "sam_fed")
 
 
-def demo_config(base: Config, out: Path) -> Config:
-    """``base`` with everything that comes in and goes out below ``out``."""
-    return base.model_copy(
-        update={
-            "data": base.data.model_copy(update={"root": out / "data"}),
-            "cache": base.cache.model_copy(update={"root": out / "cache"}),
-        }
-    )
+@dataclass(frozen=True)
+class DemoResult:
+    """Pooled test scores of each method, and the report on all of them."""
+
+    scores: dict[str, dict[str, Any]]
+    report: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the scores by method, and under ``report`` the report's path."""
+        return {**self.scores, "report": str(self.report)}
+
+    def text(self) -> str:
+        """Return a line for each method, and where the report is."""
+        lines = [f"{'method':<12} {'Dice':>6}  {'95 % interval':<15} {'HD95 px':>8} {'images':>7}"]
+        for method, row in self.scores.items():
+            low, high = row["dice_ci95"]
+            lines.append(
+                f"{method:<12} {row['dice']:6.3f}  {low:.3f} to {high:.3f}  "
+                f"{row['hd95']:8.2f} {row['n']:7d}"
+            )
+        return "\n".join([*lines, f"report: {self.report}"])
+
+
+def demo_config(base: Config, out: Path, *, seed: int | None = None) -> Config:
+    """Return ``base`` with everything that comes in and goes out below ``out``."""
+    places = {"data": {"root": out / "data"}, "cache": {"root": out / "cache"}}
+    config = with_settings(base, "demo", **places)
+    return config if seed is None else config.model_copy(update={"seed": seed})
 
 
 def run_demo(
-    config: Config,
-    *,
-    methods: tuple[Method, ...] = METHODS,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+    config: Config, *, methods: Sequence[str] | None = None, progress: Progress | None = None
+) -> DemoResult:
     """Generate, prepare, adapt SAM, label, federate each method, evaluate, report.
 
-    Returns:
-        for each method its pooled test metrics, and under ``report`` the report's path.
+    Raises:
+        ConfigError: there is no such method, or it does not fit the settings.
     """
-    configs = {method: _with_method(config, method) for method in methods}  # refuses bad ones first
-    write_dataset(
-        config.data.root,
-        images_per_site=config.synth.images_per_site,
-        size_px=config.synth.size_px,
-        seed=config.synth.seed,
+    configs = [_with_method(config, method) for method in methods or DEMO_METHODS]
+    write_dataset(config.data.root, **config.synth.model_dump())
+    needs_truth = config.federate.audit or any(
+        METHODS[each.federate.method].needs_truth for each in configs
     )
-    needs_truth = "oracle" in methods or config.federate.audit
     prepare(config, with_oracle=needs_truth, progress=progress)
     card = finetune(config, progress=progress)
     precompute(config, progress=progress)
-    results: dict[str, Any] = {}
-    runs = []
-    for method, one in configs.items():
-        run = federate(one, progress=progress)
-        results[method] = evaluate(one, run, progress=progress)["test"]["pooled"]
-        runs.append(run)
-    summaries = [load_run(run.path) for run in runs]
+    scores, runs = {}, []
+    for one in configs:
+        runs.append(federate(one, progress=progress))
+        found = evaluate(one, runs[-1], progress=progress)
+        scores[found.method] = found.test["pooled"]
     title = f"samfed demo: teacher Dice {card.calibration_dice:.3f} on the calibration part"
-    page = render_report(summaries, build_gallery(config, runs[-1]), title=title)
-    path = config.cache.root / "report.html"
-    write_bytes(path, page.encode())
-    results["report"] = str(path)
-    return results
+    report = write_report(runs, config.cache.root / "report.html", title=title)
+    return DemoResult(scores, report.path)
 
 
-def _with_method(config: Config, method: Method) -> Config:
-    raw = config.model_dump()
-    raw["federate"] |= {"method": method, "name": method}
-    return parse_config(raw, source=f"--method {method}")
+def _with_method(config: Config, method: str) -> Config:
+    if method not in METHODS:
+        known = ", ".join(METHODS)
+        raise ConfigError(f"--method {method}: no such method; expected one of {known}")
+    return with_settings(config, f"--method {method}", federate={"method": method, "name": method})

@@ -1,34 +1,42 @@
-"""``samfed evaluate``: the final model on every client's test part."""
+"""``samfed evaluate``: the final models on every client's test part."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import nn
 
-from pipeline.config import Config
-from pipeline.data.partition import load_partition
+from pipeline.config import Config, NetworkConfig
+from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import write_bytes, write_json
 from pipeline.errors import StageError
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.views import as_tensor
-from pipeline.results.final_models import FinalModels
+from pipeline.progress import Progress
+from pipeline.results.finished import Evaluation
 from pipeline.segmentation.metrics import ImageMetrics, image_metrics, summarise
-from pipeline.segmentation.networks import predict_masks
+from pipeline.segmentation.networks import build_model, predict_masks
 from pipeline.stores.image_store import read_image_store
 
-Progress = Callable[[str, int, int], None]
-
-_ROUND_MEANS = ("loss", "agreement", "coverage", "pseudo_label_dice", "gradient_norm", "drift")
-_ROUND_SUMS = ("bytes_up", "bytes_down")
+ROUND_MEANS = ("loss", "agreement", "coverage", "pseudo_label_dice", "gradient_norm", "drift")
+ROUND_SUMS = ("bytes_up", "bytes_down")
 
 
-def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None) -> dict[str, Any]:
+class Score(NamedTuple):
+    """One test image and its scores: a line of ``per_image.csv``."""
+
+    client: str
+    image_id: str
+    group: str
+    metrics: ImageMetrics
+
+
+def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None) -> Evaluation:
     """Score the run's final models; write ``metrics.json``, ``per_image.csv`` and ``rounds.csv``.
 
     The global model answers for every client, or each client's own for itself, as the run's own
@@ -39,84 +47,103 @@ def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None
         StageError: the run is not complete, or no client has a test part. IdentityError: the
         partition or the image stores are not the ones that the run was made on.
     """
-    made = run.config()
-    cache = config.cache.root
-    run.check_partition(cache / "partition.json")
-    num_classes = made.data.num_classes
-    partition = load_partition(cache / "partition.json")
-    models = FinalModels(run, made, list(partition.clients))
+    used = run.config().model_copy(update={"cache": config.cache})
+    partition_file = config.cache.root / "partition.json"
+    run.check_partition(partition_file)
+    scores = list(_score(used, run, load_partition(partition_file), progress))
+    federate = used.federate
+    found = Evaluation(federate.method, used.seed, federate.rounds, _test(scores, seed=used.seed))
+    write_bytes(run.path / "per_image.csv", _per_image(scores).encode())
+    write_bytes(run.path / "rounds.csv", round_table(run.history()).encode())
+    write_json(run.path / "metrics.json", found.as_json())
+    return found
+
+
+def _score(
+    config: Config, run: RunFolder, partition: Partition, progress: Progress | None
+) -> Iterator[Score]:
+    """Yield the scores of every client's test images, client by client."""
     tested = {name: part.test for name, part in partition.clients.items() if part.test}
     if not tested:
         raise StageError(
             "no client has a test part; raise partition.test_fraction and prepare again"
         )
-    rows: list[tuple[str, str, str, ImageMetrics]] = []  # client, image, group, metrics
+    size, num_classes = config.data.image_size, config.data.num_classes
+    shared = None if config.heterogeneous else final_model(run, config)
+    names = list(partition.clients)
     for number, (name, ids) in enumerate(tested.items(), start=1):
-        path = cache / "images" / name / "test.zarr"
-        part = read_image_store(
-            path, image_ids=ids, size=made.data.image_size, num_classes=num_classes
-        )
+        path = config.cache.root / "images" / name / "test.zarr"
+        part = read_image_store(path, image_ids=ids, size=size, num_classes=num_classes)
         assert part.labels is not None
-        predicted = predict_masks(models.of(name), as_tensor(part)).numpy()
+        network = config.network_of(names.index(name))
+        model = shared or final_model(run, config, name=name, network=network)
+        predicted = predict_masks(model, as_tensor(part)).numpy()
         for image_id, mask, truth in zip(ids, predicted, part.labels, strict=True):
             score = image_metrics(mask, truth, num_classes=num_classes)
-            rows.append((name, image_id, partition.images[image_id].group, score))
+            yield Score(name, image_id, partition.images[image_id].group, score)
         if progress is not None:
             progress("evaluating", number, len(tested))
-    metrics = {
-        "method": made.federate.method,
-        "seed": made.seed,
-        "rounds": made.federate.rounds,
-        "test": _tables(rows, seed=made.seed),
+
+
+def final_model(
+    run: RunFolder, config: Config, *, name: str = "global", network: NetworkConfig | None = None
+) -> nn.Module:
+    """Return the run's global model, or the one of the client ``name`` with its own ``network``.
+
+    Raises:
+        StageError: the run is not complete.
+    """
+    weights = run.load_model(name)
+    # pretrained weights would be overwritten, and their file need not be here any more
+    network = (network or config.model).model_copy(update={"encoder_weights": None})
+    model = build_model(config, seed=config.seed, network=network)
+    model.load_state_dict(weights)
+    return model
+
+
+def _test(scores: Sequence[Score], *, seed: int) -> dict[str, Any]:
+    """Summarise all images, those of each client, and the clients, each counting the same."""
+
+    def summary(chosen: Sequence[Score]) -> dict[str, Any]:
+        return summarise([s.metrics for s in chosen], [s.group for s in chosen], seed=seed)
+
+    names = dict.fromkeys(score.client for score in scores)
+    clients = {name: summary([s for s in scores if s.client == name]) for name in names}
+    means = {
+        key: float(np.mean([client[key] for client in clients.values()]))
+        for key in ("dice", "iou", "hd95", "assd")
     }
-    _write_rows(run.path / "per_image.csv", rows)
-    _write_rounds(run.path / "rounds.csv", run.history())
-    write_json(run.path / "metrics.json", metrics)
-    return metrics
+    return {"pooled": summary(scores), "clients": clients, "client_mean": means}
 
 
-def _tables(rows: list[tuple[str, str, str, ImageMetrics]], *, seed: int) -> dict[str, Any]:
-    """Pooled over images, per client, and the plain mean over clients."""
-    names = list(dict.fromkeys(row[0] for row in rows))
-    clients = {}
-    for name in names:
-        own = [row for row in rows if row[0] == name]
-        clients[name] = summarise([row[3] for row in own], [row[2] for row in own], seed=seed)
-    return {
-        "pooled": summarise([row[3] for row in rows], [row[2] for row in rows], seed=seed),
-        "clients": clients,
-        "client_mean": {
-            key: float(np.mean([client[key] for client in clients.values()]))
-            for key in ("dice", "iou", "hd95", "assd")
-        },
-    }
+def _per_image(scores: Iterable[Score]) -> str:
+    head = ["client", "image_id", "group", *(field.name for field in fields(ImageMetrics))]
+    return _as_csv(head, ([*score[:3], *_short(astuple(score.metrics))] for score in scores))
 
 
-def _write_rounds(path: Path, history: list[dict[str, Any]]) -> None:
-    """Curves for `dvc plots`: validation Dice, means and sums over a round's clients, seconds."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["round", "val_dice", *_ROUND_MEANS, *_ROUND_SUMS, "seconds"])
+def round_table(history: Iterable[Mapping[str, Any]]) -> str:
+    """Return curves for `dvc plots`: a line of CSV for each round, empty where there is no value.
+
+    Validation Dice, means and sums over the clients that took part, and seconds.
+    """
+    lines = []
     for entry in history:
-        said = {
+        known = {
             key: [c[key] for c in entry["clients"].values() if c.get(key) is not None]
-            for key in (*_ROUND_MEANS, *_ROUND_SUMS)
+            for key in (*ROUND_MEANS, *ROUND_SUMS)
         }
-        means = [float(np.mean(said[key])) if said[key] else None for key in _ROUND_MEANS]
-        sums = [sum(said[key]) if said[key] else "" for key in _ROUND_SUMS]
-        head, tail = _short([entry["val"]["dice"], *means]), _short([entry["seconds"]])
-        writer.writerow([entry["round"], *head, *sums, *tail])
-    write_bytes(path, out.getvalue().encode())
+        means = [float(np.mean(known[key])) if known[key] else None for key in ROUND_MEANS]
+        sums = [sum(known[key]) if known[key] else "" for key in ROUND_SUMS]
+        values = _short([entry["val"]["dice"], *means])
+        lines.append([entry["round"], *values, *sums, *_short([entry["seconds"]])])
+    return _as_csv(["round", "val_dice", *ROUND_MEANS, *ROUND_SUMS, "seconds"], lines)
 
 
-def _short(values: Sequence[float | None]) -> list[str]:
+def _short(values: Iterable[float | None]) -> list[str]:
     return ["" if value is None else f"{value:.6g}" for value in values]
 
 
-def _write_rows(path: Path, rows: list[tuple[str, str, str, ImageMetrics]]) -> None:
+def _as_csv(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["client", "image_id", "group", *(f.name for f in fields(ImageMetrics))])
-    for client, image_id, group, score in rows:
-        writer.writerow([client, image_id, group, *(f"{value:.6g}" for value in astuple(score))])
-    write_bytes(path, out.getvalue().encode())
+    csv.writer(out, lineterminator="\n").writerows([head, *lines])
+    return out.getvalue()

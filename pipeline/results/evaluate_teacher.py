@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from pipeline.data.partition import Partition, load_partition
 from pipeline.data.public_set import load_labelled
 from pipeline.disk import write_bytes, write_json
 from pipeline.labelling.backoff import MemoryAwareTeacher
-from pipeline.results.teacher_page import Example, render_evaluation
+from pipeline.progress import Progress
+from pipeline.results.teacher_page import TeacherExample, render_evaluation
 from pipeline.runtime import torch_threads
 from pipeline.sam.frame import fit_longest_side
 from pipeline.sam.prompts import why_not_prompted
@@ -24,11 +26,10 @@ from pipeline.segmentation.metrics import image_metrics, summarise
 from pipeline.stores.label_store import confidence_to_probability
 from pipeline.stores.teacher_card import TeacherCard
 
-TEACHERS = ("adapted", "points", "box")
+TEACHERS = ("adapted", "points")
 ECE_BINS = 15
 EXAMPLES = 8  # images that the page shows
 
-Progress = Callable[[str, int, int], None]
 Mask = NDArray[np.uint8]
 
 
@@ -48,14 +49,14 @@ class Reliability:
         self.hits += np.bincount(index[hit], minlength=ECE_BINS)
 
     def error(self) -> float:
-        """Expected calibration error (Naeini et al., 2015), 0..1.
+        """Return the expected calibration error (Naeini et al., 2015), 0..1.
 
         Mean over bins of |share of hits - mean confidence|, weighted by the bin's share of pixels.
         """
         return float(np.abs(self.hits - self.confidence).sum() / self.pixels.sum())
 
     def bins(self) -> dict[str, list[Any]]:
-        """Of each bin: ``pixels``, mean ``confidence`` and ``accuracy`` (None where empty)."""
+        """Return each bin's ``pixels``, mean ``confidence`` and ``accuracy`` (None where empty)."""
 
         def mean(sums: NDArray[Any]) -> list[float | None]:
             pairs = zip(sums, self.pixels, strict=True)
@@ -69,7 +70,43 @@ class Reliability:
 
 
 @dataclass(frozen=True)
-class Measured:
+class TeacherEvaluation:
+    """What ``evaluate_teacher`` measured.
+
+    A teacher is JSON-ready: ``variant``, ``prompt``, Dice, IoU, HD95 and ASSD in the client's frame
+    (``metrics.summarise``), ``ece`` and its bins (``reliability``), and ``empty``, the share of
+    images with an empty mask; or, under ``missing``, why there is none.
+    """
+
+    configured: str  # the teacher that ``sam.prompt`` asks for
+    teachers: dict[str, dict[str, Any]]  # each of ``TEACHERS``
+    page: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the configured teacher's results, and under ``teachers`` those of all."""
+        return {**self.teachers[self.configured], "teachers": self.teachers}
+
+    def text(self) -> str:
+        """Return the teachers side by side, the number of images, and where the page is."""
+        lines = [
+            f"{'teacher':<10} {'Dice':>6}  {'95 % interval':<15} {'HD95 px':>8} {'ECE':>6} "
+            f"{'empty':>6}"
+        ]
+        for name, row in self.teachers.items():
+            if "missing" in row:
+                lines.append(f"{name:<10} {'-':>6}  {row['missing']}")
+                continue
+            low, high = row["dice_ci95"]
+            lines.append(
+                f"{name:<10} {row['dice']:6.3f}  {low:.3f} to {high:.3f}  {row['hd95']:8.2f} "
+                f"{row['ece']:6.3f} {row['empty']:6.0%}"
+            )
+        count = self.teachers[self.configured]["n"]
+        return "\n".join([*lines, f"{count} images; {self.page}"])
+
+
+@dataclass(frozen=True)
+class _Measured:
     """One teacher on the calibration part."""
 
     summary: dict[str, Any]  # JSON-ready
@@ -77,70 +114,54 @@ class Measured:
     dice: list[float]
 
 
-def evaluate_teacher(config: Config, *, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate_teacher(config: Config, *, progress: Progress | None = None) -> TeacherEvaluation:
     """Label the server's calibration part as stage one would, and compare with the truth.
 
     In torch, whatever ``precompute.backend`` says: ONNX Runtime has the configured teacher alone.
-    Beside the teacher that ``sam.prompt`` asks for, every other one that can be had at once.
+    Beside the teacher that ``sam.prompt`` asks for, the other one if it can be had at once.
     Writes ``cache/evaluate-sam.json`` and the page ``cache/evaluate-sam.html``.
-
-    Returns:
-        what the JSON file holds: ``variant``, ``prompt``, Dice, IoU, HD95 and ASSD in the client's
-        frame (``metrics.summarise``), ``ece`` and its bins (``reliability``), and ``empty``, the
-        share of images with an empty mask, of the configured teacher; ``teachers``: the same for
-        each of ``TEACHERS``, or under ``missing`` why there is none.
 
     Raises:
         StageError: no partition or no teacher yet. IdentityError: another teacher's card.
     """
-    with torch_threads(config.precompute.threads):
-        return _evaluate(config, progress)
-
-
-def _evaluate(config: Config, progress: Progress | None) -> dict[str, Any]:
     cache = config.cache.root
     partition = load_partition(cache / "partition.json")
     own = load_teacher(config, partition)
-    configured = "adapted" if config.sam.prompt == "none" else config.sam.prompt
-    measured: dict[str, Measured] = {configured: _measure(config, partition, own, progress)}
-    missing: dict[str, str] = {}
-    for name in TEACHERS:
-        if name == configured:
-            continue
-        other = _other_teacher(name, config, own.card)
-        if isinstance(other, str):
-            missing[name] = other
-        else:
-            measured[name] = _measure(config, partition, other, progress)
-    teachers: dict[str, dict[str, Any]] = {
-        name: measured[name].summary if name in measured else {"missing": missing[name]}
-        for name in TEACHERS
-    }
-    examples = _examples(config, partition, measured, measured[configured].dice)
-    page = render_evaluation(teachers, examples, variant=own.card.variant, configured=configured)
-    write_bytes(cache / "evaluate-sam.html", page.encode())
-    result = {**measured[configured].summary, "teachers": teachers}
-    write_json(cache / "evaluate-sam.json", result)
+    configured = "adapted" if config.sam.prompt == "none" else "points"
+    measured: dict[str, _Measured] = {}
+    teachers: dict[str, dict[str, Any]] = {}
+    with torch_threads(config.precompute.threads):
+        for name in sorted(TEACHERS, key=lambda name: name != configured):
+            teacher = own if name == configured else _other_teacher(name, config, own.card)
+            if isinstance(teacher, str):
+                teachers[name] = {"missing": teacher}
+            else:
+                measured[name] = _measure(config, partition, teacher, progress)
+                teachers[name] = measured[name].summary
+        examples = _examples(config, partition, measured, measured[configured].dice)
+    in_order = {name: teachers[name] for name in TEACHERS}
+    result = TeacherEvaluation(configured, in_order, cache / "evaluate-sam.html")
+    page = render_evaluation(in_order, examples, variant=own.card.variant, configured=configured)
+    write_bytes(result.page, page.encode())
+    write_json(cache / "evaluate-sam.json", result.as_json())
     return result
 
 
 def _other_teacher(name: str, config: Config, card: TeacherCard) -> Teacher | str:
-    """A teacher that the settings do not ask for, or why it cannot be had."""
+    """Return a teacher that the settings do not ask for, or why it cannot be had."""
     if name == "adapted":
         return f"nothing was adapted, since sam.prompt is {config.sam.prompt}"
     reason = why_not_prompted(config)
     if reason is not None:
         return reason
-    if name == "box":
-        return "no coarse model; `samfed finetune-sam` trains it when sam.prompt is box"
     policy = config.sam.model_copy(update={"prompt": "points"}).prompt_policy
     zero_shot = {"prompt": policy, "lora_rank": None, "adapter_sha256": "none"}
-    return load_zero_shot(config, card.model_copy(update=zero_shot | {"coarse_sha256": None}))
+    return load_zero_shot(config, card.model_copy(update=zero_shot))
 
 
 def _measure(
     config: Config, partition: Partition, teacher: Teacher, progress: Progress | None
-) -> Measured:
+) -> _Measured:
     count = len(partition.server.calibration)
     masks, scores, groups, reliability = [], [], [], Reliability()
     for image_id, truth, mask, confidences in _label(config, partition, teacher):
@@ -158,40 +179,40 @@ def _measure(
         "reliability": reliability.bins(),
         "empty": sum(not mask.any() for mask in masks) / count,
     }
-    return Measured(summary, masks, [score.dice for score in scores])
+    return _Measured(summary, masks, [score.dice for score in scores])
 
 
 def _label(
     config: Config, partition: Partition, teacher: Teacher
 ) -> Iterator[tuple[str, Mask, Mask, Mask]]:
-    """Of each calibration image its id and, (S, S) uint8, the truth, the label, its confidences.
+    """Yield each calibration image's id and, (S, S) uint8, its truth, label and confidences.
 
     In stage one's batches, which shrink as there when memory runs out.
     """
     size, step = config.data.image_size, config.precompute.batch_size
-    labeller, ids = MemoryAwareTeacher(teacher, step), partition.server.calibration
+    patient, ids = MemoryAwareTeacher(teacher, step), partition.server.calibration
     for start in range(0, len(ids), step):
         batch = ids[start : start + step]
         pairs = [  # shrunk one by one: a batch of originals may not fit into memory
             (fit_longest_side(item.image, teacher.card.input_size), resize_mask(item.mask, size))
             for item in load_labelled(config, partition, batch)
         ]
-        labels = labeller.label([image for image, _ in pairs], size)
+        labels = patient.label([image for image, _ in pairs], size)
         truths = [truth for _, truth in pairs]
         yield from zip(batch, truths, labels.masks, labels.confidences, strict=True)
 
 
 def _examples(
-    config: Config, partition: Partition, measured: dict[str, Measured], dice: list[float]
-) -> list[Example]:
-    """Images from the worst to the best Dice, evenly by rank, with every teacher's mask."""
+    config: Config, partition: Partition, measured: dict[str, _Measured], dice: list[float]
+) -> list[TeacherExample]:
+    """Choose images from the worst to the best Dice, evenly by rank, with every teacher's mask."""
     ranked = np.argsort(dice, kind="stable")
     places = np.linspace(0, len(ranked) - 1, min(EXAMPLES, len(ranked))).round().astype(int)
     chosen = [int(ranked[place]) for place in places]
     ids = [partition.server.calibration[i] for i in chosen]
     size, names = config.data.image_size, [name for name in TEACHERS if name in measured]
     return [
-        Example(
+        TeacherExample(
             image_id=item.image_id,
             image=resize_image(item.image, size),
             truth=resize_mask(item.mask, size),
@@ -200,20 +221,3 @@ def _examples(
         )
         for i, item in zip(chosen, load_labelled(config, partition, ids), strict=True)
     ]
-
-
-def as_table(result: dict[str, Any]) -> str:
-    """The teachers of ``evaluate_teacher``'s result side by side, as lines of text."""
-    lines = [
-        f"{'teacher':<10} {'Dice':>6}  {'95 % interval':<15} {'HD95 px':>8} {'ECE':>6} {'empty':>6}"
-    ]
-    for name, row in result["teachers"].items():
-        if "missing" in row:
-            lines.append(f"{name:<10} {'-':>6}  {row['missing']}")
-            continue
-        low, high = row["dice_ci95"]
-        lines.append(
-            f"{name:<10} {row['dice']:6.3f}  {low:.3f} to {high:.3f}  {row['hd95']:8.2f} "
-            f"{row['ece']:6.3f} {row['empty']:6.0%}"
-        )
-    return "\n".join(lines)

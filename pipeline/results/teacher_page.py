@@ -26,7 +26,7 @@ _PANEL_PX = 192  # of an example's picture
 
 
 @dataclass(frozen=True)
-class Example:
+class TeacherExample:
     """One image (S, S, 3) RGB uint8 with its truth and each teacher's mask, (S, S) uint8."""
 
     image_id: str
@@ -38,7 +38,7 @@ class Example:
 
 def render_evaluation(
     teachers: dict[str, dict[str, Any]],
-    examples: Sequence[Example],
+    examples: Sequence[TeacherExample],
     *,
     variant: str,
     configured: str,
@@ -90,7 +90,7 @@ def _reliability(rows: Sequence[dict[str, Any]], keys: Sequence[Key]) -> Figure:
     return figure
 
 
-def _panels(row: Example) -> dict[str, Any]:
+def _panels(row: TeacherExample) -> dict[str, Any]:
     """An example's pictures as data URIs; masks are overlays, so the image goes in once."""
     scores = ", ".join(f"{value:.2f} {name}" for name, value in row.dice.items())
     overlays = {"truth": overlay(row.truth, row.truth, _PANEL_PX)}

@@ -7,8 +7,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir
@@ -48,6 +49,15 @@ class Export:
     precision: str
     label_size: int  # px
     opset: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """Return it as one line."""
+        kind = f"{self.precision}, labels of {self.label_size} px"
+        return f"{self.megabytes:.1f} MB, {kind}; {self.model}"
 
 
 class TeacherNetwork(nn.Module):

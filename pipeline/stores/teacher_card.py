@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -34,6 +35,17 @@ class TeacherCard(BaseModel):
     calibration_images: int
     calibration_dice: float  # mean foreground Dice per image, 0..1, at the images' own size
     seed: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the file holds."""
+        return self.model_dump()
+
+    def text(self) -> str:
+        """Return how good the teacher is, as one line."""
+        return (
+            f"{self.variant}: Dice {self.calibration_dice:.3f} on {self.calibration_images} "
+            f"held-out images, adapted on {self.train_images}"
+        )
 
     def identity(self, *, label_size: int, precision: str) -> Identity:
         """Return the identity of labels that this teacher makes.

@@ -16,7 +16,6 @@ from pipeline.federation.agreement import (
     Sources,
     agree,
     foreground_dice,
-    thresholds,
     update_state,
 )
 from pipeline.federation.calibration import (
@@ -198,7 +197,7 @@ def test_state_follows_the_client() -> None:
     config = AgreementConfig(momentum=0.9)
     state = update_state(AgreementState.initial(1), sources, config=config)
     assert state.class_confidence.tolist() == pytest.approx([0.0, 0.08])
-    limits = thresholds(state, AgreementConfig(min_threshold=0.6, max_threshold=0.9))
+    limits = state.thresholds(AgreementConfig(min_threshold=0.6, max_threshold=0.9))
     assert limits.tolist() == pytest.approx([0.6, 0.624])
 
 

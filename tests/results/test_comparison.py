@@ -21,14 +21,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, DataError, IdentityError, StageError
 from pipeline.federation.runs import Checkpoint, RunFolder
-from pipeline.results.compare import (
-    EvaluatedRun,
-    as_markdown,
-    compare,
-    compare_rows,
-    load_evaluated,
-    row_of,
-)
+from pipeline.results.compare import compare, compare_rows, row_of
+from pipeline.results.finished import Evaluation, FinishedRun, read_run
 from pipeline.segmentation.metrics import ImageMetrics, summarise
 
 PARTITION = "a" * 64
@@ -39,23 +33,32 @@ Scores = Sequence[tuple[float, float]]
 
 def run(
     name: str, scores: Scores, *, method: str = "sam_fed", seed: int = 0, **sections: Any
-) -> EvaluatedRun:
+) -> FinishedRun:
     """A run in memory; ``scores`` are Dice and HD95 of ``IMAGES``."""
     federate = {"method": method, "name": name, **sections.pop("federate", {})}
     config = tiny_config(Path("data"), Path("cache"), seed=seed, federate=federate, **sections)
-    return EvaluatedRun(name, config, PARTITION, IMAGES, np.array(scores, dtype=np.float64))
+    return FinishedRun(
+        name=name,
+        config=config,
+        clients=("a", "b"),
+        history=[],
+        evaluation=Evaluation(method, seed, 2, {}),
+        partition=PARTITION,
+        images=IMAGES,
+        scores=np.array(scores, dtype=np.float64),
+    )
 
 
 def dice(*values: float) -> Scores:
     return [(value, 100 * (1 - value)) for value in values]
 
 
-def table(runs: Sequence[EvaluatedRun], **options: Any) -> dict[str, dict[str, Any]]:
+def table(runs: Sequence[FinishedRun], **options: Any) -> dict[str, dict[str, Any]]:
     """The rows of a comparison by name."""
-    rows: dict[str, list[EvaluatedRun]] = {}
+    rows: dict[str, list[FinishedRun]] = {}
     for each in runs:
         rows.setdefault(row_of(each.name), []).append(each)
-    return {row["row"]: row for row in compare_rows(rows, **options)["rows"]}
+    return {row["row"]: row for row in compare_rows(rows, **options).rows}
 
 
 SAM_FED = [
@@ -90,8 +93,11 @@ def write(
     for image, (score, distance) in zip(images, scores, strict=True):
         writer.writerow([*image, score, 0.1, distance, 1.0, "nan"])
     (folder.path / "per_image.csv").write_text(out.getvalue())
+    folder.append_history({"round": 1, "clients": {}, "val": {"dice": None}})
     pooled = {"n": len(images), "dice": float(np.mean([score for score, _ in scores]))}
-    (folder.path / "metrics.json").write_text(json.dumps({"test": {"pooled": pooled}}))
+    test = {"pooled": pooled, "clients": {}, "client_mean": {}}
+    metrics = Evaluation(method, seed, 1, test).as_json()
+    (folder.path / "metrics.json").write_text(json.dumps(metrics))
     return folder.path
 
 
@@ -101,7 +107,7 @@ def runs(tmp_path: Path) -> Path:
     folder = tmp_path / "cache" / "runs"
     for each in (*SAM_FED, *SUPERVISED):
         method = each.config.federate.method
-        write(folder, each.name, each.scores.tolist(), method=method, seed=each.seed)
+        write(folder, each.name, each.scores.tolist(), method=method, seed=each.config.seed)
     return folder
 
 
@@ -110,7 +116,7 @@ def runs(tmp_path: Path) -> Path:
 
 def test_a_table_by_hand() -> None:
     """By image, sam_fed has Dice 0.7, 0.6, 0.5 and supervised 0.4, 0.5, 0."""
-    found = compare_rows({"sam_fed": SAM_FED, "supervised": SUPERVISED})
+    found = compare_rows({"sam_fed": SAM_FED, "supervised": SUPERVISED}).as_json()
     assert {key: found[key] for key in ("reference", "n", "groups", "image_size", "partition")} == {
         "reference": "sam_fed",
         "n": 3,
@@ -209,7 +215,7 @@ def test_rows_come_by_method_then_name_or_as_they_are_named(runs: Path) -> None:
     (runs / ".hidden").mkdir()
 
     def order(*names: str) -> list[str]:
-        return [row["row"] for row in compare(runs, names)["rows"]]
+        return [row["row"] for row in compare(runs, names).rows]
 
     assert order() == ["supervised", "zero", "a-seed-x", "sam_fed", "a"]
     assert order("zero", "sam_fed", "a") == ["zero", "sam_fed", "a"]
@@ -218,7 +224,7 @@ def test_rows_come_by_method_then_name_or_as_they_are_named(runs: Path) -> None:
 
 def test_a_run_can_be_named_alone_or_with_its_row(runs: Path) -> None:
     def seeds(*names: str) -> list[int]:
-        (row,) = compare(runs, names)["rows"]
+        (row,) = compare(runs, names).rows
         found: list[int] = row["seeds"]
         return found
 
@@ -229,16 +235,16 @@ def test_a_run_can_be_named_alone_or_with_its_row(runs: Path) -> None:
 
 def test_a_run_without_a_number_joins_its_row(runs: Path) -> None:
     write(runs, "sam_fed", dice(0.1, 0.2, 0.3), seed=7)
-    (row,) = compare(runs, ["sam_fed"])["rows"]
+    (row,) = compare(runs, ["sam_fed"]).rows
     assert row["runs"] == ["sam_fed-seed0", "sam_fed-seed1", "sam_fed"]
 
 
 def test_the_reference_is_sam_fed_where_it_is_there(runs: Path) -> None:
-    assert compare(runs)["reference"] == "sam_fed"
-    assert compare(runs, reference="supervised")["reference"] == "supervised"
+    assert compare(runs).reference == "sam_fed"
+    assert compare(runs, reference="supervised").reference == "supervised"
     alone = compare(runs, ["supervised"])
-    assert alone["reference"] is None
-    assert [row["difference"] for row in alone["rows"]] == [None]
+    assert alone.reference is None
+    assert [row["difference"] for row in alone.rows] == [None]
     for names, there in (((), "supervised, sam_fed"), (("supervised",), "supervised")):
         with pytest.raises(ConfigError) as caught:
             compare(runs, names, reference="oracle")
@@ -250,7 +256,7 @@ def test_runs_that_are_not_evaluated_are_left_out_and_named(
 ) -> None:
     (runs / "sam_fed-seed1" / "metrics.json").unlink()
     (runs / "oracle").mkdir()
-    assert [row["seeds"] for row in compare(runs)["rows"]] == [[0, 1], [0]]
+    assert [row["seeds"] for row in compare(runs).rows] == [[0, 1], [0]]
     assert caplog.messages == [
         "left out, not evaluated yet: oracle, sam_fed-seed1",
         "rows have different seeds: supervised 0, 1; sam_fed 0",
@@ -297,7 +303,7 @@ def test_runs_of_one_row_with_the_same_seed(runs: Path) -> None:
     assert str(caught.value) == (
         "row sam_fed: sam_fed and sam_fed-seed1 have the same seed, 1; name one of them"
     )
-    assert compare(runs, ["sam_fed-seed0", "sam_fed-seed1"])["rows"][0]["seeds"] == [0, 1]
+    assert compare(runs, ["sam_fed-seed0", "sam_fed-seed1"]).rows[0]["seeds"] == [0, 1]
 
 
 def test_a_seed_that_is_not_the_one_in_the_name(runs: Path) -> None:
@@ -350,7 +356,7 @@ def test_runs_of_one_row_may_differ_in_where_and_how_fast_they_were_made() -> No
 
 
 def test_agreement_matters_to_the_methods_that_weigh_alone() -> None:
-    def with_ceiling(method: str) -> EvaluatedRun:
+    def with_ceiling(method: str) -> FinishedRun:
         made = run(f"{method}-seed2", dice(0.1, 0.2, 0.3), method=method, seed=2)
         strict = made.config.agreement.model_copy(update={"max_threshold": 0.95})
         return replace(made, config=made.config.model_copy(update={"agreement": strict}))
@@ -361,7 +367,7 @@ def test_agreement_matters_to_the_methods_that_weigh_alone() -> None:
 
 
 def test_the_teacher_matters_to_the_methods_that_learn_from_it_alone() -> None:
-    def with_teacher(method: str, **settings: Any) -> EvaluatedRun:
+    def with_teacher(method: str, **settings: Any) -> FinishedRun:
         scores = dice(0.1, 0.2, 0.3)
         return run(f"{method}-seed2", scores, method=method, seed=2, sam=settings)
 
@@ -447,23 +453,23 @@ def test_scores_that_are_cut_short(runs: Path) -> None:
     ):
         path.write_text("\n".join(kept))
         with pytest.raises(DataError) as caught:
-            load_evaluated(path.parent)
+            read_run(RunFolder(path.parent))
         assert str(caught.value) == f"{path}: {fault}; run `samfed evaluate` again"
     path.unlink()
     with pytest.raises(StageError) as early:
-        load_evaluated(path.parent)
+        read_run(RunFolder(path.parent))
     assert str(early.value) == f"{path}: not found; run `samfed evaluate` first"
 
 
 def test_metrics_without_a_table(runs: Path) -> None:
     path = runs / "sam_fed-seed1" / "metrics.json"
-    path.write_text('{"test": 1}')
-    with pytest.raises(DataError) as caught:
-        compare(runs)
-    assert str(caught.value) == (
-        f"{path}: no test metrics in it ('int' object is not subscriptable); run `samfed evaluate` "
-        "again"
-    )
+    whole = json.loads(path.read_text())
+    for damaged in ({}, [], {"test": 1}, whole | {"test": 1}, whole | {"test": {"clients": {}}}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(DataError) as caught:
+            compare(runs)
+        assert str(caught.value).startswith(f"{path}: no method and test metrics in it (")
+        assert str(caught.value).endswith("); run `samfed evaluate` again")
 
 
 def test_a_run_without_its_checkpoint(runs: Path) -> None:
@@ -479,7 +485,7 @@ def test_a_run_without_its_checkpoint(runs: Path) -> None:
 
 
 def test_the_tables_as_markdown(runs: Path) -> None:
-    assert as_markdown(compare(runs)) == (
+    assert compare(runs).text() == (
         "| method | seeds | Dice | 95 % interval | SD over seeds | mean over clients | HD95 px "
         "| 95 % interval | mean over clients | Dice points over `sam_fed` | 95 % interval | p |\n"
         "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
@@ -502,7 +508,7 @@ def test_the_tables_as_markdown(runs: Path) -> None:
 
 
 def test_markdown_without_a_reference_has_no_differences() -> None:
-    text = as_markdown(compare_rows({"supervised": SUPERVISED[:1]}))
+    text = compare_rows({"supervised": SUPERVISED[:1]}).text()
     head, rule, row, _, note, *_ = text.splitlines()
     assert head.endswith("| mean over clients |")
     assert head.count("|") == rule.count("|") == row.count("|") == 10
@@ -516,7 +522,7 @@ def test_markdown_of_small_numbers_and_odd_names() -> None:
         "sam_fed": [run("sam_fed", base[0])],
         "a|b": [run("a|b", base[1])],
     })  # fmt: skip
-    found["rows"][1]["difference"]["dice_p"] = 0.0004
-    row = as_markdown(found).splitlines()[3]
+    found.rows[1]["difference"]["dice_p"] = 0.0004
+    row = found.text().splitlines()[3]
     assert row.startswith(r"| `a\|b` | 1 | 0.500 |")
     assert row.endswith("| +0.0 | +0.0 to +0.0 | < 0.001 |")

@@ -10,7 +10,7 @@ import pytest
 from conftest import answer, call, listing, tiny_config
 
 from pipeline.results import demo as demo_module
-from pipeline.results.demo import METHODS, run_demo
+from pipeline.results.demo import DEMO_METHODS, run_demo
 
 TINY = (
     "synth.images_per_site=8",
@@ -55,10 +55,10 @@ def finished_stages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_three_methods_and_a_report(first: tuple[Path, dict[str, Any]]) -> None:
     out, said = first
-    assert METHODS == ("supervised", "fedavg_ssl", "sam_fed")
-    assert set(said) == {*METHODS, "report"}
-    assert len({said[method]["n"] for method in METHODS}) == 1
-    for method in METHODS:
+    assert DEMO_METHODS == ("supervised", "fedavg_ssl", "sam_fed")
+    assert set(said) == {*DEMO_METHODS, "report"}
+    assert len({said[method]["n"] for method in DEMO_METHODS}) == 1
+    for method in DEMO_METHODS:
         assert 0 <= said[method]["dice"] <= 1
         assert said[method]["hd95"] >= 0
         assert said[method]["n"] > 0
@@ -67,7 +67,7 @@ def test_three_methods_and_a_report(first: tuple[Path, dict[str, Any]]) -> None:
         assert metrics["test"]["pooled"] == said[method]
     page = Path(said["report"])
     assert page == out / "cache" / "report.html"
-    assert all(method in page.read_text() for method in METHODS)
+    assert all(method in page.read_text() for method in DEMO_METHODS)
 
 
 def test_everything_lies_below_out(first: tuple[Path, dict[str, Any]]) -> None:
@@ -91,8 +91,8 @@ def test_a_line_for_each_method(first: tuple[Path, dict[str, Any]]) -> None:
     assert result.exit_code == 0, result.output
     title, *rows, report = result.stdout.splitlines()
     assert title.split()[:2] == ["method", "Dice"]
-    assert [row.split()[0] for row in rows] == list(METHODS)
-    for row, method in zip(rows, METHODS, strict=True):
+    assert [row.split()[0] for row in rows] == list(DEMO_METHODS)
+    for row, method in zip(rows, DEMO_METHODS, strict=True):
         cells = row.split()
         assert cells[1] == f"{said[method]['dice']:.3f}"
         assert cells[-2:] == [f"{said[method]['hd95']:.2f}", str(said[method]["n"])]

@@ -13,16 +13,16 @@ import pipeline.sam  # noqa: F401  (before segment_anything imports torchvision)
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
-from test_report import _pngs, _Reader
+from conftest import PREPARED, copy_cache, tiny_config
+from test_report import Page, pictures
 
-from pipeline.config import Config
+from pipeline.config import Config, with_settings
 from pipeline.data.images import resize_mask
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
 from pipeline.data.public_set import load_labelled
-from pipeline.results.evaluate_teacher import EXAMPLES, TEACHERS, as_table, evaluate_teacher
-from pipeline.results.teacher_page import Example, render_evaluation
+from pipeline.results.evaluate_teacher import EXAMPLES, TEACHERS, evaluate_teacher
+from pipeline.results.teacher_page import TeacherExample, render_evaluation
 from pipeline.sam.finetune import finetune
 from pipeline.sam.teacher import Teacher, load_teacher
 from pipeline.segmentation.metrics import dice_score
@@ -37,7 +37,7 @@ def adapted(
     config = tiny_config(tiny_images, tmp_path_factory.mktemp("evaluate") / "cache")
     prepare(config)
     finetune(config)
-    return config, evaluate_teacher(config)
+    return config, evaluate_teacher(config).as_json()
 
 
 def test_the_configured_teacher_comes_first(adapted: tuple[Config, dict[str, Any]]) -> None:
@@ -67,23 +67,16 @@ def test_zero_shot_beside_it(adapted: tuple[Config, dict[str, Any]]) -> None:
     assert points["n"] == result["n"]
     assert {"dice", "dice_ci95", "iou", "hd95", "assd", "ece", "empty"} <= set(points)
     assert points["dice"] != result["dice"]
-    assert result["teachers"]["box"] == {
-        "missing": "no coarse model; `samfed finetune-sam` trains it when sam.prompt is box"
-    }
-    lines = as_table(result).splitlines()
-    assert [line.split()[0] for line in lines] == ["teacher", *TEACHERS]
-    assert lines[1].split()[1] == f"{result['dice']:.3f}"
-    assert lines[3].split()[1:3] == ["-", "no"]
 
 
 def test_the_page(adapted: tuple[Config, dict[str, Any]]) -> None:
     config, result = adapted
     html = (config.cache.root / "evaluate-sam.html").read_text()
-    reader = _Reader(html)
+    reader = Page(html)
     assert reader.open == []
     references = [v for name, v in reader.attributes if name in ("src", "href")]
     assert all(value.startswith(("data:image/png;base64,", "#image")) for value in references)
-    heading, *rows = [[" ".join(cell.split()) for cell in row] for row in reader.tables[0]]
+    heading, *rows = reader.cells(0)
     assert heading == (
         ["SAM", "Dice", "IoU", "HD95, px", "ASSD, px", "Calibration error", "Empty masks"]
     )
@@ -91,9 +84,8 @@ def test_the_page(adapted: tuple[Config, dict[str, Any]]) -> None:
     assert [row[0] for row in rows] == list(TEACHERS)
     assert rows[0][1] == f"{result['dice']:.3f} {low:.3f} to {high:.3f}"
     assert rows[0][5] == f"{result['ece']:.3f}"
-    assert rows[2][1].startswith("not measured: no coarse model")
     examples = min(EXAMPLES, result["n"])
-    assert len(_pngs(html)) == 1 + examples * 4  # the figure; image, truth and two teachers
+    assert len(pictures(html)) == 1 + examples * 4  # the figure; image, truth and two teachers
     assert "says nothing of the official" in " ".join(" ".join(reader.texts).split())
 
 
@@ -101,8 +93,13 @@ def test_the_same_bytes_again(adapted: tuple[Config, dict[str, Any]]) -> None:
     config, result = adapted
     path = config.cache.root / "evaluate-sam.html"
     before = path.read_bytes()
-    assert evaluate_teacher(config) == result
+    again = evaluate_teacher(config)
+    assert again.as_json() == result
     assert path.read_bytes() == before
+    lines = again.text().splitlines()
+    assert [line.split()[0] for line in lines] == ["teacher", *TEACHERS, str(result["n"])]
+    assert lines[1].split()[1] == f"{result['dice']:.3f}"
+    assert lines[-1] == f"{result['n']} images; {path}"
 
 
 @pytest.mark.parametrize(("batch_size", "batches"), [(1, [1, 1, 1, 1]), (8, [4])])
@@ -125,7 +122,7 @@ def test_batches_and_threads_are_those_of_stage_one(
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = evaluate_teacher(config.model_copy(update={"precompute": run}))
+        found = evaluate_teacher(config.model_copy(update={"precompute": run})).as_json()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -150,24 +147,25 @@ def test_memory_that_does_not_suffice_for_a_batch(
         return label(self, images, size)
 
     monkeypatch.setattr(Teacher, "label", lack)
-    found = evaluate_teacher(config)
+    found = evaluate_teacher(config).as_json()
     assert "going on with batches of 1 (precompute.batch_size: 3)" in caplog.text
     assert found["dice"] == pytest.approx(expected["dice"], rel=1e-3, abs=1e-4)
 
 
-def test_a_configured_box(tiny_images: Path, tmp_path: Path) -> None:
-    config = tiny_config(tiny_images, tmp_path / "cache", sam={"prompt": "box"})
-    prepare(config)
+def test_a_prompted_teacher(adapted: tuple[Config, dict[str, Any]], tmp_path: Path) -> None:
+    config = copy_cache(adapted[0], tmp_path, PREPARED)
+    config = with_settings(config, "test", sam={"prompt": "points"})
     finetune(config)
     result = evaluate_teacher(config)
-    assert result["prompt"] == "box"
-    teachers = result["teachers"]
-    assert teachers["box"]["dice"] == result["dice"]
-    assert teachers["points"]["prompt"] == "points:3"
-    assert teachers["adapted"] == {"missing": "nothing was adapted, since sam.prompt is box"}
+    found = result.as_json()
+    assert found["prompt"] == "points:3"
+    assert found["dice"] == adapted[1]["teachers"]["points"]["dice"]
+    missing = "nothing was adapted, since sam.prompt is points"
+    assert found["teachers"]["adapted"] == {"missing": missing}
+    assert result.text().splitlines()[1].split() == ["adapted", "-", *missing.split()]
 
 
-def _summary(dice: float, **changes: Any) -> dict[str, Any]:
+def summary(dice: float, **changes: Any) -> dict[str, Any]:
     summary: dict[str, Any] = {"n": 1, "dice": dice, "iou": dice, "hd95": 3.0, "assd": 1.0}
     summary |= {"ece": 0.125, "empty": 0.5, "dice_ci95": [0.25, 0.75]}
     bins = {"pixels": [0, 4], "confidence": [None, 0.75], "accuracy": [None, 1.0]}
@@ -178,15 +176,15 @@ def test_the_page_by_hand() -> None:
     mask = np.zeros((16, 16), np.uint8)
     mask[4:8, 4:8] = 1
     image = np.full((16, 16, 3), 90, np.uint8)
-    example = Example("<b>&x", image, mask, {"points": mask * 0}, {"points": 0.0})
-    teachers = {"adapted": {"missing": "why <not>"}, "points": _summary(0.5)}
+    example = TeacherExample("<b>&x", image, mask, {"points": mask * 0}, {"points": 0.0})
+    teachers = {"adapted": {"missing": "why <not>"}, "points": summary(0.5)}
     html = render_evaluation(teachers, [example], variant="vit_b", configured="points")
-    reader = _Reader(html)
+    reader = Page(html)
     assert "&lt;b&gt;&amp;x: Dice 0.00 points" in html
-    rows = [[" ".join(cell.split()) for cell in row] for row in reader.tables[0]]
+    rows = reader.cells(0)
     assert rows[1][1] == "not measured: why <not>"
     assert rows[2][1:] == ["0.500 0.250 to 0.750", "0.500", "3.0", "1.0", "0.125", "50 %"]
     assert "says nothing of the official" not in html  # that is for vit_t
-    overlay = _pngs(html)[-1]
+    overlay = pictures(html)[-1]
     colours = {colour for _, colour in overlay.getcolors() or []}
     assert colours == {(0, 0, 0, 0), (255, 255, 255, 255)}  # an empty mask, the truth's outline

@@ -134,7 +134,7 @@ def test_the_loaded_teacher_is_the_fine_tuned_one(adapted: Adapted) -> None:
 
 def test_the_stages_after_it_take_it(adapted: Adapted) -> None:
     config, cache = adapted.config, adapted.config.cache.root
-    measured = evaluate_teacher(config)
+    measured = evaluate_teacher(config).as_json()
     assert measured["variant"] == f"timm:{BACKBONE}"
     assert measured["n"] == adapted.card.calibration_images
     assert 0 <= measured["dice"] <= 1

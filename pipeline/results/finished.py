@@ -1,0 +1,134 @@
+"""Finished runs as this room reads them: settings, history, and what ``samfed evaluate`` found."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import Config
+from pipeline.disk import is_folder_name, read_json
+from pipeline.errors import ConfigError, DataError, StageError
+from pipeline.federation.runs import RunFolder
+
+SCORES = ("dice", "hd95")  # columns of ``FinishedRun.scores``
+
+ImageKey = tuple[str, str, str]  # client, image id and group
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``metrics.json``: scores of a run's final models on every client's test images."""
+
+    method: str
+    seed: int
+    rounds: int
+    test: dict[str, Any]  # ``pooled`` over images, ``clients`` by name, and their ``client_mean``
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the file holds."""
+        return dict(vars(self))
+
+    def text(self) -> str:
+        """Return the pooled scores as one line."""
+        row = self.test["pooled"]
+        low, high = row["dice_ci95"]
+        return (
+            f"{self.method}: Dice {row['dice']:.3f} ({low:.3f} to {high:.3f}), "
+            f"IoU {row['iou']:.3f}, HD95 {row['hd95']:.1f} px, ASSD {row['assd']:.1f} px, "
+            f"{row['n']} images"
+        )
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """An evaluated run, as :func:`read_run` found it."""
+
+    name: str
+    config: Config  # as used
+    clients: tuple[str, ...]  # sorted, as far as they are known, those that never took part too
+    history: list[dict[str, Any]]  # an entry each round
+    evaluation: Evaluation
+    partition: str  # sha256 of the partition.json that it was made on
+    images: tuple[ImageKey, ...]  # of the test parts, sorted
+    scores: NDArray[np.float64]  # (N, 2): Dice 0..1 and HD95 in px, in the order of ``images``
+
+
+def run_folder(config: Config, name: str | None = None) -> RunFolder:
+    """Return the folder of the run ``name``, or of the one that the settings name."""
+    if name is not None and not is_folder_name(name):
+        raise ConfigError(f"--name {name!r}: expected the name of a folder under cache/runs")
+    return RunFolder(config.cache.root / "runs" / (name or config.federate.name))
+
+
+def read_run(run: RunFolder) -> FinishedRun:
+    """Read what ``samfed federate`` and ``samfed evaluate`` wrote of one run.
+
+    Raises:
+        StageError: the run is not trained, or not evaluated, yet. ConfigError: its parameters are
+        not what this version knows. DataError: a file is not what samfed writes.
+    """
+    config, history = run.config(), run.history()
+    if not history:
+        raise StageError(
+            f"{run.path / 'history.jsonl'}: holds no round yet; run `samfed federate` first"
+        )
+    evaluation = _read_evaluation(run.path / "metrics.json")
+    path = run.path / "per_image.csv"
+    table = _read_scores(path)
+    scores = np.array([table[image] for image in sorted(table)], dtype=np.float64)
+    pooled = evaluation.test["pooled"]
+    if pooled["n"] != len(scores) or abs(pooled["dice"] - scores[:, 0].mean()) >= 1e-5:
+        # a file cut short, or left by a killed evaluation
+        raise DataError(f"{path}: not the images of metrics.json; run `samfed evaluate` again")
+    own = [path.stem for path in run.path.glob("models/*") if config.heterogeneous]
+    took_part = [name for entry in history for name in entry["clients"]]
+    return FinishedRun(
+        name=run.path.name,
+        config=config,
+        clients=tuple(sorted({*own, *took_part, *evaluation.test["clients"]})),
+        history=history,
+        evaluation=evaluation,
+        partition=run.partition_sha256(),
+        images=tuple(sorted(table)),
+        scores=scores,
+    )
+
+
+def _read_evaluation(path: Path) -> Evaluation:
+    metrics = read_json(path, stage="evaluate")
+    try:
+        found = Evaluation(**metrics)
+        found.test["clients"], found.test["client_mean"]
+        found.test["pooled"]["n"], found.test["pooled"]["dice"]
+    except (KeyError, TypeError) as error:
+        fault = f"no method and test metrics in it ({error})"
+        raise DataError(f"{path}: {fault}; run `samfed evaluate` again") from error
+    return found
+
+
+def _read_scores(path: Path) -> dict[ImageKey, list[float]]:
+    """Read ``SCORES`` by client, image id and group."""
+    if not path.is_file():
+        raise StageError(f"{path}: not found; run `samfed evaluate` first")
+    table: dict[ImageKey, list[float]] = {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                image = (line["client"], line["image_id"], line["group"])
+                values = [float(line[name]) for name in SCORES]
+                if image in table or not all(map(math.isfinite, values)):
+                    raise ValueError(f"{image[1]} is there twice or has no score")
+                table[image] = values
+        if not table:
+            raise ValueError("no images")
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise DataError(
+            f"{path}: not the scores of images ({error}); run `samfed evaluate` again"
+        ) from error
+    return table
