@@ -1,11 +1,10 @@
 """What torch runs on: its device, its threads, and torchvision beside a CPU-only torch.
 
-Import this module before torchvision. segment-anything, timm and segmentation-models-pytorch import
-torchvision. The wheel of torchvision on the package index is built against the CUDA build of torch;
-beside a CPU-only torch its compiled operators cannot be loaded, and its import then fails with
-``operator torchvision::nms does not exist``, because it registers a meta kernel for an operator
-that nobody declared. Declaring the two schemas it names is enough for the import. samfed never
-calls these operators.
+Import this module before torchvision, which segment-anything, timm and smp import. The package
+index builds torchvision against the CUDA build of torch; beside a CPU-only torch its compiled
+operators do not load, and its import fails with ``operator torchvision::nms does not exist``: it
+registers a meta kernel for an operator that nobody declared. Declaring the two schemas that it
+names is enough for the import. samfed never calls these operators.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ if sys.platform == "linux" and "torchvision" not in sys.modules and not _compile
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU.
+    """Return the device of this name; ``auto`` is CUDA where there is one, else the CPU.
 
     Raises:
         ConfigError: the name is no device, or the device is not there.
@@ -66,7 +65,7 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device: '{name}' asked for, but torch finds {torch.cuda.device_count()} CUDA "
-            f"device(s), numbered from 0; use cuda:0 or auto"
+            "device(s), numbered from 0; use cuda:0 or auto"
         )
     return device
 

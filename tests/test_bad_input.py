@@ -6,6 +6,7 @@ a stage whose input was deleted) are not repeated here.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -153,6 +154,29 @@ def test_unusable_encoder_weights_are_named(project: Project, encoder_weights: P
 
 def test_unusable_encoder_weights_leave_no_run(project: Project, encoder_weights: Path) -> None:
     refused(project, 3, "federate")
+
+
+# --------------------------------------------------------------------------- damaged small files
+
+
+@pytest.mark.parametrize("stage", ["finetune-sam", "precompute-sam", "federate", "cache info"])
+@pytest.mark.parametrize("digest", ["x" * 64, "0" * 10, 7, None])
+def test_a_damaged_digest_in_the_partition(project: Project, stage: str, digest: object) -> None:
+    path = project.cache / "partition.json"
+    raw = json.loads(path.read_text())
+    image_id = raw["server"]["train"][0]
+    raw["images"][image_id]["image_sha256"] = digest
+    path.write_text(json.dumps(raw))
+    text = refused(project, 3, *stage.split())
+    assert text.startswith(f"{path}: images.{image_id}.image_sha256: ")
+    assert text.endswith("; expected a samfed partition")
+
+
+def test_settings_with_a_date_that_does_not_exist(project: Project) -> None:
+    project.params.write_text("seed: 2024-99-99\n")
+    assert refused(project, 2, "prepare") == (
+        f"{project.params}: not valid YAML; expected sections of keys"
+    )
 
 
 # --------------------------------------------------------------------------- too early
