@@ -99,7 +99,7 @@ def folder_beside(final: Path) -> Iterator[Path]:
     try:
         with naming(final):
             yield building
-        flush_tree(building)
+            flush_tree(building)
         if os.path.lexists(final):
             os.replace(final, retired)
         os.replace(building, final)
@@ -156,7 +156,8 @@ def flush(path: Path) -> None:
     """Put a file's bytes, or a folder's entries, on the disk: a power cut then leaves them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     except OSError as error:
         # some network file systems cannot flush a folder; its files are flushed one by one
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF):
@@ -260,7 +261,8 @@ def writer_lock(path: Path) -> Iterator[None]:
             yield
         finally:
             if lock.is_locked:  # which it is not in a forked child
-                _empty(path)
+                with suppress(FileNotFoundError):  # somebody removed the folder
+                    path.write_bytes(b"")
 
 
 def writer_of(path: Path) -> str | None:
@@ -298,7 +300,7 @@ def unlock(folder: Path, *, clear: bool) -> UnlockResult:
     found = _of_other_hosts(folder)
     for path in found if clear else ():
         with _kernel_lock(path):
-            _empty(path)
+            path.write_bytes(b"")
     return UnlockResult(found, clear)
 
 
@@ -357,8 +359,3 @@ def _holder(path: Path) -> tuple[str | None, bool]:
     if host == socket.gethostname():
         return process, False
     return f"{process} on host '{host}'", True
-
-
-def _empty(path: Path) -> None:
-    with suppress(FileNotFoundError):  # somebody removed the file
-        os.truncate(path, 0)
