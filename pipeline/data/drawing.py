@@ -63,15 +63,12 @@ def _group(records: Mapping[str, ImageRecord], foreground: Mapping[str, float]) 
     members: dict[str, list[str]] = defaultdict(list)
     for image_id, record in records.items():
         members[record.group].append(image_id)
-    return [
-        Group(
-            name,
-            tuple(ids),
-            records[ids[0]].site,
-            float(np.mean([foreground[i] for i in ids])) if set(ids) <= foreground.keys() else None,
-        )
-        for name, ids in members.items()
-    ]
+    groups = []
+    for name, ids in members.items():
+        has_masks = all(i in foreground for i in ids)
+        area = float(np.mean([foreground[i] for i in ids])) if has_masks else None
+        groups.append(Group(name, tuple(ids), records[ids[0]].site, area))
+    return groups
 
 
 def _count(groups: Iterable[Group]) -> int:
@@ -211,17 +208,15 @@ def _by_dirichlet(
     groups: Groups, clients: Sequence[str], config: PartitionConfig, rng: Generator
 ) -> dict[str, Groups]:
     """Skew lesion sizes or sites over the clients."""
-    if config.by == "site":
-        bins = {group.name: group.site for group in groups}
-    else:
-        bins = _size_bins(groups)
+    bins = {g.name: g.site for g in groups} if config.by == "site" else _size_bins(groups)
     owners: dict[str, Groups] = {client: [] for client in clients}
     for label in sorted(set(bins.values())):
         members = [group for group in groups if bins[group.name] == label]
         shares = rng.dirichlet(np.full(len(clients), config.alpha))
-        bounds = np.rint(np.cumsum(shares) * len(members)).astype(int).tolist()
-        for client, start, end in zip(clients, [0, *bounds], [*bounds[:-1], None], strict=False):
-            owners[client] += members[start:end]
+        bounds = np.rint(np.cumsum(shares) * len(members)).astype(int)
+        parts = np.split(np.arange(len(members)), bounds[:-1])
+        for client, part in zip(clients, parts, strict=True):
+            owners[client] += [members[i] for i in part]
     return owners
 
 
@@ -231,12 +226,10 @@ def _size_bins(groups: Groups) -> dict[str, str]:
     if not areas:
         raise ConfigError("partition.by: 'size' needs masks, found none; use by: site")
     edges = np.quantile(np.array(areas, float), np.linspace(0, 1, _SIZE_BINS + 1)[1:-1])
-    return {
-        group.name: "unlabelled"
-        if group.foreground is None
-        else str(int(np.searchsorted(edges, group.foreground)))
-        for group in groups
-    }
+    bins = {group.name: "unlabelled" for group in groups}
+    for group, area in zip(_labelled(groups), areas, strict=True):
+        bins[group.name] = str(np.searchsorted(edges, area))
+    return bins
 
 
 def _split_client(
