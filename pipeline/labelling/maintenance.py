@@ -262,10 +262,9 @@ class Pruning:
     removed: int = 0
 
     def text(self) -> str:
-        """Return a line for each thing found, or how many were removed."""
-        if self.removed:
-            return f"{self.removed} removed"
+        """Return a line for each thing found, and how many were removed."""
         lines = [f"{each.path}: {_mib(each.bytes)}, {each.why}" for each in self.found]
+        lines += [f"{self.removed} removed"] if self.removed else []
         return "\n".join(lines) or "nothing to remove"
 
     def as_json(self) -> dict[str, Any]:
