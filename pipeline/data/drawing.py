@@ -222,10 +222,10 @@ def _by_dirichlet(
 
 def _size_bins(groups: Groups) -> dict[str, str]:
     """Return the quantile of each group's lesion size."""
-    areas = [group.foreground for group in _labelled(groups)]
-    if not areas:
+    areas = np.array([group.foreground for group in _labelled(groups)], float)
+    if not areas.size:
         raise ConfigError("partition.by: 'size' needs masks, found none; use by: site")
-    edges = np.quantile(np.array(areas, float), np.linspace(0, 1, _SIZE_BINS + 1)[1:-1])
+    edges = np.quantile(areas, np.linspace(0, 1, _SIZE_BINS + 1)[1:-1])
     bins = {group.name: "unlabelled" for group in groups}
     for group, area in zip(_labelled(groups), areas, strict=True):
         bins[group.name] = str(np.searchsorted(edges, area))
