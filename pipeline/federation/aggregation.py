@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+from pipeline.segmentation.networks import State
 
 
 def check_update(update: State, broadcast: State) -> str | None:

@@ -49,7 +49,7 @@ HEAVY = Photometry(0.3, 0.5, 0.8, 0.2, 0.3, 0.05)
 
 
 def random_affine(count: int, limits: Geometry, generator: torch.Generator) -> Tensor:
-    """``count`` random maps (count, 2, 3) from output to input, in coordinates -1..1."""
+    """Draw ``count`` maps (count, 2, 3) from output to input, in coordinates -1..1."""
     draw = torch.rand((count, 7), generator=generator)
     turns = (draw[:, 0] * 4).floor() * (math.pi / 2)
     angle = turns + (draw[:, 1] * 2 - 1) * math.radians(limits.rotation_deg)
@@ -64,7 +64,7 @@ def random_affine(count: int, limits: Geometry, generator: torch.Generator) -> T
 
 
 def sampling_grid(maps: Tensor, pixels: Tensor) -> Tensor:
-    """Where each pixel of ``pixels`` (B, ..., H, W) comes from under ``maps``: (B, H, W, 2) float.
+    """Return where each pixel of ``pixels`` (B, ..., H, W) comes from: (B, H, W, 2) float.
 
     It costs half of a resampling, so images and their labels share one.
     """
@@ -90,7 +90,7 @@ def warp_labels(
 
 
 def change_appearance(images: Tensor, limits: Photometry, generator: torch.Generator) -> Tensor:
-    """Random light, contrast, colour, blur and noise of images (B, 3, H, W) in 0..1."""
+    """Change light, contrast, colour, blur and noise of images (B, 3, H, W) in 0..1 at random."""
     count = images.shape[0]
 
     def uniform(limit: float, channels: int = 1) -> Tensor:
@@ -102,10 +102,8 @@ def change_appearance(images: Tensor, limits: Photometry, generator: torch.Gener
     grey = (out * out.new_tensor(_GREY)[None, :, None, None]).sum(dim=1, keepdim=True)
     out = grey + (out - grey) * (1 + uniform(limits.saturation))
     out = out + uniform(limits.colour_cast, 3)
-    if (
-        limits.blur_probability > 0
-        and torch.rand((), generator=generator) < limits.blur_probability
-    ):
+    blurs = limits.blur_probability
+    if blurs > 0 and torch.rand((), generator=generator) < blurs:
         sigma = 0.3 + float(torch.rand((), generator=generator))
         out = gaussian_blur(out, [5, 5], [sigma, sigma])
     if limits.noise > 0:

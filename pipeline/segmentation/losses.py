@@ -11,7 +11,7 @@ _SMOOTH = 1.0  # pixels; keeps Dice defined where a class is in neither
 
 
 def dice_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """1 - soft Dice, over the batch's pixels together, mean of the foreground classes.
+    """Return 1 - soft Dice, over the batch's pixels together, mean of the foreground classes.
 
     ``1 - (2 sum(w p t) + 1) / (sum(w p) + sum(w t) + 1)``
 
@@ -32,7 +32,7 @@ def dice_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> T
 
 
 def supervised_loss(logits: Tensor, target: Tensor, *, dice_weight: float = 0.5) -> Tensor:
-    """``2 ((1 - a) CE + a Dice)`` with a = ``dice_weight``: CE + Dice at one half.
+    """Return ``2 ((1 - a) CE + a Dice)`` with a = ``dice_weight``: CE + Dice at one half.
 
     Args:
         logits: (B, K+1, H, W). target: (B, H, W) int64 in 0..K or ``IGNORE``.
@@ -42,7 +42,9 @@ def supervised_loss(logits: Tensor, target: Tensor, *, dice_weight: float = 0.5)
 
 
 def agreement_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """``sum(w CE) / number of pixels`` + w-weighted Dice: rejected pixels lower it (FixMatch).
+    """Return ``sum(w CE) / number of pixels`` plus the w-weighted Dice loss.
+
+    Rejected pixels lower it, as in FixMatch.
 
     Args:
         logits: (B, K+1, H, W). target: (B, H, W) int64. weight: (B, H, W) float in [0, 1].
@@ -52,7 +54,9 @@ def agreement_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """``T^2 KL(softmax(teacher / T) || softmax(student / T))``, mean over pixels (Hinton et al.).
+    """Return ``T^2 KL(softmax(teacher / T) || softmax(student / T))``, mean over pixels.
+
+    Hinton et al., 2015.
 
     Args:
         student, teacher: logits (B, K+1, H, W).

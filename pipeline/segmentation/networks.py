@@ -29,7 +29,7 @@ _ARCHITECTURES: dict[str, Any] = {
 
 
 def build_model(settings: Config, *, seed: int, network: NetworkConfig | None = None) -> nn.Module:
-    """A network for ``settings``, with weights drawn from ``seed``.
+    """Build a network for ``settings``, with weights drawn from ``seed``.
 
     It maps (B, 3, S, S) float images, normalised by ``normalise``, to logits (B, K+1, S, S).
 
@@ -61,28 +61,28 @@ def build_model(settings: Config, *, seed: int, network: NetworkConfig | None = 
 
 
 def _decoder_arguments(config: NetworkConfig) -> dict[str, Any]:
-    """Depth and widths in smp's words."""
+    """Return depth and widths in smp's words."""
     depth, channels = config.encoder_depth, config.decoder_channels
+    needed = {
+        "unet": (depth, f"one for each of model.encoder_depth={depth}"),
+        "segformer": (1, "one for segformer"),
+    }
+    number, meaning = needed.get(config.architecture, (len(channels), ""))
+    if len(channels) != number:
+        raise ConfigError(
+            f"model.decoder_channels: found {len(channels)} values, expected {meaning}"
+        )
     arguments: dict[str, Any] = {"encoder_depth": depth}
     if config.architecture == "unet":
-        if len(channels) != depth:
-            raise ConfigError(
-                f"model.decoder_channels: found {len(channels)} values, expected one for each of "
-                f"model.encoder_depth={depth}"
-            )
         arguments["decoder_channels"] = channels
-    if config.architecture == "segformer":
-        if len(channels) != 1:
-            raise ConfigError(
-                f"model.decoder_channels: found {len(channels)} values, expected one for segformer"
-            )
+    elif config.architecture == "segformer":
         arguments["decoder_segmentation_channels"] = channels[0]
     return arguments
 
 
 @torch.inference_mode()
 def _check_output(model: nn.Module, settings: Config, config: NetworkConfig) -> None:
-    """Some architectures need sizes that their strides divide, or answer at another size."""
+    """Check sizes: some architectures need what their strides divide, or answer at another."""
     size = settings.data.image_size
     try:
         found = tuple(model.eval()(torch.zeros(1, 3, size, size)).shape[1:])
@@ -101,17 +101,15 @@ def _check_output(model: nn.Module, settings: Config, config: NetworkConfig) -> 
 
 def _load_encoder(model: nn.Module, path: Path) -> None:
     """Load timm weights into the encoder; a classifier in the file is not used."""
+    advice = "correct model.encoder_weights, or set it to null"
     if not path.is_file():
-        raise DataError(f"{path}: no such file; correct model.encoder_weights, or set it to null")
-    encoder: Any = model.encoder
-    target: nn.Module = getattr(encoder, "model", encoder)
+        raise DataError(f"{path}: no such file; {advice}")
     try:
         state = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise DataError(
-            f"{path}: not a readable safetensors file ({error}); correct model.encoder_weights, or "
-            "set it to null"
-        ) from error
+        raise DataError(f"{path}: not a readable safetensors file ({error}); {advice}") from error
+    encoder: Any = model.encoder
+    target: nn.Module = getattr(encoder, "model", encoder)
     wanted = target.state_dict()
     for name, value in wanted.items():
         if name not in state or state[name].shape != value.shape:
@@ -123,18 +121,18 @@ def _load_encoder(model: nn.Module, path: Path) -> None:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Images (B, 3, S, S) in 0..1 to the networks' range -1..1, channels last in memory."""
+    """Map images (B, 3, S, S) in 0..1 to the networks' range -1..1, channels last in memory."""
     return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def get_state(model: nn.Module) -> State:
-    """A copy of the model's parameters and buffers, on the CPU."""
+    """Copy the model's parameters and buffers to the CPU."""
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
 @torch.inference_mode()
 def predict_probabilities(model: nn.Module, images: Tensor, *, batch_size: int = 32) -> Tensor:
-    """Class probabilities (N, K+1, S, S) float32 of uint8 images (N, 3, S, S), evaluation mode."""
+    """Return probabilities (N, K+1, S, S) float32 of uint8 images (N, 3, S, S), evaluation mode."""
     device = next(model.parameters()).device
     model.eval()
     parts = [
@@ -145,9 +143,6 @@ def predict_probabilities(model: nn.Module, images: Tensor, *, batch_size: int =
 
 
 def predict_masks(model: nn.Module, images: Tensor) -> Tensor:
-    """Class indices (N, S, S) uint8 of uint8 images (N, 3, S, S)."""
-    parts = [
-        predict_probabilities(model, batch).argmax(dim=1).to(torch.uint8)
-        for batch in images.split(32)
-    ]
-    return torch.cat(parts)
+    """Return class indices (N, S, S) uint8 of uint8 images (N, 3, S, S), evaluation mode."""
+    parts = (predict_probabilities(model, batch).argmax(dim=1) for batch in images.split(32))
+    return torch.cat([part.to(torch.uint8) for part in parts])

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from pipeline.federation.aggregation import (
     Aggregation,
-    State,
     check_update,
     update_norm,
 )
+from pipeline.segmentation.networks import State
 
 Kind = Literal["fedavg", "median"]
 
