@@ -112,7 +112,10 @@ class DaskExecutor:
         items = iter(items)
         try:
             while True:
-                for name, item in islice(items, max(0, self._window() - len(waiting))):
+                with _reaching_the_scheduler():
+                    threads = sum(self._client.nthreads().values())
+                # few at once, so that memory stays flat however many there are
+                for name, item in islice(items, max(0, max(2, 2 * threads) - len(waiting))):
                     future = self._client.submit(
                         work, self._order, item, retries=_RETRIES, pure=False
                     )
@@ -125,12 +128,6 @@ class DaskExecutor:
         finally:
             with suppress(OSError, CancelledError):  # a scheduler that is gone runs nothing
                 self._client.cancel(list(waiting))
-
-    def _window(self) -> int:
-        """Return how many tasks may be under way: memory stays flat however many there are."""
-        with _reaching_the_scheduler():
-            threads: int = sum(self._client.nthreads().values())
-        return max(2, 2 * threads)
 
     def _next(self, completed: distributed.as_completed) -> Future:
         """Return the next future that is over; dask itself would wait for ever for a worker."""

@@ -37,10 +37,9 @@ class StageOneResult:
     warnings: list[str] = field(default_factory=list)  # labels to look at, by client
 
     def text(self) -> str:
+        table = f"\n{statistics_table(self.statistics)}" if self.statistics else ""
         counts = f"{self.labelled} images labelled, {self.already_labelled} were labelled already"
-        return "\n".join(
-            [counts, *([statistics_table(self.statistics)] if self.statistics else [])]
-        )
+        return counts + table
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

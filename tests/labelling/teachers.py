@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import distributed
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -15,7 +18,9 @@ from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.disk import write_json
 from pipeline.errors import DataError
+from pipeline.labelling.cluster import DaskExecutor
 from pipeline.labelling.precompute import StageOneResult, precompute
+from pipeline.labelling.worker import Workplace
 from pipeline.stores.label_store import LabelStore, PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard
 
@@ -109,6 +114,26 @@ def run(config: Config, teacher: FakeTeacher, *, measured: bool = True) -> Stage
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch, teacher, measured=measured)
         return precompute(config)
+
+
+@contextmanager
+def thread_workers() -> Iterator[distributed.Client]:
+    """Start a dask scheduler and one worker, threads of this process; yield their client.
+
+    The worker loads the teacher by itself, as one in another process would.
+    """
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+def on_workers(client: distributed.Client) -> Workplace:
+    """Return what labels on these workers."""
+    return nullcontext(partial(DaskExecutor, client))
 
 
 def teacher_of(config: Config, **changes: object) -> FakeTeacher:

@@ -5,25 +5,22 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import distributed
 import pytest
 from conftest import tiny_config
-from teachers import FakeTeacher, content, run, stand_in, write_noise
+from teachers import FakeTeacher, content, on_workers, run, stand_in, thread_workers, write_noise
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
 from pipeline.disk import writer_lock
 from pipeline.errors import SamfedError
-from pipeline.labelling.cluster import DaskExecutor, Order, run_check
+from pipeline.labelling.cluster import Order, run_check
 from pipeline.labelling.job import load_job, store_lock
 from pipeline.labelling.precompute import precompute
 from pipeline.labelling.repair import repair
-from pipeline.labelling.worker import Workplace
 from pipeline.stores.label_store import LabelStore
 
 
@@ -65,15 +62,12 @@ class Threads:
 
     def __init__(self, client: distributed.Client) -> None:
         self.client = client
+        self.workplace = on_workers(client)
         self.where = f"the dask scheduler at {client.scheduler_info()['address']}"
         self.lost = (
             f"{self.where} lost its last worker and found no other within 0.2 s; finished chunks "
             "are kept: see why workers stop, and run the same command again"
         )
-
-    @property
-    def workplace(self) -> Workplace:
-        return nullcontext(partial(DaskExecutor, self.client))
 
     def lose(self) -> None:
         """Let all workers go, and what they hold with them."""
@@ -98,12 +92,7 @@ class Threads:
 
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[Threads]:
-    with (
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
-        ) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
-    ):
+    with thread_workers() as client:
         yield Threads(client)
 
 

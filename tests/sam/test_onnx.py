@@ -22,12 +22,12 @@ import safetensors.torch
 import torch
 from conftest import Project, answer, fails, listing
 from numpy.typing import NDArray
+from teachers import on_workers, thread_workers
 
 from pipeline.config import load_config
 from pipeline.data.partition import load_partition
 from pipeline.disk import file_sha256, write_json, writer_lock
 from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
-from pipeline.labelling.cluster import local_cluster
 from pipeline.labelling.precompute import precompute
 from pipeline.sam import export
 from pipeline.sam import onnx as backend
@@ -512,13 +512,14 @@ def test_a_store_made_by_onnx_is_one_made_by_torch(exported: Exported, project: 
 
 
 def test_onnx_on_a_dask_worker(project: Project) -> None:
-    """A process that loads the model by itself writes the same bytes."""
+    """A worker that loads the model by itself writes the same bytes."""
     config = load_config(project.params, ("precompute.backend=onnx", "precompute.threads=1"))
     precompute(config, clients=["site_a"])
     here = listing(project.cache / "sam")
     assert LabelStore(project.cache / "sam" / "site_a.zarr").provenance()[0][0]["backend"] == "onnx"
     shutil.rmtree(project.cache / "sam")
-    result = precompute(config, clients=["site_a"], cluster=local_cluster(1, device="cpu"))
+    with thread_workers() as workers:
+        result = precompute(config, clients=["site_a"], cluster=on_workers(workers))
     assert (result.already_labelled, result.failed) == (0, [])
     assert listing(project.cache / "sam") == here
 

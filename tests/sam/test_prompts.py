@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from numpy.typing import NDArray
-from teachers import content
+from teachers import content, on_workers, thread_workers
 from torch import Tensor, nn
 
 from pipeline.config import Config, SamConfig
@@ -23,7 +23,6 @@ from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, IdentityError, StageError
-from pipeline.labelling.cluster import local_cluster
 from pipeline.labelling.precompute import precompute
 from pipeline.sam import prompts
 from pipeline.sam.coarse import COARSE_FILE, COARSE_SIDE, build_coarse, coarse_log_odds
@@ -327,7 +326,8 @@ def test_points_on_a_dask_worker(labelled: Path, tiny_images: Path, tmp_path: Pa
     precompute(config, clients=["site_a"])
     here = content(tmp_path / "sam")
     shutil.rmtree(tmp_path / "sam")
-    result = precompute(config, clients=["site_a"], cluster=local_cluster(1, device="cpu"))
+    with thread_workers() as workers:
+        result = precompute(config, clients=["site_a"], cluster=on_workers(workers))
     assert (result.already_labelled, result.failed) == (0, [])
     assert content(tmp_path / "sam") == here
 
