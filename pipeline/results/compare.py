@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError, IdentityError, StageError
 from pipeline.federation.runs import RunFolder
 from pipeline.methods import METHODS, Method
 from pipeline.results.finished import SCORES, FinishedRun, read_run
+from pipeline.results.pages import render
 from pipeline.segmentation.metrics import bootstrap_means, sign_flip_test
 
 log = logging.getLogger("samfed.comparison")
@@ -29,9 +30,6 @@ log = logging.getLogger("samfed.comparison")
 DEFAULT_REFERENCE = "sam_fed"
 
 _SEED = 0  # of bootstrap and test: a table does not depend on the settings it is asked with
-_DASH = "\N{EM DASH}"
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,25 +56,7 @@ class Comparison:
 
     def text(self) -> str:
         """Return two Markdown tables, and what their numbers are."""
-        columns = list(COLUMNS)
-        note = (
-            f"{self.n} test images in {self.groups} groups, {self.image_size} px. Scores are "
-            "averaged over seeds by image, then over images; intervals are bootstraps over groups"
-        )
-        if self.reference is not None:
-            first, *others = DIFFERENCE_COLUMNS
-            columns += [(f"{first[0]} over `{self.reference}`", first[1]), *others]
-            note += ", p a two-sided sign-flip test over groups, not corrected for several methods"
-        clients = [(f"{name} ({of['n']})", name) for name, of in self.rows[0]["clients"].items()]
-        by_client = (
-            [f"`{row['row']}`", *(f"{row['clients'][name]['dice']:.3f}" for _, name in clients)]
-            for row in self.rows
-        )
-        whole = _table(
-            [title for title, _ in columns], ([show(r) for _, show in columns] for r in self.rows)
-        )
-        parts = _table(["method", *(title for title, _ in clients)], by_client)
-        return f"{whole}\n\n{note}.\n\nDice by client (images), mean over seeds:\n\n{parts}"
+        return render("compare.md.j2", **vars(self))
 
 
 def compare(
@@ -286,39 +266,3 @@ def _check_pair(one: FinishedRun, two: FinishedRun) -> None:
             f"{both}: scored on different images, e.g. {image_id} (client {client}, group "
             f"{group}) in one of them; run `samfed evaluate` for both again"
         )
-
-
-def _interval(bounds: Sequence[float], show: Callable[[float], str]) -> str:
-    return f"{show(bounds[0])} to {show(bounds[1])}"
-
-
-def _points(dice: float) -> str:
-    return f"{100 * dice:+z.1f}"  # z: no negative zero
-
-
-def _of_difference(show: Callable[[Row], str]) -> Callable[[Row], str]:
-    return lambda row: _DASH if row["difference"] is None else show(row["difference"])
-
-
-COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("method", lambda row: f"`{row['row']}`"),
-    ("seeds", lambda row: str(len(row["seeds"]))),
-    ("Dice", lambda row: f"{row['dice']:.3f}"),
-    ("95 % interval", lambda row: _interval(row["dice_ci95"], "{:.3f}".format)),
-    ("SD over seeds", lambda row: _DASH if row["dice_sd"] is None else f"{row['dice_sd']:.3f}"),
-    ("mean over clients", lambda row: f"{row['client_mean']['dice']:.3f}"),
-    ("HD95 px", lambda row: f"{row['hd95']:.1f}"),
-    ("95 % interval", lambda row: _interval(row["hd95_ci95"], "{:.1f}".format)),
-    ("mean over clients", lambda row: f"{row['client_mean']['hd95']:.1f}"),
-)
-DIFFERENCE_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("Dice points", _of_difference(lambda of: _points(of["dice"]))),
-    ("95 % interval", _of_difference(lambda of: _interval(of["dice_ci95"], _points))),
-    ("p", _of_difference(lambda of: "< 0.001" if of["dice_p"] < 0.001 else f"{of['dice_p']:.3f}")),
-)
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = ([cell.replace("|", "\\|") for cell in line] for line in (head, *body))
-    title, *rest = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([title, "|" + "---|" * len(head), *rest])

@@ -1,4 +1,4 @@
-"""What samfed's HTML pages share: figures, masks over images, numbers and templates.
+"""What samfed's pages share: figures, masks over images, numbers and templates.
 
 A page is one file that asks for nothing from a network and needs no script. The same input gives
 the same bytes. No text of the user enters a figure: legends are HTML, so names in any script, or
@@ -44,14 +44,16 @@ class Key:
     area: bool = False  # a filled patch rather than a line
 
 
-def render_page(template: str, **context: Any) -> str:
-    """A template of this package as HTML text; ``page.html.j2`` holds what templates share."""
+def render(template: str, **context: Any) -> str:
+    """Return a template of this package as text; values are escaped if it is HTML."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=loader, autoescape=template.endswith(".html.j2"), undefined=StrictUndefined
+    )
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters["number"] = format_number
     environment.globals["decimals"] = DECIMALS
-    return environment.get_template(template).render(context)
+    return environment.get_template(template).render(context).rstrip("\n")
 
 
 def format_number(value: float | None, decimals: int) -> str:

@@ -38,7 +38,7 @@ from pipeline.results.pages import (
     format_number,
     overlay,
     png_uri,
-    render_page,
+    render,
     thumbnail,
 )
 
@@ -130,7 +130,7 @@ def render_report(
     taken += sum(len(context["params"]) for context in contexts)
     side = _panel_px(len(examples), min(GALLERY_BYTES, REPORT_BYTES - taken))
     masks = [m for row in examples for m in (row.truth, row.sam, row.prediction)]
-    return render_page(
+    return render(
         "report.html.j2",
         title=title,
         runs=contexts,

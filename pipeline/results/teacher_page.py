@@ -17,7 +17,7 @@ from pipeline.results.pages import (
     class_keys,
     overlay,
     png_uri,
-    render_page,
+    render,
     style_axes,
     thumbnail,
 )
@@ -53,7 +53,7 @@ def render_evaluation(
     measured = {name: row for name, row in teachers.items() if "missing" not in row}
     keys = [Key(name, COLOURS[list(teachers).index(name)]) for name in measured]
     masks = [mask for row in examples for mask in (row.truth, *row.masks.values())]
-    return render_page(
+    return render(
         "evaluate_sam.html.j2",
         teachers=teachers,
         measured=list(measured),

@@ -492,7 +492,7 @@ def test_the_tables_as_markdown(runs: Path) -> None:
         "| `supervised` | 2 | 0.300 | 0.000 to 0.450 | 0.047 | 0.225 | 70.0 | 55.0 to 100.0 | 77.5 "
         "| -30.0 | -50.0 to -20.0 | 0.500 |\n"
         "| `sam_fed` | 2 | 0.600 | 0.500 to 0.650 | 0.141 | 0.575 | 40.0 | 35.0 to 50.0 | 42.5 "
-        "| — | — | — |\n"
+        "| – | – | – |\n"
         "\n"
         "3 test images in 2 groups, 32 px. Scores are averaged over seeds by image, then over "
         "images; intervals are bootstraps over groups, p a two-sided sign-flip test over groups, "
@@ -512,7 +512,7 @@ def test_markdown_without_a_reference_has_no_differences() -> None:
     head, rule, row, _, note, *_ = text.splitlines()
     assert head.endswith("| mean over clients |")
     assert head.count("|") == rule.count("|") == row.count("|") == 10
-    assert "| 1 | 0.333 | 0.000 to 0.500 | — |" in row
+    assert "| 1 | 0.333 | 0.000 to 0.500 | – |" in row
     assert note.endswith("; intervals are bootstraps over groups.")
 
 
