@@ -16,6 +16,7 @@ from pipeline.labelling.precompute import precompute
 from pipeline.methods import METHODS
 from pipeline.progress import Progress
 from pipeline.results.evaluate import evaluate
+from pipeline.results.pages import render
 from pipeline.results.report import write_report
 from pipeline.sam.finetune import finetune
 
@@ -35,14 +36,8 @@ class DemoResult:
 
     def text(self) -> str:
         """Return a line for each method, and where the report is."""
-        lines = [f"{'method':<12} {'Dice':>6}  {'95 % interval':<15} {'HD95 px':>8} {'images':>7}"]
-        for method, row in self.scores.items():
-            low, high = row["dice_ci95"]
-            lines.append(
-                f"{method:<12} {row['dice']:6.3f}  {low:.3f} to {high:.3f}  "
-                f"{row['hd95']:8.2f} {row['n']:7d}"
-            )
-        return "\n".join([*lines, f"report: {self.report}"])
+        page = f"report: {self.report}"
+        return render("scores.txt.j2", title="method", rows=self.scores, page=page)
 
 
 def demo_config(base: Config, out: Path, *, seed: int | None = None) -> Config:

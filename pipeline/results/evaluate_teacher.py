@@ -17,6 +17,7 @@ from pipeline.data.public_set import load_labelled
 from pipeline.disk import write_bytes, write_json
 from pipeline.labelling.backoff import MemoryAwareTeacher
 from pipeline.progress import Progress
+from pipeline.results.pages import render
 from pipeline.results.teacher_page import TeacherExample, render_evaluation
 from pipeline.runtime import torch_threads
 from pipeline.sam.frame import fit_longest_side
@@ -37,9 +38,7 @@ class Reliability:
     """How often pixels of a confidence are right, in 15 bins of equal width; additive."""
 
     def __init__(self) -> None:
-        self.pixels = np.zeros(ECE_BINS, np.int64)
-        self.confidence = np.zeros(ECE_BINS)  # sum
-        self.hits = np.zeros(ECE_BINS, np.int64)
+        self.pixels, self.confidence, self.hits = np.zeros((3, ECE_BINS))  # sums by bin
 
     def add(self, confidence: NDArray[np.float32], hit: NDArray[np.bool_]) -> None:
         """Count pixels (n,): the probability of the predicted class, and whether it was right."""
@@ -57,16 +56,12 @@ class Reliability:
 
     def bins(self) -> dict[str, list[Any]]:
         """Return each bin's ``pixels``, mean ``confidence`` and ``accuracy`` (None where empty)."""
-
-        def mean(sums: NDArray[Any]) -> list[float | None]:
-            pairs = zip(sums, self.pixels, strict=True)
-            return [float(total / count) if count else None for total, count in pairs]
-
-        return {
-            "pixels": self.pixels.tolist(),
-            "confidence": mean(self.confidence),
-            "accuracy": mean(self.hits),
+        sums = {"confidence": self.confidence, "accuracy": self.hits}
+        means = {
+            name: [float(s / n) if n else None for s, n in zip(values, self.pixels, strict=True)]
+            for name, values in sums.items()
         }
+        return {"pixels": self.pixels.astype(int).tolist(), **means}
 
 
 @dataclass(frozen=True)
@@ -87,22 +82,8 @@ class TeacherEvaluation:
         return {**self.teachers[self.configured], "teachers": self.teachers}
 
     def text(self) -> str:
-        """Return the teachers side by side, the number of images, and where the page is."""
-        lines = [
-            f"{'teacher':<10} {'Dice':>6}  {'95 % interval':<15} {'HD95 px':>8} {'ECE':>6} "
-            f"{'empty':>6}"
-        ]
-        for name, row in self.teachers.items():
-            if "missing" in row:
-                lines.append(f"{name:<10} {'-':>6}  {row['missing']}")
-                continue
-            low, high = row["dice_ci95"]
-            lines.append(
-                f"{name:<10} {row['dice']:6.3f}  {low:.3f} to {high:.3f}  {row['hd95']:8.2f} "
-                f"{row['ece']:6.3f} {row['empty']:6.0%}"
-            )
-        count = self.teachers[self.configured]["n"]
-        return "\n".join([*lines, f"{count} images; {self.page}"])
+        """Return the teachers side by side, and where the page is."""
+        return render("scores.txt.j2", title="teacher", rows=self.teachers, page=self.page)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import base64
 import io
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -57,12 +58,12 @@ def render(template: str, **context: Any) -> str:
 
 
 def format_number(value: float | None, decimals: int) -> str:
-    """``value`` with so many decimals; a dash where there is none."""
+    """Return ``value`` with so many decimals; a dash where there is none."""
     return DASH if value is None or not math.isfinite(value) else f"{value:.{decimals}f}"
 
 
 def style_axes(axes: Axes, *, xlabel: str, ylabel: str) -> None:
-    """Light axes with a grid, as every figure has them."""
+    """Give axes the light grid that every figure has."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#8A939E")
     axes.tick_params(colors="#4A5360", labelsize=8)
@@ -73,7 +74,7 @@ def style_axes(axes: Axes, *, xlabel: str, ylabel: str) -> None:
 
 
 def png_uri(picture: Figure | Image.Image) -> str:
-    """The picture as a data URI; a figure in 64 colours, which makes it four times smaller."""
+    """Return the picture as a data URI; a figure in 64 colours, which is four times smaller."""
     if isinstance(picture, Figure):
         drawn = io.BytesIO()
         picture.savefig(drawn, format="png", dpi=150)
@@ -85,13 +86,41 @@ def png_uri(picture: Figure | Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def thumbnail(image: NDArray[np.uint8], side: int) -> str:
-    """An image (S, S, 3) at ``side`` pixels, as a data URI."""
-    return png_uri(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))
+def example_panels(
+    image: NDArray[np.uint8],
+    masks: Mapping[str, NDArray[np.uint8] | None],
+    side: int,
+    *,
+    weight: NDArray[np.float32] | None = None,
+) -> dict[str, Any]:
+    """Return an example's panels as data URIs; masks are overlays, so the image goes in once.
+
+    Args:
+        image: (S, S, 3) RGB.
+        masks: (S, S) class indices by name; the outline of ``truth`` is drawn on all others.
+        side: of a panel, px.
+        weight: (S, S) 0..1.
+    """
+    side, truth, heat = min(side, len(image)), masks.get("truth"), None
+    if weight is not None:
+        heat = _shrink(np.rint(weight * 255).astype(np.uint8), side)
+        heat.putpalette(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].tobytes())
+    return {
+        "image": png_uri(_shrink(image, side)),
+        "weight": None if heat is None else png_uri(heat),
+        "overlays": {
+            name: None if mask is None else _overlay(mask, truth, side)
+            for name, mask in masks.items()
+        },
+    }
 
 
-def overlay(mask: NDArray[np.uint8], truth: NDArray[np.uint8] | None, side: int) -> str:
-    """A transparent PNG: each class tinted and outlined, the truth as a thin white line on top."""
+def _shrink(image: NDArray[np.uint8], side: int) -> Image.Image:
+    return Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
+
+
+def _overlay(mask: NDArray[np.uint8], truth: NDArray[np.uint8] | None, side: int) -> str:
+    """Return a transparent PNG: classes tinted and outlined, the truth a thin white line on top."""
     side *= max(1, round(360 / side))  # finer than the image, for thin lines
     labels, edge = _enlarge(mask, side, line_px=2)
     rgba = np.zeros((side, side, 4), dtype=np.uint8)
@@ -107,7 +136,7 @@ def overlay(mask: NDArray[np.uint8], truth: NDArray[np.uint8] | None, side: int)
 def _enlarge(
     mask: NDArray[np.uint8], side: int, *, line_px: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Class index, and the foreground pixels within ``line_px`` of another class; (side, side)."""
+    """Return the classes, and the foreground within ``line_px`` of another class; (side, side)."""
     labels = np.asarray(Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST))
     window = 2 * line_px + 1
     edge = maximum_filter(labels, window) != minimum_filter(labels, window)
@@ -115,7 +144,7 @@ def _enlarge(
 
 
 def class_keys(masks: Iterable[NDArray[np.uint8] | None]) -> list[Key]:
-    """The legend of the classes that any of ``masks`` shows."""
+    """Return the legend of the classes that any of ``masks`` shows."""
     highest = max((int(mask.max()) for mask in masks if mask is not None), default=0)
     names = ["foreground"] if highest <= 1 else [f"class {k}" for k in range(1, highest + 1)]
     colours = itertools.cycle(CLASS_COLOURS)

@@ -13,11 +13,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from matplotlib import colormaps
 from matplotlib.figure import Figure
-from PIL import Image
 
-from pipeline.config import NetworkConfig
 from pipeline.disk import write_bytes
 from pipeline.errors import StageError
 from pipeline.federation.examples import Example
@@ -35,11 +32,10 @@ from pipeline.results.pages import (
     DASH,
     DECIMALS,
     class_keys,
+    example_panels,
     format_number,
-    overlay,
     png_uri,
     render,
-    thumbnail,
 )
 
 REPORT_BYTES = 1_900_000  # what curves, examples and parameters may take up
@@ -129,7 +125,7 @@ def render_report(
     taken = sum(len(panel.png) for panel in panels)
     taken += sum(len(context["params"]) for context in contexts)
     side = _panel_px(len(examples), min(GALLERY_BYTES, REPORT_BYTES - taken))
-    masks = [m for row in examples for m in (row.truth, row.sam, row.prediction)]
+    by_name = [{"truth": e.truth, "SAM": e.sam, "client": e.prediction} for e in examples]
     return render(
         "report.html.j2",
         title=title,
@@ -138,8 +134,12 @@ def render_report(
         comparable=comparable,
         validation=validation,
         panel_titles=list(dict.fromkeys(panel.title for panel in panels)),
-        examples=[_example_panels(example, side) for example in examples],
-        example_keys=class_keys(masks),
+        examples=[
+            {"caption": example.caption}
+            | example_panels(example.image, masks, side, weight=example.weight)
+            for example, masks in zip(examples, by_name, strict=True)
+        ],
+        example_keys=class_keys(mask for masks in by_name for mask in masks.values()),
     )
 
 
@@ -149,38 +149,16 @@ def _run_context(run: FinishedRun, picture: Callable[[Figure], str]) -> dict[str
     for entry in run.history:
         for text in entry.get("warnings") or ():
             warnings.setdefault(text, []).append(entry["round"])
-    params = yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False)
-    at_server = any(entry.get("server") for entry in run.history)
     return {
-        "name": run.name,
+        **vars(run),
         **run.evaluation.as_json(),
-        **run.evaluation.test,
-        "params": params,
+        "params": yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False),
         "seconds": sum(entry.get("seconds") or 0 for entry in run.history),
-        "image_size": run.config.data.image_size,
-        "setup": _setup(run),
         "warnings": warnings,
         "curves": run_curves(run.history, picture=picture),
         "table": _client_table(run),
-        "server_network": _describe(run.config.model) if at_server else None,
+        "at_server": any(entry.get("server") for entry in run.history),
     }
-
-
-def _setup(run: FinishedRun) -> list[str]:
-    """Return what sets the run apart from all clients' weights averaged in every round."""
-    settings, found = run.config.federate, []
-    if settings.clients_per_round is not None:
-        count = len(run.clients)
-        found.append(f"{min(settings.clients_per_round, count)} of {count} clients a round")
-    if settings.aggregation == "median":
-        found.append("coordinate median")
-    if run.config.heterogeneous:
-        found.append("clients\N{RIGHT SINGLE QUOTATION MARK} own networks")
-    return found
-
-
-def _describe(network: NetworkConfig) -> str:
-    return f"{network.architecture}, {network.encoder}, depth {network.encoder_depth}"
 
 
 def _client_table(run: FinishedRun) -> dict[str, Any]:
@@ -198,24 +176,16 @@ def _client_table(run: FinishedRun) -> dict[str, Any]:
     rows = []
     for index, name in enumerate(run.clients):
         counts, rounds = known.get(name, (np.array([math.nan]), 0))
-        network = run.config.network_of(index) if run.config.heterogeneous else None
         rows.append(
             {
                 "name": name,
-                "network": None if network is None else _describe(network),
+                "network": run.config.network_of(index) if run.config.heterogeneous else None,
                 "images": format_number(np.fmax.reduce(counts), 0),
                 "rounds": int(rounds),
                 "cells": [cells.get(name, missing) for _, cells in shown],
             }
         )
-    lasts = sum(each.last for each, _ in shown)
-    return {
-        "columns": [each.title for each, _ in shown],
-        "means": len(shown) - lasts,
-        "lasts": lasts,
-        "of": len(run.history),
-        "rows": rows,
-    }
+    return {"columns": [each for each, _ in shown], "of": len(run.history), "rows": rows}
 
 
 def _mean(values: Values) -> Values:
@@ -260,21 +230,3 @@ def _panel_px(rows: int, budget: int) -> int:
     """Return the side of an example's panel, px, so that all fit into ``budget`` bytes."""
     bytes_per_pixel = 4 * 4 / 3  # RGB and weight, as base64
     return max(48, min(256, int(math.sqrt(max(budget, 0) / bytes_per_pixel / max(rows, 1)))))
-
-
-def _example_panels(example: Example, side: int) -> dict[str, str | None]:
-    """Return an example's panels as data URIs; masks are overlays, so the image goes in once."""
-    side = min(side, len(example.image))
-    masks = {"truth": example.truth, "sam": example.sam, "prediction": example.prediction}
-    overlays = {
-        name: None if mask is None else overlay(mask, example.truth, side)
-        for name, mask in masks.items()
-    }
-    weight = None
-    if example.weight is not None:
-        levels = Image.fromarray(np.rint(example.weight * 255).astype(np.uint8))
-        levels = levels.resize((side, side), Image.Resampling.BOX)
-        levels.putpalette(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].tobytes())
-        weight = png_uri(levels)
-    image = thumbnail(example.image, side)
-    return {"caption": example.caption, "image": image, "weight": weight, **overlays}

@@ -15,11 +15,10 @@ from pipeline.results.pages import (
     GREY,
     Key,
     class_keys,
-    overlay,
+    example_panels,
     png_uri,
     render,
     style_axes,
-    thumbnail,
 )
 
 _PANEL_PX = 192  # of an example's picture
@@ -35,6 +34,12 @@ class TeacherExample:
     masks: dict[str, NDArray[np.uint8]]
     dice: dict[str, float]
 
+    @property
+    def caption(self) -> str:
+        """The image's id, and each teacher's Dice."""
+        scores = ", ".join(f"{value:.2f} {name}" for name, value in self.dice.items())
+        return f"{self.image_id}: Dice {scores}"
+
 
 def render_evaluation(
     teachers: dict[str, dict[str, Any]],
@@ -43,7 +48,7 @@ def render_evaluation(
     variant: str,
     configured: str,
 ) -> str:
-    """The page as HTML text; the same input gives the same bytes.
+    """Return the page as HTML text; the same input gives the same bytes.
 
     Args:
         teachers: by name what ``evaluate_teacher`` measured, or why it did not (``missing``).
@@ -62,13 +67,17 @@ def render_evaluation(
         images=next(iter(measured.values()))["n"],
         reliability=png_uri(_reliability(list(measured.values()), keys)),
         keys=keys,
-        examples=[_panels(row) for row in examples],
+        examples=[
+            {"caption": row.caption}
+            | example_panels(row.image, {"truth": row.truth, **row.masks}, _PANEL_PX)
+            for row in examples
+        ],
         class_keys=class_keys(masks),
     )
 
 
 def _reliability(rows: Sequence[dict[str, Any]], keys: Sequence[Key]) -> Figure:
-    """Left, accuracy over confidence; right, the share of the pixels in each bin."""
+    """Draw accuracy over confidence on the left, each bin's share of the pixels on the right."""
     figure = Figure(figsize=(9.2, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     style_axes(left, xlabel="confidence", ylabel="share of pixels that are right")
@@ -88,15 +97,3 @@ def _reliability(rows: Sequence[dict[str, Any]], keys: Sequence[Key]) -> Figure:
     left.set(xlim=(0, 1.02), ylim=(0, 1.02))
     right.set_xlim(0, 1.02)
     return figure
-
-
-def _panels(row: TeacherExample) -> dict[str, Any]:
-    """An example's pictures as data URIs; masks are overlays, so the image goes in once."""
-    scores = ", ".join(f"{value:.2f} {name}" for name, value in row.dice.items())
-    overlays = {"truth": overlay(row.truth, row.truth, _PANEL_PX)}
-    overlays |= {name: overlay(mask, row.truth, _PANEL_PX) for name, mask in row.masks.items()}
-    return {
-        "caption": f"{row.image_id}: Dice {scores}",
-        "image": thumbnail(row.image, _PANEL_PX),
-        "overlays": overlays,
-    }
