@@ -90,7 +90,7 @@ class Corruption:
     calibrated: Errors | None = None
 
     def case(self, level: float, source: str) -> Case:
-        """What ``source`` ("SAM", "client" or "both") being wrong at ``level`` means."""
+        """Return how both err where ``source`` ("SAM", "client" or "both") errs at ``level``."""
         errors = self.errors(level)
         sam = self.other if source == "client" else errors
         client = self.other if source == "SAM" else errors
@@ -108,7 +108,7 @@ def mixed(strength: float, *, sharpness: float = 1.0) -> Errors:
 
 
 def sharpened(factor: float) -> Errors:
-    """A fair source with k = ``factor``: too sure above 1, too modest below."""
+    """Return a fair source with k = ``factor``: too sure above 1, too modest below."""
     return mixed(1, sharpness=factor)
 
 
@@ -136,7 +136,7 @@ class Truth:
 
 
 def load_truth(images_per_site: int) -> Truth:
-    """A third of each site's images for the calibration part; no patient is in both."""
+    """Draw masks, a third of each site's for the calibration part; no patient is in both."""
     chosen: dict[bool, list[Masks]] = {True: [], False: []}
     groups: list[str] = []
     with tempfile.TemporaryDirectory() as name:
@@ -198,13 +198,13 @@ def warm_state(
 
 
 def score(target: Tensor, weight: Tensor, truth: Tensor) -> dict[str, float]:
-    """Precision, recall and Dice of weighted pseudo-labels; formulas in the module's docstring.
+    """Return precision, recall and Dice of weighted pseudo-labels; formulas as above.
 
     Args:
         target: (N, S, S) int64. weight: (N, S, S) float32 in 0..1. truth: (N, S, S) int64.
 
-    ``kept`` is the share of pixels with a weight, ``dice_kept`` the Dice with each of their weights
-    taken as 1. The precision of nothing is 1: none of it is wrong.
+    ``coverage`` is the share of pixels with a weight, ``dice_kept`` the Dice with each of their
+    weights taken as 1. The precision of nothing is 1: none of it is wrong.
     """
     weight, kept = weight.double(), (weight > 0).double()
     right, kept_right = weight * (target == truth), kept * (target == truth)
@@ -255,7 +255,7 @@ def measure(draw: Draw, case: Case) -> dict[str, dict[str, float]]:
 
 
 def mean_scores(drawn: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """The means over the draws; ``dice_range`` is how far the draws' Dice lie apart."""
+    """Return means over the draws; ``dice_range`` is how far the draws' Dice lie apart."""
     means = {}
     for column in COLUMNS:
         names = drawn[0][column]
@@ -266,7 +266,7 @@ def mean_scores(drawn: list[dict[str, dict[str, float]]]) -> dict[str, dict[str,
 
 
 def measure_all(*, quick: bool) -> list[dict[str, Any]]:
-    """A row for each corruption, level and source, with the scores of every column.
+    """Return a row for each corruption, level and source, with the scores of every column.
 
     ``quick``: a third of the images, one draw, the first and the last level.
     """
@@ -289,7 +289,7 @@ def measure_all(*, quick: bool) -> list[dict[str, Any]]:
 
 
 def table(rows: Iterable[dict[str, Any]], cell: Callable[[dict[str, float]], str]) -> str:
-    """A Markdown table; ``cell`` writes one column's scores."""
+    """Return a Markdown table; ``cell`` writes one column's scores."""
     heads = ("corruption", "level", "wrong", *(f"`{rule}`" for rule in RULES), *VARIANTS)
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
@@ -300,7 +300,7 @@ def table(rows: Iterable[dict[str, Any]], cell: Callable[[dict[str, float]], str
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table by column: mean Dice, the mean of each corruption, the largest shortfall.
+    """Return a table by column: mean Dice, the mean of each corruption, the largest shortfall.
 
     A shortfall is from the best of ``RULES`` in that row, which nobody knows beforehand.
     """
@@ -329,7 +329,7 @@ def precision_recall_cell(scores: dict[str, float]) -> str:
 
 
 def draw_figure(rows: list[dict[str, Any]]) -> bytes:
-    """Dice over level as a PNG: a row of panels for each corruption, a column for each source.
+    """Draw Dice over level as a PNG: a row of panels by corruption, a column by source.
 
     What falls below 0.3 leaves its panel, so that the rest can be told apart.
     """

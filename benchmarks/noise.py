@@ -42,9 +42,10 @@ class Errors:
 
 
 def signed_distance(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Distance (S, S) in px of pixel centres to the boundary, half a pixel beside it; + inside.
+    """Return the distance (S, S) of pixel centres to the boundary, px, positive inside.
 
-    Without a boundary every pixel is one side of the image away from it.
+    Pixels beside the boundary are half a pixel away from it; without a boundary every pixel is one
+    side of the image away.
     """
     if mask.all() or not mask.any():
         return np.where(mask, float(len(mask)), -float(len(mask)))
@@ -53,7 +54,7 @@ def signed_distance(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
 
 
 def shift_boundary(masks: Masks, pixels: float, rng: np.random.Generator) -> Masks:
-    """Every object grown, shrunk or moved by ``pixels``, a third of the images each by chance."""
+    """Grow, shrink or move every object by ``pixels``, by chance a third of the images each."""
     kinds = rng.integers(3, size=len(masks))
     angles = rng.uniform(0, 2 * np.pi, len(masks))
     out = masks.copy()
@@ -69,14 +70,14 @@ def shift_boundary(masks: Masks, pixels: float, rng: np.random.Generator) -> Mas
 
 
 def miss_objects(masks: Masks, share: float, rng: np.random.Generator) -> Masks:
-    """``round(share N)`` of the masks emptied."""
+    """Empty ``round(share N)`` of the masks."""
     out = masks.copy()
     out[rng.permutation(len(masks))[: round(share * len(masks))]] = False
     return out
 
 
 def invent_objects(masks: Masks, share: float, rng: np.random.Generator, *, truth: Masks) -> Masks:
-    """A disc of radius ``BLOB_PX`` added to ``round(share N)`` of the masks, off the true object.
+    """Add a disc of radius ``BLOB_PX`` to ``round(share N)`` of the masks, off the true object.
 
     Its centre is uniform over the places where it would not come within 2 px of the object; where
     there is none, the farthest pixel, and what would lie on the object is left out.
@@ -93,12 +94,12 @@ def invent_objects(masks: Masks, share: float, rng: np.random.Generator, *, trut
 
 
 def flip_pixels(labels: Masks, share: float, rng: np.random.Generator) -> Masks:
-    """Each pixel inverted with probability ``share``, independently."""
+    """Invert each pixel with probability ``share``, independently."""
     return labels ^ (rng.random(labels.shape) < share)
 
 
 def confidence_logits(labels: Masks, rng: np.random.Generator) -> Field:
-    """``min(D / SOFTNESS_PX, HIGHEST_LOGIT) exp(n / 2)`` above 0, for the labels' own boundary."""
+    """Return ``min(D / SOFTNESS_PX, HIGHEST_LOGIT) exp(n / 2)``, D from the labels' own boundary."""
     distance = np.abs(np.stack([signed_distance(mask) for mask in labels]))
     noise = rng.standard_normal(labels.shape, np.float32)
     sigma = NOISE_SIGMA * labels.shape[1]
@@ -109,7 +110,7 @@ def confidence_logits(labels: Masks, rng: np.random.Generator) -> Field:
 
 
 def predict(truth: Masks, errors: Errors, rng: np.random.Generator) -> Field:
-    """A source's foreground probability (N, S, S) in 0..1; its label is 1 above one half.
+    """Return a source's foreground probability (N, S, S) in 0..1; its label is 1 above one half.
 
     A stream gives the same draws whatever the levels are, so that levels differ in nothing else.
     """

@@ -118,8 +118,8 @@ def test_a_collapsed_client_is_rescued(log_odds: float) -> None:
     assert bool((result.weight[sam_label == 1] > 0.9).all())
 
 
-def test_a_collapse_after_learning_is_rescued_whatever_the_record() -> None:
-    """SAM's record on the calibration part is bad (b = -4) and both classes had been learnt."""
+def test_a_collapse_after_learning_is_rescued_whatever_the_calibration() -> None:
+    """SAM did badly on the calibration part (b = -4) and both classes had been learnt."""
     config = AgreementConfig()
     client = torch.zeros(1, 2, 8, 8)
     client[:, 0], client[:, 1] = 0.999, 0.001
@@ -247,7 +247,7 @@ def fit_of(evidence: Tensor, reliability: Tensor, sam_right: Tensor) -> float:
 
 
 def test_log_odds_for_sam_are_recovered() -> None:
-    """A record for SAM counts fully, however little the client's side does."""
+    """Log-odds for SAM count fully, however little the client's side does."""
     generator = torch.Generator().manual_seed(1)
     evidence = torch.randn((400, 8, 8), generator=generator)
     won = torch.rand(evidence.shape, generator=generator) < torch.sigmoid(evidence + 1.5)

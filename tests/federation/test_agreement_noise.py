@@ -27,7 +27,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def squares(count: int = 12, side: int = SIDE) -> Masks:
-    """A square of half the image's side in the middle of each image."""
+    """Return a square of half the image's side in the middle of each image."""
     masks = np.zeros((count, side, side), dtype=np.bool_)
     masks[:, side // 4 : -side // 4, side // 4 : -side // 4] = True
     return masks

@@ -346,7 +346,7 @@ def terms_of(
     lowest: float,
     weight: float = 10,
 ) -> SimpleNamespace:
-    """The teacher's logits and grades; the whole batch in its order."""
+    """Return the terms of a whole batch, of a teacher's logits and grades."""
     graded = GradedLogits(teacher[0], labels, teacher[1], min_grade=lowest, kl_weight=weight)
     return SimpleNamespace(**graded.terms(logits, torch.arange(len(logits))))
 
@@ -483,7 +483,7 @@ def learn(
 
 
 def distance(model: nn.Module, inputs: Tensor, teacher: Tensor) -> float:
-    """The model's mean KL to ``teacher`` on D_p, in evaluation mode."""
+    """Return the model's mean KL to ``teacher`` on D_p, in evaluation mode."""
     return float(np.mean(divergence_reference(public_logits(model, inputs), teacher)))
 
 

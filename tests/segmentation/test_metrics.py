@@ -36,7 +36,7 @@ def _mask(*boxes: tuple[int, int, int, int, int], shape: tuple[int, int]) -> NDA
 
 
 def _blob(rng: np.random.Generator, size: int, share: float) -> NDArray[np.uint8]:
-    """A smooth random mask, often in several parts and cut by the border."""
+    """Draw a smooth mask, often in several parts and cut by the border."""
     field = gaussian_filter(rng.standard_normal((size, size)), sigma=size / 12)
     return np.asarray(field > np.quantile(field, 1 - share), dtype=np.uint8)
 
@@ -270,7 +270,7 @@ def test_all_sign_flips_equal_brute_force(
 @pytest.mark.parametrize("number", [2, 7, 14])
 def test_all_sign_flips_equal_scipys(number: int) -> None:
     """SciPy's own test draws other patterns beyond 14 groups, takes 1 s to import and 10 times as
-    long to run, so it serves as a second opinion alone.
+    long to run, so it serves as a check alone.
     """
     values = np.random.default_rng(number).standard_normal(number) + 0.3
     expected = permutation_test(
