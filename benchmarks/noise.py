@@ -99,7 +99,7 @@ def flip_pixels(labels: Masks, share: float, rng: np.random.Generator) -> Masks:
 
 
 def confidence_logits(labels: Masks, rng: np.random.Generator) -> Field:
-    """Return ``min(D / SOFTNESS_PX, HIGHEST_LOGIT) exp(n / 2)``, D from the labels' own boundary."""
+    """Return ``min(D / SOFTNESS_PX, HIGHEST_LOGIT) exp(n / 2)``, D from the labels' boundary."""
     distance = np.abs(np.stack([signed_distance(mask) for mask in labels]))
     noise = rng.standard_normal(labels.shape, np.float32)
     sigma = NOISE_SIGMA * labels.shape[1]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+KL_WEIGHT = 10.0  # a, as in HSSF
 CONDENSATION_MIN_GRADE = 0.75  # a best client no better than this teaches the server nothing
 _TEMPERATURE = 2.0
 _NEIGHBOURHOOD = 31  # pixels
@@ -79,10 +80,10 @@ class GradedLogits:
     labels: Tensor  # (N, S, S) integers in 0..K
     grades: Tensor  # (N,) float32, ``grades`` of the logits
     min_grade: float = 0.0  # RF's; ``CONDENSATION_MIN_GRADE`` for RC
-    kl_weight: float = 10.0  # a
+    kl_weight: float = KL_WEIGHT
 
     @classmethod
-    def of(cls, logits: Tensor, labels: Tensor, *, kl_weight: float = 10.0) -> GradedLogits:
+    def of(cls, logits: Tensor, labels: Tensor, *, kl_weight: float = KL_WEIGHT) -> GradedLogits:
         """Grade ``logits`` for RF."""
         return cls(logits, labels, grades(logits, labels), kl_weight=kl_weight)
 

@@ -19,7 +19,6 @@ BoolMask = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
 _EXACT_GROUPS = 14  # up to so many, all sign patterns are counted: 2^14 are a moment's work
-_FLIPS_AT_ONCE = 1000  # random sign patterns in memory
 
 
 @dataclass(frozen=True)
@@ -161,15 +160,13 @@ def sign_flip_test(
     sums = _group_sums(differences[:, None], groups)[0][:, 0]
     # patterns that tie with the one found differ from it by rounding alone
     bar = abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
-    if len(sums) <= _EXACT_GROUPS:
+    exact = len(sums) <= _EXACT_GROUPS
+    if exact:
         bits = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
-        return float(np.mean(np.abs((1 - 2 * bits) @ sums) >= bar))
-    rng, count = np.random.default_rng(seed), 0
-    for done in range(0, flips, _FLIPS_AT_ONCE):
-        shape = (min(_FLIPS_AT_ONCE, flips - done), len(sums))
-        signs = 1 - 2 * rng.integers(0, 2, size=shape, dtype=np.int8)
-        count += int(np.count_nonzero(np.abs(signs @ sums) >= bar))
-    return (1 + count) / (1 + flips)
+    else:
+        bits = np.random.default_rng(seed).integers(0, 2, (flips, len(sums)), dtype=np.int8)
+    count = int(np.count_nonzero(np.abs((1 - 2 * bits) @ sums) >= bar))
+    return count / len(bits) if exact else (1 + count) / (1 + flips)
 
 
 def _check_masks(prediction: NDArray[Any], truth: NDArray[Any], num_classes: int) -> None:
