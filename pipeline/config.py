@@ -309,9 +309,8 @@ def deciding_settings(
 
 def network_settings(network: NetworkConfig, *, by_name: bool = False) -> dict[str, Any]:
     """Return what decides a network, JSON-ready; weights by content (or by their file's name)."""
-    return {
-        key: _plain(getattr(network, key), by_name=by_name) for key in NetworkConfig.model_fields
-    }
+    keys = NetworkConfig.model_fields
+    return {key: _plain(getattr(network, key), by_name=by_name) for key in keys}
 
 
 def _plain(value: Any, *, by_name: bool) -> Any:
@@ -369,12 +368,9 @@ def parse_config(raw: dict[str, Any], *, source: str) -> Config:
             now = RENAMED.get(key)
             advice = f"it is now called {now}" if now else _known_keys(first["loc"])
             raise ConfigError(f"{source}: unknown key '{key}'; {advice}") from error
-        found = (
-            "" if isinstance(first["input"], dict | BaseModel) else f"found {first['input']!r}, "
-        )
-        raise ConfigError(
-            f"{source}: {key}: {found}{first['msg'][0].lower()}{first['msg'][1:]}"
-        ) from error
+        value, message = first["input"], first["msg"]
+        found = "" if isinstance(value, dict | BaseModel) else f"found {value!r}, "
+        raise ConfigError(f"{source}: {key}: {found}{message[0].lower()}{message[1:]}") from error
 
 
 def _known_keys(location: tuple[int | str, ...]) -> str:

@@ -179,7 +179,7 @@ def copy_cache(config: Config, cache: Path, parts: tuple[str, ...] = FINISHED) -
         source = config.cache.root / part
         if source.is_dir():
             shutil.copytree(source, cache / part)
-        else:
+        elif source.exists():  # the oracle's labels are not always made
             shutil.copy(source, cache)
     return config.model_copy(update={"cache": config.cache.model_copy(update={"root": cache})})
 

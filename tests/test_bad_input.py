@@ -190,7 +190,7 @@ def test_settings_with_a_date_that_does_not_exist(project: Project) -> None:
         ("precompute-sam", "partition.json", "prepare"),
         ("federate", "partition.json", "prepare"),
         ("evaluate", "runs/sam_fed/params.yaml", "federate"),
-        ("report", "runs/sam_fed/history.jsonl", "federate"),
+        ("report", "runs/sam_fed/params.yaml", "federate"),
     ],
 )
 def test_any_stage_on_a_fresh_checkout(tmp_path: Path, stage: str, file: str, needed: str) -> None:
@@ -207,7 +207,7 @@ def test_any_stage_on_a_fresh_checkout(tmp_path: Path, stage: str, file: str, ne
         ("evaluate-sam", "teacher/card.json", "finetune-sam"),
         ("precompute-sam", "teacher/card.json", "finetune-sam"),
         ("evaluate", "runs/sam_fed/params.yaml", "federate"),
-        ("report", "runs/sam_fed/history.jsonl", "federate"),
+        ("report", "runs/sam_fed/params.yaml", "federate"),
     ],
 )
 def test_any_stage_right_after_prepare(
