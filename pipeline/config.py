@@ -107,7 +107,7 @@ class PartitionConfig(_Section):
     sizes: tuple[PositiveInt, ...] = ()  # sizes: images of each client
     by: Literal["size", "site"] = "size"  # dirichlet: what is skewed (foreground area or site)
     alpha: PositiveFloat = 0.5  # dirichlet: concentration; smaller is more skewed
-    server_images: PositiveInt = 30  # the labelled public set D_p, calibration part included
+    server_images: PositiveInt = 30  # the public set D_p, calibration part included
     server_kept: PositiveInt | None = None  # use only so many of these; the others stay unused
     server_site: str | None = "site_a"  # where D_p comes from; null = anywhere
     calibration_fraction: Fraction = 0.2  # part of D_p that nothing is trained on
@@ -125,7 +125,7 @@ class PartitionConfig(_Section):
 
 
 class SamConfig(_Section):
-    """The teacher and how it is adapted to the server's labelled set."""
+    """The teacher and how it is adapted to the public set D_p."""
 
     decides = _TEACHER
 
