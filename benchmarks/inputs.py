@@ -19,7 +19,7 @@ _SHIFT = 2  # px that labels lie beside the truth, so that SAM and client have c
 
 
 def prepare_with_labels(config: Config) -> Partition:
-    """``samfed prepare --with-oracle`` on ``data.root``, and a finished label store of each owner.
+    """Run ``samfed prepare --with-oracle`` on ``data.root``, and finish each owner's label store.
 
     There is no teacher's card: stage two then asks for the labels of the server's own store.
     """
@@ -45,14 +45,13 @@ def _label(config: Config, partition: Partition, owner: str, ids: tuple[str, ...
     path = server if owner == "server" else root / "oracle" / f"{owner}.zarr"
     labels = _spoil(_read(config, path, ids))
     store = LabelStore.create(root / "sam" / f"{owner}.zarr", identity, partition.row_keys(ids))
-    for shard in range(store.chunks):
-        rows = store.chunk_rows(shard)
-        span = slice(rows.start, rows.stop)
+    for chunk in range(store.chunks):
+        rows = store.chunk_rows(chunk)
         part = PseudoLabels(
-            labels.masks[span], labels.confidences[span], labels.predicted_iou[span]
+            labels.masks[rows], labels.confidences[rows], labels.predicted_iou[rows]
         )
-        store.write_chunk(shard, rows, part)
-        store.mark_done(shard, rows, [{"backend": "generated"}])
+        store.write_chunk(chunk, rows, part)
+        store.mark_done(chunk, rows, [{"backend": "generated"}])
 
 
 def _read(config: Config, path: Path, ids: tuple[str, ...]) -> ImageSet:
@@ -61,8 +60,9 @@ def _read(config: Config, path: Path, ids: tuple[str, ...]) -> ImageSet:
 
 
 def _spoil(truth: ImageSet) -> PseudoLabels:
-    """The truth moved by a few pixels, less sure where that made it wrong."""
-    assert truth.labels is not None
+    """Return the truth moved by a few pixels, less sure where that made it wrong."""
+    if truth.labels is None:
+        raise ValueError("there is no truth to spoil")
     masks = np.roll(truth.labels, (_SHIFT, _SHIFT), axis=(1, 2))
     noise = np.random.default_rng(0).integers(0, 30, masks.shape, dtype=np.uint8)
     confidences = np.where(masks == truth.labels, 225, 160).astype(np.uint8) + noise

@@ -183,13 +183,13 @@ def tree_bytes(root: Path) -> int:
     return total
 
 
-def leftovers(root: Path) -> list[Path]:
+def leftovers(root: Path, *, seconds: float = _ABANDONED_SECONDS) -> list[Path]:
     """List temporary files below ``root`` that killed ``write_bytes`` left, untouched for an hour.
 
     A write takes seconds, so an old one is nobody's. (Locks would not tell: single files are
-    written under many, or none.)
+    written under many, or none.) Who knows that nobody else writes may list those of no age.
     """
-    latest, found = time.time() - _ABANDONED_SECONDS, []
+    latest, found = time.time() - seconds, []
     for path in _files(root):
         with suppress(FileNotFoundError):  # written by now
             if _OUR_TEMPORARY.fullmatch(path.name) and path.lstat().st_mtime < latest:

@@ -8,6 +8,7 @@
     ├── StageError            4   a stage runs before the one whose output it needs
     └── StoreError            5   a store cannot be used
         ├── IdentityError     5   it was made by another teacher, or from other images
+        ├── FormatError       5   another version of samfed wrote it
         ├── CorruptStoreError 5   its bytes are not what was written
         └── LockedStoreError  5   another process writes to it
 
@@ -51,6 +52,10 @@ class StoreError(SamfedError):
 
 class IdentityError(StoreError):
     """A store was made by another teacher, at another size, or from other images."""
+
+
+class FormatError(StoreError):
+    """A store was written by a samfed with another store format."""
 
 
 class CorruptStoreError(StoreError):

@@ -161,7 +161,7 @@ def test_a_store_made_by_another_teacher_is_moved_aside(project: Project) -> Non
     assert len(notices) == 2  # the server's calibration part, and site_a
     for owner, notice in zip(("server", "site_a"), notices, strict=True):
         store = project.cache / "sam" / f"{owner}.zarr"
-        assert notice.startswith(f"{store}: adapter_sha256 was ")
+        assert notice.startswith(f"{store}: adapter_sha256 is ")
         assert f"; moved the old labels to {project.cache / 'archive' / owner}/" in notice
 
 
@@ -327,13 +327,13 @@ def test_a_teacher_of_another_kind(project: Project) -> None:
 
 
 def test_a_damaged_label_store(project: Project) -> None:
-    shard = project.cache / "sam" / "site_b.zarr" / "masks" / "c" / "0" / "0" / "0"
+    shard = project.cache / "sam" / "site_b.zarr" / "masks" / "c.0.0.0"
     damaged = bytearray(shard.read_bytes())
     damaged[8] ^= 4
     shard.write_bytes(bytes(damaged))
     text = fails(5, "federate", *project.options, "--restart")
     assert text.startswith(f"{project.cache}/sam/site_b.zarr: masks rows 0..")
-    assert " are damaged (" in text
+    assert " are damaged; " in text
 
 
 def test_a_damaged_store_is_verified_and_repaired(project: Project) -> None:
@@ -349,13 +349,13 @@ def test_a_damaged_store_is_verified_and_repaired(project: Project) -> None:
     skipped, summary = result.stdout.splitlines()
     assert skipped.startswith(f"{store}: process ")
     assert summary == f"{len(every) - 1} stores read, 1 skipped, 0 faults"
-    shard = store / "masks" / "c" / "0" / "0" / "0"
+    shard = store / "masks" / "c.0.0.0"
     shard.write_bytes(shard.read_bytes()[:-1])
     (project.cache / "images" / "site_c" / "val.zarr" / "images" / "zarr.json").unlink()
     result = call("cache", "verify", *project.options, "--json")
     assert result.exit_code == 5
     rows = json.loads(result.stdout)["faults"][1].pop("rows")
-    other = f"{project.cache}/images/site_c/val.zarr: metadata: damaged (digest differs)"
+    other = f"{project.cache}/images/site_c/val.zarr: metadata: images/zarr.json is missing"
     assert result.stderr.splitlines() == [
         f"error: {other}",
         f"error: {store}: masks rows 0..{rows[1]}: damaged",

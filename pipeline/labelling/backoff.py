@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import SamfedError
-from pipeline.stores.arrays import Record
-from pipeline.stores.label_store import PseudoLabels
+from pipeline.stores.label_store import Provenance, PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard
 
 log = logging.getLogger("samfed.precompute")
@@ -40,7 +39,7 @@ class TeacherBackend(Protocol):
         """Label (H, W, 3) uint8 images of any sizes, in the client's frame of ``size`` pixels."""
         ...
 
-    def provenance(self) -> Record:
+    def provenance(self) -> Provenance:
         """Return what computed this thread's last batch: backend, precision, device, versions."""
         ...
 
@@ -85,7 +84,7 @@ class MemoryAwareTeacher:
             self._last.limit = self._limit
         return join(parts)
 
-    def provenance(self) -> Record:
+    def provenance(self) -> Provenance:
         """Return the teacher's, with the batch size where it is not the one asked for."""
         record = self._teacher.provenance()
         limit = getattr(self._last, "limit", self._asked)

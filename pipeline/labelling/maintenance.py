@@ -297,9 +297,6 @@ def _left_of_stores(cache: Path) -> Iterator[tuple[Path, str]]:
     """Yield what killed runs left in or beside label stores, and whose they are."""
     for path in cache.glob("archive/*/.*.zarr.building"):
         yield path, path.parent.name
-    for store in label_stores(cache):
-        for path in store.rglob("*.partial"):
-            yield path, store.stem
     for path in cache.glob("sam/.*.zarr.*"):
         # a retired store whose successor never came is no rubbish: the next run takes it back
         if path.suffix == ".building" or _final(path).exists():

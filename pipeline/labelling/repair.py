@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,17 @@ from pipeline.labelling.job import Job, Meter, Progress, load_job, owner_images,
 from pipeline.labelling.maintenance import check_at_rest, image_stores, label_stores, reading
 from pipeline.labelling.precompute import executor_on, label_owners
 from pipeline.labelling.worker import Executor, Workplace
-from pipeline.stores.arrays import CHUNK_ROWS, remove_partial_files
-from pipeline.stores.integrity import FORMAT_FAULT, METADATA, Fault, check_store
+from pipeline.stores.arrays import remove_partial_files
+from pipeline.stores.integrity import (
+    FORMAT_FAULT,
+    WHOLE_STORE,
+    Fault,
+    check_store,
+    mend_store,
+    restore_metadata,
+    stored_identity,
+)
 from pipeline.stores.label_store import LabelStore, check_identity
-from pipeline.stores.repair import forget_chunks, restore_metadata
-
-_WHOLE = (METADATA, "image_ids", "image_sha256")  # without these no row of a store means anything
 
 
 @dataclass
@@ -65,8 +70,8 @@ def repair(
 ) -> Repair:
     """Label anew the chunks of label stores that fail verification, and finish these stores.
 
-    Metadata and image ids are written again where it can be shown what they were; if not, the
-    store is moved to ``cache/archive/<owner>/damaged-<n>.zarr`` and all its rows are labelled anew.
+    Metadata is written again from what is left of it; if both its copies are damaged, the store is
+    moved to ``cache/archive/<owner>/damaged-<n>.zarr`` and all its rows are labelled anew.
 
     Args:
         cluster: where to label, entered once something is to be labelled, before anything is
@@ -118,12 +123,20 @@ def _handed_over(entered: ExitStack, executor: Executor) -> Iterator[Executor]:
 
 
 def _damaged(labels: list[Path], meter: Meter, result: Repair) -> dict[Path, list[Fault]]:
-    """Read the label stores whole, which the caller holds locked; return the faults of each."""
+    """Read the label stores whole, which the caller holds locked; return the faults of each.
+
+    Damaged metadata is mended at once, for which no teacher is needed.
+    """
     damaged = {}
     for path in labels:
         recover_folder(path)
         remove_partial_files(path)
         faults = check_store(path, meter.advance)
+        if any(fault.what in WHOLE_STORE for fault in faults):
+            with suppress(CorruptStoreError):  # then it will be moved aside
+                restore_metadata(path)
+                result.faults += [fault for fault in faults if fault.what in WHOLE_STORE]
+                faults = check_store(path)
         if faults:
             damaged[path] = faults
         elif LabelStore(path).pending():  # as after a repair that was stopped
@@ -140,8 +153,9 @@ def _mendable(job: Job, path: Path, faults: list[Fault], result: Repair) -> bool
             raise IdentityError(f"{path}: '{path.stem}' is no client of the partition; remove it")
         if faults[0].what == FORMAT_FAULT:
             raise StoreError(str(faults[0]))
-        if not any(fault.what in _WHOLE for fault in faults):
-            check_identity(LabelStore(path), job.identity)  # another teacher's are lost
+        identity = stored_identity(path)
+        if identity is not None:  # labels of another teacher cannot be made again
+            check_identity(path, identity, job.identity)
     except StoreError as error:
         result.remaining.append(str(error))
         return False
@@ -151,15 +165,10 @@ def _mendable(job: Job, path: Path, faults: list[Fault], result: Repair) -> bool
 def _make_unfinished(job: Job, path: Path, faults: list[Fault], result: Repair) -> None:
     """Leave nothing damaged in a store that the caller holds locked, only rows not done."""
     result.faults += faults
-    if any(fault.what in _WHOLE for fault in faults):
-        restored = restore_metadata(path, job.identity, job.rows(path.stem))
-        faults = check_store(path)
-        if not restored or any(fault.what in _WHOLE for fault in faults):
-            result.notices.append(_move_aside(job, path))
-            return
-        result.notices.append(f"{path}: wrote metadata and image ids again as they were")
-        result.faults += faults
-    forget_chunks(path, sorted({row // CHUNK_ROWS for f in faults for row in f.rows or ()}))
+    try:
+        mend_store(path, faults)
+    except CorruptStoreError:
+        result.notices.append(_move_aside(job, path))
 
 
 def _move_aside(job: Job, path: Path) -> str:

@@ -24,8 +24,7 @@ from pipeline.labelling.quality import Statistics, measure_owner
 from pipeline.sam.frame import fit_longest_side
 from pipeline.sam.onnx import load_onnx_teacher
 from pipeline.sam.teacher import load_teacher
-from pipeline.stores.arrays import Record
-from pipeline.stores.label_store import LabelStore, PseudoLabels, check_identity
+from pipeline.stores.label_store import LabelStore, Provenance, PseudoLabels, check_identity
 
 _AHEAD = 2  # batches that wait, decoded, for the teacher, and chunks that wait for the disk
 
@@ -50,7 +49,7 @@ class ChunkResult:
     task: ChunkTask
     rows: list[int] = field(default_factory=list)  # labelled
     failed: list[str] = field(default_factory=list)  # a line for each image that has no label
-    provenance: list[Record] = field(default_factory=list)  # what labelled them, each record once
+    provenance: list[Provenance] = field(default_factory=list)  # each that labelled some, once
 
 
 class Executor(Protocol):
@@ -188,7 +187,7 @@ def _write(job: Job, result: ChunkResult, parts: Sequence[PseudoLabels]) -> Chun
     if parts:
         task, store = result.task, LabelStore(job.path(result.task.owner))
         # a worker may come late, when another run has taken over
-        check_identity(store, job.identity)
+        check_identity(store.path, store.identity, job.identity)
         sha256 = dict(zip(task.rows, (sha256 for _, sha256 in task.files), strict=True))
         store.check_rows(result.rows, [sha256[row] for row in result.rows])
         store.write_chunk(task.chunk, result.rows, join(parts))

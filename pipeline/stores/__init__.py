@@ -1,4 +1,4 @@
-"""The zarr stores (docs/formats.md): ``images`` and ``labels``, over the shared ``chunks``.
+"""What lies in ``cache/`` (docs/formats.md): image and label stores, and the teacher's card.
 
-The only package that imports zarr and numcodecs.
+The only room that imports zarr.
 """

@@ -1,212 +1,224 @@
-"""What every store has in common: sharded, checksummed arrays under sealed metadata.
+"""Arrays in chunks of up to 64 rows, and small JSON files: what every store is made of.
 
-Every chunk carries a crc32c and is written even when it is all zeros, so that a missing chunk is
-always damage and never an answer.
+A chunk is one file on disk and one task of stage one. zarr reads and writes it; the crc32c in it
+finds every flipped bit. A JSON file carries the sha256 of its own content. Whatever is missing is
+damage, never an answer: even chunks of zeros are written.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.buffer.cpu import NDBuffer
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.storage import LocalStore
 
-from pipeline.disk import write_bytes
-from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.stores.decode import ChunkError, read_file
+from pipeline.disk import file_sha256, leftovers, write_bytes
+from pipeline.errors import CorruptStoreError, FormatError
 
-FORMAT = 1
-CHUNK_ROWS = 64  # one task of stage one, one file on disk
-INNER_ROWS = 8  # one read of stage two
-MARK_SHARDS = 64  # shards whose done marks, provenance or image ids share a chunk
+FORMAT = 2
+CHUNK_ROWS = 64
+STORE_FILE = "store.json"  # what the store is, and the sha256 of its metadata files
+METADATA_FILE = "zarr.json"
+ADVICE = "run `samfed cache repair`"
 
 Bytes = NDArray[np.uint8]
-Record = dict[str, str]  # what computed labels: backend, precision, device, versions
+Advance = Callable[[int], None]  # takes the bytes read since the last call
 
-PROVENANCE_BYTES = 512  # of a shard's records
-_OMITTED: Record = {"omitted": "earlier records"}  # in the place of those that found no room
+_CHUNK_BYTES = 2**24  # uncompressed
+_CONFIG: Any = {"write_empty_chunks": True}  # per array: threads share zarr's global setting
 
-_ADVICE = "run `samfed cache repair`"
-_CONFIG = {"write_empty_chunks": True}  # of each array: zarr's global setting is shared by threads
-
-
-def codecs() -> list[Any]:
-    return [BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec()]
+# Measured (docs/benchmarks.md): Blosc's bit shuffle makes photographs a sixth smaller; of labels it
+# saves nothing, and costs twice the time to read and three times the time to write.
+LABEL_CODECS = (ZstdCodec(level=3), Crc32cCodec())
+PHOTO_CODECS = (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec())
 
 
-def sharded_array(group: Any, name: str, shape: tuple[int, ...]) -> Any:
-    return group.create_array(
-        name,
-        shape=shape,
-        dtype="uint8",
-        chunks=(INNER_ROWS, *shape[1:]),
-        shards=(CHUNK_ROWS, *shape[1:]),
-        compressors=codecs(),
-        fill_value=0,
-        config=_CONFIG,
-    )
+class DurableStore(LocalStore):
+    """A zarr store in a local folder whose files are on the disk, whole, before they get a name."""
+
+    async def set(self, key: str, value: Any) -> None:
+        """Write a file as ``set_sync`` does."""
+        await asyncio.to_thread(self.set_sync, key, value)
+
+    def set_sync(self, key: str, value: Any) -> None:
+        """Write, flush, rename and flush the folder; zarr's own store never flushes."""
+        write_bytes(self.root / key, value.to_bytes())
 
 
-def plain_array(
-    group: Any, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str
+# --------------------------------------------------------------------------- arrays
+
+
+def rows_per_chunk(row_bytes: int) -> int:
+    """Return 64, or the power of two that keeps a chunk of longer rows within 16 MiB."""
+    fitting = max(1, _CHUNK_BYTES // row_bytes)
+    return min(CHUNK_ROWS, 1 << (fitting.bit_length() - 1))
+
+
+def create_array(
+    path: Path,
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    rows: int,
+    dtype: str = "uint8",
+    codecs: tuple[Any, ...] = LABEL_CODECS,
 ) -> Any:
-    return group.create_array(
-        name,
+    """Create an array of the store at ``path`` in chunks of so many rows, all in one folder."""
+    return zarr.create_array(
+        DurableStore(path),
+        name=name,
         shape=shape,
         dtype=dtype,
-        chunks=chunks,
-        compressors=codecs(),
+        chunks=(rows, *shape[1:]),
+        compressors=codecs,
         fill_value=0,
+        zarr_format=3,
         config=_CONFIG,
+        chunk_key_encoding={"name": "default", "separator": "."},
     )
 
 
-def table_array(group: Any, name: str, values: Bytes) -> None:
-    """A (N, width) array that is written once, whole; a row is in one chunk, as in every array."""
-    chunks = (min(len(values), MARK_SHARDS * CHUNK_ROWS), values.shape[1])
-    group.create_array(name, data=values, chunks=chunks, compressors=codecs(), config=_CONFIG)
+def open_array(path: Path, name: str) -> Any:
+    """Open an array of a store, to be read and written to."""
+    array = zarr.open_array(DurableStore(path), path=name, mode="r+", zarr_format=3)
+    return array.with_config(_CONFIG)
 
 
-def open_arrays(group: Any) -> dict[str, Any]:
-    """The arrays of a group, to be written to."""
-    return {name: array.with_config(_CONFIG) for name, array in group.arrays()}
+def chunk_name(array: Any, chunk: int) -> str:
+    """Return the file of one chunk, relative to the store: ``masks/c.7.0.0``."""
+    return f"{array.path}/{array.metadata.encode_chunk_key((chunk, *[0] * (array.ndim - 1)))}"
 
 
-def chunk_file(path: Path, array: Any, part: int) -> Path:
-    """The file of an array's shard (or chunk, where it has no shards) number ``part``."""
-    key = "/".join([str(part)] + ["0"] * (array.ndim - 1))
-    return path / str(array.basename) / "c" / key
+def read_rows(path: Path, array: Any, rows: range) -> Any:
+    """Read rows of one array, each chunk checked against its crc32c and for being there at all.
 
-
-def read_rows(path: Path, array: Any, *, rows: slice = slice(None)) -> Any:
-    """Values of one array, each chunk checked against its crc32c and for being there at all."""
-    start, stop, _ = rows.indices(array.shape[0])
-    chunk_rows = array.chunks[0]
-    step = array.shards[0] if array.shards else chunk_rows
-    chunks = step // chunk_rows if array.shards else None
-    values = np.empty((max(stop - start, 0), *array.shape[1:]), array.dtype.newbyteorder("<"))
-    for part in range(start // step, -(-stop // step)):
-        offset, file = part * step, chunk_file(path, array, part)
-        first, last = max(start, offset), min(stop, offset + step)
+    Raises:
+        CorruptStoreError: names the rows. OSError: a file is there and cannot be read.
+    """
+    step = array.chunks[0]
+    values = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    for chunk in range(rows.start // step, -(-rows.stop // step)):
+        first, last = max(rows.start, chunk * step), min(rows.stop, (chunk + 1) * step)
+        out = NDBuffer.from_numpy_array(values[first - rows.start : last - rows.start])
+        state = "damaged"
         try:
-            if not file.is_file() or file.stat().st_size == 0:
-                raise ChunkError(None, "missing")
-            read_file(
-                file,
-                values[first - start : last - start],
-                first=first - offset,
-                chunk_rows=chunk_rows,
-                chunks=chunks,
-            )
-        except ChunkError as error:
-            bad = error.rows or range(step)
+            if not (path / chunk_name(array, chunk)).is_file():
+                state = "missing"
+                raise ValueError("zarr would make zeros of it")
+            array.get_basic_selection(slice(first, last), out=out)
+        except (ValueError, RuntimeError) as error:  # of bad bytes: zarr's and numcodecs'
             raise CorruptStoreError(
-                f"{path}: {array.basename} rows {max(first, offset + bad.start)}.."
-                f"{min(last, offset + bad.stop) - 1} are {error.reason}; {_ADVICE}"
+                f"{path}: {array.path} rows {first}..{last - 1} are {state}; {ADVICE}"
             ) from error
     return values
 
 
-def remove_partial_files(path: Path) -> None:
-    """Remove what a killed writer left: zarr writes ``<name>.<uuid>.partial`` and then renames."""
-    for file in path.rglob("*.partial"):
-        file.unlink()
-
-
-def encode_ids(image_ids: Sequence[str]) -> Bytes:
-    """Ids as UTF-8 rows padded with zeros: zarr's own string types are not yet stable."""
-    encoded = [image_id.encode() for image_id in image_ids]
-    table = np.zeros((len(encoded), max(map(len, encoded))), np.uint8)
-    for row, text in zip(table, encoded, strict=True):
-        row[: len(text)] = np.frombuffer(text, np.uint8)
-    return table
-
-
-def decode_ids(table: Bytes) -> tuple[str, ...]:
-    return tuple(bytes(row).rstrip(b"\0").decode() for row in table)
-
-
-def encode_provenance(records: Sequence[Record]) -> Bytes:
-    """A shard's records, each once, as JSON padded with zeros: an object, or a list if several.
-
-    Where there is no room for all, the earliest give way to one that says so.
-
-    Raises:
-        ValueError: there is no room for a single one.
-    """
-    each = [record for n, record in enumerate(records) if record not in records[:n]]
-    named = [record for record in each if record != _OMITTED]
-    encoded = canonical_json(each[0] if len(each) == 1 else each)
-    while len(encoded) > PROVENANCE_BYTES:
-        if len(named) == 1:
-            raise ValueError(f"provenance takes {len(encoded)} bytes, at most {PROVENANCE_BYTES}")
-        named = named[1:]
-        encoded = canonical_json([_OMITTED, *named])
-    row = np.zeros(PROVENANCE_BYTES, np.uint8)
-    row[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    return row
-
-
-def decode_provenance(row: Bytes) -> list[Record]:
-    """A shard's records in the order in which they came; none where no row is done.
-
-    Raises:
-        ValueError: the bytes are not such records.
-    """
-    text = bytes(row).rstrip(b"\0")
-    value = json.loads(text) if text else []
-    records = value if isinstance(value, list) else [value]
-    if not all(isinstance(record, dict) and record for record in records):
-        raise ValueError(f"expected records of provenance, found {value!r}")
-    return records
+# --------------------------------------------------------------------------- JSON files
 
 
 def canonical_json(value: Any) -> bytes:
+    """Return ``value`` as JSON that is the same bytes for the same value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _metadata_digest(path: Path, document: dict[str, Any]) -> str:
-    """sha256 over the root's metadata (digest aside) and every array's ``zarr.json``."""
-    attributes = {k: v for k, v in document["attributes"].items() if k != "metadata_sha256"}
-    digest = hashlib.sha256(canonical_json({**document, "attributes": attributes}))
-    for metadata in sorted(path.glob("*/zarr.json")):
-        digest.update(metadata.parent.name.encode() + b"\0" + metadata.read_bytes())
-    return digest.hexdigest()
+def write_sealed(file: Path, content: Any) -> None:
+    """Write JSON with the sha256 of its own content, durably."""
+    write_bytes(file, _sealed(content))
 
 
-def seal(path: Path, attributes: dict[str, Any]) -> None:
-    """Write the root's attributes and a digest over all metadata: crc32c covers chunks only."""
-    document = json.loads((path / "zarr.json").read_text())
-    document["attributes"] = attributes
-    attributes["metadata_sha256"] = _metadata_digest(path, document)
-    write_bytes(path / "zarr.json", canonical_json(document))
-
-
-def check_seal(path: Path) -> dict[str, Any]:
-    """The root's attributes, once the digest over all metadata agrees.
+def read_sealed(path: Path, name: str) -> Any:
+    """Read what ``write_sealed`` wrote to the file ``name`` of the store at ``path``.
 
     Raises:
-        CorruptStoreError: a metadata file is damaged. StoreError: another version's format.
+        CorruptStoreError: it is missing, or not what was written.
     """
     try:
-        content = (path / "zarr.json").read_bytes()
-        document = json.loads(content)
-        attributes: dict[str, Any] = document["attributes"]
-        whole = content == canonical_json(document)
-        intact = whole and attributes["metadata_sha256"] == _metadata_digest(path, document)
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise CorruptStoreError(
-            f"{path}: metadata is unreadable ({type(error).__name__}); {_ADVICE}"
-        ) from error
+        raw = (path / name).read_bytes()
+    except FileNotFoundError as error:
+        raise CorruptStoreError(f"{path}: {name} is missing; {ADVICE}") from error
+    try:
+        content = json.loads(raw)["content"]
+        intact = raw == _sealed(content)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        intact = False
     if not intact:
-        raise CorruptStoreError(f"{path}: metadata is damaged (digest differs); {_ADVICE}")
-    if attributes.get("format") != FORMAT:
-        raise StoreError(
-            f"{path}: format {attributes.get('format')}, this samfed reads format {FORMAT}"
+        raise CorruptStoreError(f"{path}: {name} is damaged; {ADVICE}")
+    return content
+
+
+def _sealed(content: Any) -> bytes:
+    sha256 = hashlib.sha256(canonical_json(content)).hexdigest()
+    return canonical_json({"content": content, "sha256": sha256})
+
+
+# --------------------------------------------------------------------------- stores
+
+
+def write_store_file(
+    path: Path, kind: str, content: Mapping[str, Any], *, names: Iterable[str] = ()
+) -> None:
+    """Say in ``store.json`` what the store at ``path`` is, and the sha256 of some of its files.
+
+    These are ``names`` and the ``zarr.json`` of the root and of each array.
+    """
+    metadata = (file.relative_to(path).as_posix() for file in path.rglob(METADATA_FILE))
+    files = {name: file_sha256(path / name) for name in [*metadata, *names]}
+    write_sealed(path / STORE_FILE, {**content, "kind": kind, "format": FORMAT, "files": files})
+
+
+def read_store_file(path: Path, kind: str | None = None) -> Any:
+    """Return what ``store.json`` says, once it and the metadata files are found intact.
+
+    Raises:
+        FormatError: another samfed wrote the store. CorruptStoreError: one of these files is
+        damaged, or the store is not of this ``kind`` ("images" or "labels").
+    """
+    content = _format_1(path) or read_sealed(path, STORE_FILE)
+    if content["format"] != FORMAT:
+        way = (
+            "`samfed prepare`, which writes it anew"
+            if content["kind"] == "images"
+            else "`samfed precompute-sam`, which moves it to the archive and labels anew"
         )
-    return attributes
+        found = f"format {content['format']}, this samfed reads format {FORMAT}"
+        raise FormatError(f"{path}: {found}; run {way}")
+    if kind not in (None, content["kind"]):
+        raise CorruptStoreError(f"{path}: not a store of {kind}; remove it and rerun")
+    for name, sha256 in content["files"].items():
+        if name.endswith(METADATA_FILE) and (state := file_state(path / name, sha256)) != "whole":
+            raise CorruptStoreError(f"{path}: {name} is {state}; {ADVICE}")
+    return content
+
+
+def _format_1(path: Path) -> Any:
+    """Return the attributes of a store of format 1, where they were in ``zarr.json``, or None."""
+    if (path / STORE_FILE).exists() or not (path / METADATA_FILE).exists():
+        return None
+    try:
+        attributes = json.loads((path / METADATA_FILE).read_bytes())["attributes"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return attributes if "metadata_sha256" in attributes else None
+
+
+def file_state(file: Path, sha256: str) -> str:
+    """Return whether a file is "whole", that is has this sha256, "damaged" or "missing"."""
+    try:
+        return "whole" if file_sha256(file) == sha256 else "damaged"
+    except FileNotFoundError:
+        return "missing"
+
+
+def remove_partial_files(path: Path) -> None:
+    """Remove what killed writers left in a store; the caller holds its lock."""
+    for file in leftovers(path, seconds=0):
+        file.unlink(missing_ok=True)

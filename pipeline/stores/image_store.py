@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import zarr
 
 from pipeline.disk import folder_beside
 from pipeline.errors import IdentityError, StageError
 from pipeline.stores.arrays import (
-    CHUNK_ROWS,
-    FORMAT,
+    METADATA_FILE,
+    PHOTO_CODECS,
     Bytes,
-    check_seal,
-    decode_ids,
-    encode_ids,
+    chunk_name,
+    create_array,
+    open_array,
     read_rows,
-    seal,
-    sharded_array,
-    table_array,
+    read_store_file,
+    rows_per_chunk,
+    write_store_file,
 )
+
+_Row = tuple[Bytes, Bytes | None]  # an image and its label
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ImageSet:
 def write_image_store(
     path: Path,
     image_ids: Sequence[str],
-    rows: Iterable[tuple[Bytes, Bytes | None]],
+    rows: Iterable[_Row],
     *,
     size: int,
     num_classes: int,
@@ -55,39 +56,39 @@ def write_image_store(
         rows: (S, S, 3) image and (S, S) label, or None for every label, in the order of the ids.
         num_classes: K, which decides how the labels' files were read.
     """
-    count = len(image_ids)
+    count, per_chunk = len(image_ids), rows_per_chunk(size * size * 3)
     with folder_beside(path) as building:
-        group = zarr.create_group(store=building)
-        images = sharded_array(group, "images", (count, size, size, 3))
-        labels: zarr.Array[Any] | None = None
-        table_array(group, "image_ids", encode_ids(image_ids))
+        arrays = [
+            create_array(
+                building, "images", (count, size, size, 3), rows=per_chunk, codecs=PHOTO_CODECS
+            )
+        ]
         written = labelled = 0
-        for start, block in _blocks(rows):
-            images[start : start + len(block)] = np.stack([image for image, _ in block])
+        for block in _blocks(rows, per_chunk):
+            span = slice(written, written + len(block))
             marks = [label for _, label in block if label is not None]
-            written, labelled = written + len(block), labelled + len(marks)
+            written, labelled = span.stop, labelled + len(marks)
             if labelled not in (0, written):
                 raise ValueError(f"found {labelled} labels for {written} images of {path}")
+            arrays[0][span] = np.stack([image for image, _ in block])
             if marks:
-                labels = labels or sharded_array(group, "labels", (count, size, size))
-                labels[start : start + len(block)] = np.stack(marks)
+                if span.start == 0:
+                    shape = (count, size, size)
+                    arrays.append(create_array(building, "labels", shape, rows=per_chunk))
+                arrays[1][span] = np.stack(marks)
         if written != count:
             raise ValueError(f"found {written} rows for {count} image ids of {path}")
-        seal(building, {"kind": "images", "format": FORMAT, "num_classes": num_classes})
+        chunks = range(-(-count // per_chunk))
+        names = [chunk_name(array, chunk) for array in arrays for chunk in chunks]
+        content = {"num_classes": num_classes, "image_ids": list(image_ids)}
+        write_store_file(building, "images", content, names=names)
 
 
-def _blocks(
-    rows: Iterable[tuple[Bytes, Bytes | None]],
-) -> Iterable[tuple[int, list[tuple[Bytes, Bytes | None]]]]:
-    """Group rows by shard, so that each shard is written once."""
-    start, block = 0, []
-    for row in rows:
-        block.append(row)
-        if len(block) == CHUNK_ROWS:
-            yield start, block
-            start, block = start + len(block), []
-    if block:
-        yield start, block
+def _blocks(rows: Iterable[_Row], size: int) -> Iterator[list[_Row]]:
+    """Yield up to ``size`` rows at a time, so that each chunk is written once."""
+    every = iter(rows)
+    while block := list(islice(every, size)):
+        yield block
 
 
 def read_image_store(
@@ -97,26 +98,22 @@ def read_image_store(
 
     Raises:
         StageError: it does not exist. IdentityError: it holds other images, another size or K.
-        CorruptStoreError: its bytes are not what was written.
+        CorruptStoreError: its bytes are not what was written. FormatError: another samfed's.
     """
     if not path.is_dir():
         raise StageError(f"{path}: not found; run `samfed {stage}` first")
-    attributes = check_seal(path)
-    group = zarr.open_group(path, mode="r")
-    labels = read_rows(path, group["labels"]) if "labels" in group else None
-    ids = decode_ids(read_rows(path, group["image_ids"]))
-    every: Any = group["images"]
-    found: int = every.shape[1]
-    if found != size:
-        raise IdentityError(
-            f"{path}: image_size is {found}, the run asks for {size}; run `samfed {stage}`"
-        )
-    classes = attributes.get("num_classes")
-    if classes != num_classes:
-        raise IdentityError(
-            f"{path}: num_classes is {classes}, the run asks for {num_classes}; "
-            f"run `samfed {stage}`"
-        )
-    if ids != tuple(image_ids):
+    content = read_store_file(path, "images")
+    images = open_array(path, "images")
+    wanted = {"image_size": size, "num_classes": num_classes}
+    found = {"image_size": images.shape[1], "num_classes": content["num_classes"]}
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise IdentityError(
+                f"{path}: {name} is {found[name]}, the run asks for {value}; run `samfed {stage}`"
+            )
+    if content["image_ids"] != list(image_ids):
         raise IdentityError(f"{path}: holds other images than the partition; run `samfed {stage}`")
-    return ImageSet(ids, read_rows(path, every), labels)
+    every = range(len(image_ids))
+    labelled = f"labels/{METADATA_FILE}" in content["files"]
+    labels = read_rows(path, open_array(path, "labels"), every) if labelled else None
+    return ImageSet(tuple(image_ids), read_rows(path, images, every), labels)

@@ -1,35 +1,39 @@
-"""Every byte of a store, read and checked: what ``samfed cache verify`` does with one store."""
+"""Every byte of a store, read and checked, and what is damaged made honest: work not yet done."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import zarr
-from numpy.typing import NDArray
-
-from pipeline.errors import CorruptStoreError, StoreError
+from pipeline.disk import tree_bytes, write_bytes
+from pipeline.errors import CorruptStoreError, FormatError
 from pipeline.stores.arrays import (
-    CHUNK_ROWS,
-    INNER_ROWS,
-    Bytes,
-    check_seal,
-    chunk_file,
-    decode_ids,
-    decode_provenance,
+    ADVICE,
+    STORE_FILE,
+    Advance,
+    file_state,
+    open_array,
     read_rows,
+    read_sealed,
+    read_store_file,
 )
-from pipeline.stores.decode import ChunkError, index_bytes, is_held, read_index
+from pipeline.stores.label_store import (
+    COPY_FILE,
+    STATISTICS_FILE,
+    Identity,
+    LabelStore,
+    RowKey,
+    chunk_file,
+    write_metadata,
+)
 
-METADATA = "metadata"  # the zarr.json files, where a fault names an array
+METADATA = "metadata"  # store.json or a zarr.json, without which nothing else can be read
+WHOLE_STORE = (METADATA, COPY_FILE)  # faults that ``restore_metadata`` mends, and loses no label
 FORMAT_FAULT = "format"  # whole, but of another samfed
-LABEL_ARRAYS = ("masks", "confidences", "predicted_iou")  # written by shard, before the done marks
-
-Advance = Callable[[int], None]  # takes the bytes read since the last call
-Bad = tuple[range, str]  # rows of an array, and what is wrong with them
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class Fault:
     """Damage in one store."""
 
     path: Path  # of the store
-    what: str  # an array, or what else of the store
-    rows: range | None  # of the store; None where no row can be named
+    what: str  # an array, ``metadata``, ``format``, or a JSON file's name
+    rows: range | None  # of the store; None where it concerns no row
     reason: str
 
     def __str__(self) -> str:
@@ -46,163 +50,131 @@ class Fault:
         return f"{self.path}: {self.what}{where}: {self.reason}"
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``; rows are [first, last]."""
+        """Return it for ``--json``; rows are [first, last]."""
         rows = None if self.rows is None else [self.rows.start, self.rows.stop - 1]
         return {"store": str(self.path), "what": self.what, "rows": rows, "reason": self.reason}
 
 
 def check_store(path: Path, advance: Advance = lambda read: None) -> list[Fault]:
-    """Read a label or image store whole, one shard in memory at a time; all that is wrong with it.
+    """Read a label or image store whole, one chunk at a time, and list all that is wrong with it.
 
-    The metadata is held against its seal; each chunk against its crc32c, and for being there; a
-    shard's index for naming each chunk and leaving no byte out; ids and provenance for being
-    readable. Without its metadata nothing else of a store can be read: that is one fault.
+    Each JSON file is held against its own sha256, and each other file against the one that a JSON
+    file names, or in a chunk with rows still to come against its crc32c. Without its metadata
+    nothing else of a store can be read: that is one fault.
+
+    Raises:
+        OSError: a file cannot be read, which says nothing about its bytes.
     """
     try:
-        attributes = check_seal(path)
+        content = read_store_file(path)
     except CorruptStoreError as error:
-        reason = str(error).removeprefix(f"{path}: metadata is ").split("; ")[0]
+        reason = str(error).removeprefix(f"{path}: ").removesuffix(f"; {ADVICE}")
         return [Fault(path, METADATA, None, reason)]
-    except StoreError as error:
+    except FormatError as error:
         return [Fault(path, FORMAT_FAULT, None, str(error).removeprefix(f"{path}: format "))]
-    group = zarr.open_group(path, mode="r")
-    if attributes.get("kind") == "labels":
-        faults = _check_labels(path, group, advance)
-    else:
-        faults = [
-            Fault(path, name, *bad)
-            for name in sorted(group)
-            for bad in _check_array(path, group, name, advance)
-        ]
-    if not any(fault.what == "image_ids" for fault in faults):
-        faults += _check_ids(path, group)
-    return faults
+    if content["kind"] == "labels":
+        return list(_check_labels(LabelStore(path), advance))
+    return list(_check_images(path, content["files"], advance))
 
 
-def read_what_can_be(path: Path, group: Any, name: str) -> Bytes:
-    """A whole array, with zeros in place of chunks that are missing or damaged."""
-    array = group[name]
-    values = np.zeros(array.shape, array.dtype)
-    for span in _parts(array):
-        try:
-            rows = slice(span.start, span.stop)
-            values[rows] = read_rows(path, array, rows=rows)
-        except CorruptStoreError:
-            continue  # its zeros are the answer
-    return values
+def stored_identity(path: Path) -> Identity | None:
+    """Return a label store's identity, from its copy if need be; None if both are damaged."""
+    for name in (STORE_FILE, COPY_FILE):
+        with suppress(CorruptStoreError):
+            return Identity.model_validate(read_sealed(path, name)["identity"])
+    return None
 
 
-def _check_labels(path: Path, group: Any, advance: Advance) -> list[Fault]:
-    done = read_what_can_be(path, group, "done") == 1
-    faults: list[Fault] = []
-    for name in sorted(group):
-        needed = done if name in LABEL_ARRAYS else None
-        for bad, reason in _check_array(path, group, name, advance, needed=needed):
-            rows = _rows_of(bad, len(done)) if name == "provenance" else bad
-            faults.append(Fault(path, name, rows, reason))
-    if not any(fault.what == "provenance" for fault in faults):
-        faults += _check_provenance(path, group, done)
-    return faults
+def restore_metadata(path: Path) -> None:
+    """Write again what never changes in a label store, from its copy or from its other files.
 
-
-def _rows_of(shards: range, count: int) -> range:
-    return range(shards.start * CHUNK_ROWS, min(shards.stop * CHUNK_ROWS, count))
-
-
-def _check_array(
-    path: Path,
-    group: Any,
-    name: str,
-    advance: Advance,
-    *,
-    needed: NDArray[np.bool_] | None = None,
-) -> list[Bad]:
-    """What is wrong with one array.
-
-    Args:
-        needed: (N,) which rows must be there; a part without one is read where it exists. None
-            means all.
+    Raises:
+        CorruptStoreError: nobody can tell any more whose labels these are, or of which images.
     """
-    array = group[name]
-    bad: list[Bad] = []
-    for number, span in enumerate(_parts(array)):
-        file = chunk_file(path, array, number)
-        if needed is None or needed[span.start : span.stop].any() or file.exists():
-            bad += _check_part(path, array, span, file)
-        advance(file.stat().st_size if file.is_file() else 0)
-    return bad
-
-
-def _parts(array: Any) -> Iterator[range]:
-    """The rows of each shard, or of each chunk of an array without shards."""
-    step = (array.shards or array.chunks)[0]
-    for start in range(0, array.shape[0], step):
-        yield range(start, min(start + step, array.shape[0]))
-
-
-def _check_part(path: Path, array: Any, span: range, file: Path) -> list[Bad]:
-    """The rows of a shard or chunk that cannot be read, and why."""
-    if not file.is_file() or file.stat().st_size == 0:
-        return [(span, "missing")]
-    if array.shards is not None:
-        return _check_shard(path, array, span, file)
-    return [] if _readable(path, array, span) else [(span, "damaged")]
-
-
-def _check_shard(path: Path, array: Any, span: range, file: Path) -> list[Bad]:
-    """Chunk by chunk, adjacent rows with one fault as one range; then for bytes of no chunk."""
-    chunks = CHUNK_ROWS // INNER_ROWS
+    identity = stored_identity(path)
+    if identity is None:
+        raise CorruptStoreError(f"{path}: {STORE_FILE} and {COPY_FILE} are damaged; {ADVICE}")
     try:
-        with file.open("rb") as stream:
-            index = read_index(stream, chunks)
-    except ChunkError:
-        return [(span, "damaged")]
-    bad: list[Bad] = []
-    for number, start in enumerate(range(span.start, span.stop, INNER_ROWS)):
-        rows = range(start, min(start + INNER_ROWS, span.stop))
-        held = is_held(index)[number]
-        if held and _readable(path, array, rows):
-            continue
-        reason = "damaged" if held else "missing"
-        if bad and (bad[-1][0].stop, bad[-1][1]) == (rows.start, reason):
-            rows = range(bad.pop()[0].start, rows.stop)
-        bad.append((rows, reason))
-    used = int(index[is_held(index), 1].sum()) + index_bytes(chunks)
-    if not bad and used != file.stat().st_size:
-        return [(span, "damaged (bytes that belong to no chunk)")]
-    return bad
-
-
-def _readable(path: Path, array: Any, rows: range) -> bool:
-    try:
-        read_rows(path, array, rows=slice(rows.start, rows.stop))
+        rows = _copied_rows(path)
     except CorruptStoreError:
-        return False
-    return True
+        rows = list(LabelStore(path).rows)
+    with tempfile.TemporaryDirectory() as folder:
+        write_metadata(Path(folder), identity, rows)
+        for file in sorted(Path(folder).rglob("*.json")):
+            write_bytes(path / file.relative_to(folder), file.read_bytes())
 
 
-def _check_ids(path: Path, group: Any) -> list[Fault]:
-    table = read_rows(path, group["image_ids"])
+def mend_store(path: Path, faults: Sequence[Fault]) -> None:
+    """Make a label store with these faults, its metadata whole, an honest, unfinished one.
+
+    A chunk with a fault becomes undone and loses what it holds. Marks are on the disk before
+    anything is removed, so that none ever promises what is gone.
+
+    Raises:
+        CorruptStoreError: its metadata is damaged.
+    """
+    store, rows = LabelStore(path), _copied_rows(path)
+    store.set_statistics(None)  # they were of the whole store, or are damaged themselves
+    for chunk in sorted({f.rows.start // store.rows_per_chunk for f in faults if f.rows}):
+        span = store.chunk_rows(chunk)
+        store.forget_chunk(chunk, rows[span.start : span.stop])
+
+
+def _check_images(path: Path, files: dict[str, str], advance: Advance) -> Iterator[Fault]:
+    for name, sha256 in files.items():
+        state = file_state(path / name, sha256)
+        if state != "whole":
+            array = open_array(path, name.split("/")[0])
+            step, chunk = array.chunks[0], int(name.split(".")[1])
+            rows = range(chunk * step, min((chunk + 1) * step, array.shape[0]))
+            yield Fault(path, array.path, rows, state)
+        advance(tree_bytes(path / name))
+
+
+def _check_labels(store: LabelStore, advance: Advance) -> Iterator[Fault]:
+    path = store.path
+    copy = _check_sealed(path, COPY_FILE)
+    yield from copy
+    rows = [] if copy else _copied_rows(path)
+    if (path / STATISTICS_FILE).exists():
+        yield from _check_sealed(path, STATISTICS_FILE)
+    for chunk in range(store.chunks):
+        span, name = store.chunk_rows(chunk), chunk_file(chunk)
+        faults = _check_sealed(path, name, span)
+        if not faults and rows and store.state(chunk).rows != rows[span.start : span.stop]:
+            faults = [Fault(path, name, span, f"of other images than {COPY_FILE}")]
+        yield from faults or _check_chunk(store, chunk)
+        advance(sum(tree_bytes(path / name) for name in store.chunk_files(chunk).values()))
+
+
+def _check_chunk(store: LabelStore, chunk: int) -> Iterator[Fault]:
+    """Check the files of a chunk by their sha256; by their crc32c where that may still change."""
+    state, span = store.state(chunk), store.chunk_rows(chunk)
+    for array, name in store.chunk_files(chunk).items():
+        found = "whole"
+        if state.files:
+            found = file_state(store.path / name, state.files[name])
+        elif any(state.done) or (store.path / name).exists():
+            try:
+                read_rows(store.path, open_array(store.path, array), span)
+            except CorruptStoreError as error:
+                found = _state(error)
+        if found != "whole":
+            yield Fault(store.path, array, span, found)
+
+
+def _check_sealed(path: Path, name: str, rows: range | None = None) -> list[Fault]:
     try:
-        ids = decode_ids(table)
-    except UnicodeDecodeError:
-        return [Fault(path, "image_ids", None, "not UTF-8")]
-    if all(ids) and len(set(ids)) == len(ids):
-        return []
-    return [Fault(path, "image_ids", None, "an id is empty or there twice")]
+        read_sealed(path, name)
+    except CorruptStoreError as error:
+        return [Fault(path, name, rows, _state(error))]
+    return []
 
 
-def _check_provenance(path: Path, group: Any, done: NDArray[np.bool_]) -> list[Fault]:
-    """Each shard with a done row says in JSON what computed it."""
-    faults: list[Fault] = []
-    for shard, record in enumerate(read_rows(path, group["provenance"])):
-        rows = _rows_of(range(shard, shard + 1), len(done))
-        if not done[rows.start : rows.stop].any():
-            continue
-        try:
-            found = decode_provenance(record)
-        except ValueError:
-            found = []
-        if not found:
-            faults.append(Fault(path, "provenance", rows, "no record of what computed it"))
-    return faults
+def _state(error: CorruptStoreError) -> str:
+    """Return "missing" or "damaged", with which these errors end before they give advice."""
+    return str(error).removesuffix(f"; {ADVICE}").rsplit(" ", 1)[-1]
+
+
+def _copied_rows(path: Path) -> list[RowKey]:
+    return [RowKey(*row) for row in read_sealed(path, COPY_FILE)["rows"]]

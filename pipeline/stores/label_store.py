@@ -6,44 +6,48 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.disk import flush, folder_beside, move, naming, recover_folder, unused_name
-from pipeline.errors import CorruptStoreError, IdentityError, StageError
+from pipeline.disk import (
+    file_sha256,
+    flush,
+    folder_beside,
+    move,
+    recover_folder,
+    unused_name,
+)
+from pipeline.errors import CorruptStoreError, FormatError, IdentityError, StageError, StoreError
 from pipeline.stores.arrays import (
-    CHUNK_ROWS,
-    FORMAT,
-    MARK_SHARDS,
-    PROVENANCE_BYTES,
     Bytes,
-    Record,
     canonical_json,
-    check_seal,
-    chunk_file,
-    decode_ids,
-    decode_provenance,
-    encode_ids,
-    encode_provenance,
-    open_arrays,
-    plain_array,
+    chunk_name,
+    create_array,
+    open_array,
     read_rows,
+    read_sealed,
+    read_store_file,
     remove_partial_files,
-    seal,
-    sharded_array,
-    table_array,
+    rows_per_chunk,
+    write_sealed,
+    write_store_file,
 )
 
 #: Version of how labels come from an image and a teacher. Raised whenever resizing, cropping,
 #: rounding or loading changes them, so that older labels are made anew. A golden-label test guards
 #: it.
 LABEL_VERSION = 1
+
+LABEL_ARRAYS = ("masks", "confidences", "predicted_iou")
+COPY_FILE = "copy.json"  # identity and rows once more, for the day when a bit flips in the others
+STATISTICS_FILE = "statistics.json"
+
+Provenance = dict[str, str]  # what computed labels: backend, precision, device, versions
 
 _CONFIDENCE_CLIP = (1 / 512, 511 / 512)
 
@@ -69,8 +73,7 @@ class Identity(BaseModel):
         return hashlib.sha256(canonical_json(self.model_dump())).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class RowKey:
+class RowKey(NamedTuple):
     """The image behind one row, and the sha256 of the file it was read from."""
 
     image_id: str
@@ -90,11 +93,26 @@ class PseudoLabels:
     predicted_iou: NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class ChunkState:
+    """What ``chunks/<number>.json`` says of one chunk."""
+
+    rows: list[RowKey]
+    done: list[bool]  # of each row
+    provenance: list[Provenance]  # of all that computed one of the rows done
+    files: dict[str, str]  # sha256 of the chunk's files, once every row is done
+
+
+def chunk_file(chunk: int) -> str:
+    """Return the name of the JSON file beside a chunk, relative to the store."""
+    return f"chunks/{chunk}.json"
+
+
 class LabelStore:
     """A client's teacher labels on disk; ``open_label_store`` makes or finds it.
 
-    One coordinator creates the store and sets done marks; any worker may write the shard that it
-    was given, whole, for every array (partial writes to a shard from two writers lose data:
+    One coordinator creates the store and marks rows done; any worker may write the chunk that it
+    was given, whole, for every array (partial writes to a chunk from two writers lose data:
     zarr-python #3682).
     """
 
@@ -102,145 +120,158 @@ class LabelStore:
         if not path.is_dir():
             raise StageError(f"{path}: not found; run `samfed precompute-sam` first")
         self.path = path
-        attributes = check_seal(path)
-        if attributes.get("kind") != "labels":
-            raise CorruptStoreError(f"{path}: not a label store; remove it and rerun")
-        self.identity = Identity.model_validate(attributes["identity"])
-        self._attributes = attributes
-        self._arrays = open_arrays(zarr.open_group(path, mode="r+"))
+        self.identity = Identity.model_validate(read_store_file(path, "labels")["identity"])
+        self._arrays = {name: open_array(path, name) for name in LABEL_ARRAYS}
 
     @classmethod
     def create(cls, path: Path, identity: Identity, rows: Sequence[RowKey]) -> LabelStore:
-        """A new store with no row done; it appears at ``path`` complete or not at all."""
+        """Create a store with no row done; it appears at ``path`` complete or not at all."""
         with folder_beside(path) as building:
-            create_arrays(building, identity, rows)
+            _write_empty(building, identity, rows)
         return cls(path)
 
     def __len__(self) -> int:
-        count: int = self._arrays["done"].shape[0]
+        count: int = self._arrays["masks"].shape[0]
         return count
 
     @cached_property
     def rows(self) -> tuple[RowKey, ...]:
-        """The image behind each row; read when first asked for, which no writer of a shard does."""
-        ids = decode_ids(self._values("image_ids"))
-        digests = self._values("image_sha256")
-        return tuple(
-            RowKey(image_id, digest.tobytes().hex())
-            for image_id, digest in zip(ids, digests, strict=True)
-        )
+        """The image behind each row; read when first asked for, which no writer of a chunk does."""
+        return tuple(chain.from_iterable(self.state(chunk).rows for chunk in range(self.chunks)))
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Number of rows of every chunk but the last: 64, or fewer if they are very long."""
+        count: int = self._arrays["masks"].chunks[0]
+        return count
 
     @property
     def chunks(self) -> int:
-        """Number of shards, the last one perhaps partly filled."""
-        return -(-len(self) // CHUNK_ROWS)
+        """Number of chunks, the last one perhaps partly filled."""
+        return -(-len(self) // self.rows_per_chunk)
 
-    def chunk_rows(self, shard: int) -> range:
-        """The rows that shard number ``shard`` holds."""
-        return range(shard * CHUNK_ROWS, min((shard + 1) * CHUNK_ROWS, len(self)))
+    def chunk_rows(self, chunk: int) -> range:
+        """Return the rows that a chunk holds."""
+        start = chunk * self.rows_per_chunk
+        return range(start, min(start + self.rows_per_chunk, len(self)))
+
+    def chunk_files(self, chunk: int) -> dict[str, str]:
+        """Return the file of a chunk in each array, relative to the store."""
+        return {name: chunk_name(array, chunk) for name, array in self._arrays.items()}
+
+    def state(self, chunk: int) -> ChunkState:
+        """Read what is known of a chunk, as on disk now.
+
+        Raises:
+            CorruptStoreError: its JSON file is missing or damaged.
+        """
+        content = read_sealed(self.path, chunk_file(chunk))
+        return ChunkState(**{**content, "rows": [RowKey(*row) for row in content["rows"]]})
+
+    def _write_state(self, chunk: int, state: ChunkState) -> None:
+        write_sealed(self.path / chunk_file(chunk), vars(state))
 
     def done(self, rows: slice = slice(None)) -> NDArray[np.bool_]:
-        """Which of ``rows`` are complete, bool, as on disk now."""
-        marks: NDArray[np.bool_] = self._values("done", rows) == 1
-        return marks
+        """Return which of ``rows`` are complete, bool, as on disk now."""
+        span, step = range(*rows.indices(len(self))), self.rows_per_chunk
+        first, stop = span.start // step, -(-span.stop // step)
+        states = map(self.state, range(first, stop))
+        marks = np.array([mark for state in states for mark in state.done], np.bool_)
+        return marks[span.start - first * step :][: len(span)]
 
     def pending(self) -> list[int]:
-        """Shards with a row that is not done."""
-        done = self.done()
-        return [
-            shard
-            for shard in range(self.chunks)
-            if not done[self.chunk_rows(shard).start : self.chunk_rows(shard).stop].all()
-        ]
+        """List the chunks with a row that is not done."""
+        return [chunk for chunk in range(self.chunks) if not all(self.state(chunk).done)]
 
-    def write_chunk(self, shard: int, rows: Sequence[int], labels: PseudoLabels) -> None:
-        """Write the labels of some ``rows`` of one shard; its other rows keep what they have.
+    def provenance(self) -> list[list[Provenance]]:
+        """Return for each chunk all that computed one of its rows; [] where none is done.
 
-        On return they are on the disk: done marks that outlive a power cut never promise more.
+        One is the rule; more where rows had to wait for another run, or came from other chunks.
         """
-        span = self.chunk_rows(shard)
-        values = {
-            "masks": labels.masks,
-            "confidences": labels.confidences,
-            "predicted_iou": labels.predicted_iou,
-        }
-        inside = np.asarray(rows) - span.start
-        begun = bool(self.done(slice(span.start, span.stop)).any())
-        for name, new in values.items():
-            array = self._arrays[name]
-            if begun:
-                whole = self._values(name, slice(span.start, span.stop))
-            else:  # what a killed run may have left is not kept: same bytes either way
-                if len(span) < CHUNK_ROWS:  # zarr would merge with it, damaged or not
-                    chunk_file(self.path, array, shard).unlink(missing_ok=True)
-                whole = np.zeros((len(span), *array.shape[1:]), array.dtype)
-            whole[inside] = new
-            self._write(name, slice(span.start, span.stop), whole, part=shard)
+        return [self.state(chunk).provenance for chunk in range(self.chunks)]
 
     def check_rows(self, rows: Sequence[int], sha256: Sequence[str]) -> None:
-        """Refuse rows that are not of the images with these digests.
+        """Refuse rows of one chunk that are not of the images with these digests.
 
         Raises:
             IdentityError: the store was rebuilt for other images.
         """
-        span = slice(min(rows), max(rows) + 1)
-        digests = self._values("image_sha256", span)
+        chunk = rows[0] // self.rows_per_chunk
+        found, start = self.state(chunk).rows, self.chunk_rows(chunk).start
         for row, expected in zip(rows, sha256, strict=True):
-            if digests[row - span.start].tobytes().hex() != expected:
+            if found[row - start].sha256 != expected:
                 raise IdentityError(
                     f"{self.path}: row {row} is of another image by now; "
                     "run `samfed precompute-sam`"
                 )
 
-    def mark_done(self, shard: int, rows: Sequence[int], provenance: Sequence[Record]) -> None:
-        """Record what computed rows of a shard and then, last of all, that they are complete.
+    def write_chunk(self, chunk: int, rows: Sequence[int], labels: PseudoLabels) -> None:
+        """Write the labels of some ``rows`` of one chunk; its other rows keep what they have.
 
-        The records of its other complete rows are kept, before these. Statistics of the store as
-        it was are dropped first.
+        On return they are on the disk: marks that outlive a power cut never promise more.
+
+        Raises:
+            StoreError: one of the rows is done already, as when a worker comes late.
+        """
+        span, done = self.chunk_rows(chunk), self.state(chunk).done
+        inside = [row - span.start for row in rows]
+        if any(done[row] for row in inside):
+            raise StoreError(f"{self.path}: rows of chunk {chunk} are labelled by now")
+        for name, array in self._arrays.items():
+            if any(done):
+                values = read_rows(self.path, array, span)
+            else:  # what a killed run may have left is not kept: same bytes either way
+                values = np.zeros((len(span), *array.shape[1:]), array.dtype)
+                if len(span) < self.rows_per_chunk:  # zarr would merge with it, damaged or not
+                    (self.path / chunk_name(array, chunk)).unlink(missing_ok=True)
+            values[inside] = getattr(labels, name)
+            array[span.start : span.stop] = values
+
+    def mark_done(self, chunk: int, rows: Sequence[int], provenance: Sequence[Provenance]) -> None:
+        """Record, last of all, that ``rows`` of a chunk are complete, and what computed them.
+
+        What computed its other complete rows is kept, before these. Statistics of the store as it
+        was are dropped first.
         """
         if self.statistics is not None:
             self.set_statistics(None)
-        span = self.chunk_rows(shard)
-        inside = np.asarray(rows) - span.start
-        marks = self.done(slice(span.start, span.stop)).astype(np.uint8)
-        # read in any case: zarr merges with what is there, damaged or not
-        before = self._values("provenance", slice(shard, shard + 1))[0]
-        kept = decode_provenance(before) if np.delete(marks, inside).any() else []
-        record = encode_provenance([*kept, *provenance])
-        marks[inside] = 1
-        part = shard // MARK_SHARDS
-        self._write("provenance", slice(shard, shard + 1), record[None], part=part)
-        self._write("done", slice(span.start, span.stop), marks, part=part)
+        before, start = self.state(chunk), self.chunk_rows(chunk).start
+        others = np.array(before.done)
+        others[[row - start for row in rows]] = False
+        done = list(before.done)
+        for row in rows:
+            done[row - start] = True
+        every = [*(before.provenance if others.any() else []), *provenance]
+        unique = [record for n, record in enumerate(every) if record not in every[:n]]
+        # rows that come later change the files, and a kill may come before the marks: no sha256 yet
+        names = self.chunk_files(chunk).values() if all(done) else ()
+        files = {name: file_sha256(self.path / name) for name in names}
+        self._write_state(chunk, ChunkState(before.rows, done, unique, files))
 
-    def _write(self, name: str, rows: slice, values: NDArray[Any], *, part: int) -> None:
-        """Write rows of one shard or chunk, and return when they are on the disk."""
-        file = chunk_file(self.path, self._arrays[name], part)
-        with naming(file):
-            self._arrays[name][rows] = values
-            flush(file)
-
-    def provenance(self) -> list[list[Record]]:
-        """For each shard, the records of all that computed one of its rows; [] where none is done.
-
-        One is the rule; more where rows had to wait for another run, or came from other shards.
-        """
-        return [decode_provenance(row) for row in self._values("provenance")[: self.chunks]]
+    def forget_chunk(self, chunk: int, rows: Sequence[RowKey]) -> None:
+        """Make a chunk of these ``rows`` undone, durably, and then remove what it holds."""
+        self._write_state(chunk, ChunkState(list(rows), [False] * len(rows), [], {}))
+        for name in self.chunk_files(chunk).values():
+            (self.path / name).unlink(missing_ok=True)
 
     @property
     def statistics(self) -> dict[str, Any] | None:
         """What ``set_statistics`` kept with the labels as they are now; None if nothing."""
-        return self._attributes.get("statistics")
+        if not (self.path / STATISTICS_FILE).exists():
+            return None
+        statistics: dict[str, Any] = read_sealed(self.path, STATISTICS_FILE)
+        return statistics
 
     def set_statistics(self, statistics: dict[str, Any] | None) -> None:
-        """Keep a JSON-ready summary of the finished labels among the attributes; None drops it."""
-        attributes = {k: v for k, v in self._attributes.items() if k != "statistics"}
+        """Keep a JSON-ready summary of the finished labels beside them; None drops it."""
         if statistics is not None:
-            attributes["statistics"] = statistics
-        seal(self.path, attributes)
-        self._attributes = attributes
+            write_sealed(self.path / STATISTICS_FILE, statistics)
+        else:
+            (self.path / STATISTICS_FILE).unlink(missing_ok=True)
+            flush(self.path)
 
     def read(self, rows: slice = slice(None)) -> PseudoLabels:
-        """Labels of ``rows``, all of which must be done.
+        """Read the labels of ``rows``, all of which must be done.
 
         Raises:
             StageError: a row is not done. CorruptStoreError: a done row is missing or damaged.
@@ -251,41 +282,55 @@ class LabelStore:
                 f"{self.path}: {int(done.sum())} of {len(done)} rows are labelled; "
                 "run `samfed precompute-sam` to finish it"
             )
-        return self._read(rows)
+        return self._read(range(*rows.indices(len(self))))
 
-    def read_chunk(self, shard: int) -> PseudoLabels:
-        """What a shard with a done row holds; its rows that are not done mean nothing.
+    def read_chunk(self, chunk: int) -> PseudoLabels:
+        """Read a chunk with a done row; its rows that are not done mean nothing.
 
         Raises:
             CorruptStoreError: it is missing or damaged.
         """
-        span = self.chunk_rows(shard)
-        return self._read(slice(span.start, span.stop))
+        return self._read(self.chunk_rows(chunk))
 
-    def _values(self, name: str, rows: slice = slice(None)) -> Any:
-        return read_rows(self.path, self._arrays[name], rows=rows)
-
-    def _read(self, rows: slice) -> PseudoLabels:
+    def _read(self, rows: range) -> PseudoLabels:
         return PseudoLabels(
-            masks=self._values("masks", rows),
-            confidences=self._values("confidences", rows),
-            predicted_iou=self._values("predicted_iou", rows),
+            *(read_rows(self.path, self._arrays[name], rows) for name in LABEL_ARRAYS)
         )
 
 
+def write_metadata(path: Path, identity: Identity, rows: Sequence[RowKey]) -> None:
+    """Write all of a label store that never changes, in the folder ``path``, and its copy."""
+    count, size = len(rows), identity.label_size
+    per_chunk = rows_per_chunk(size * size)
+    create_array(path, "masks", (count, size, size), rows=per_chunk)
+    create_array(path, "confidences", (count, size, size), rows=per_chunk)
+    create_array(path, "predicted_iou", (count,), rows=per_chunk, dtype="float32")
+    content = {"identity": identity.model_dump()}
+    write_store_file(path, "labels", content)
+    write_sealed(path / COPY_FILE, {**content, "rows": rows})
+
+
+def _write_empty(path: Path, identity: Identity, rows: Sequence[RowKey]) -> None:
+    write_metadata(path, identity, rows)
+    store = LabelStore(path)
+    for chunk in range(store.chunks):
+        span = store.chunk_rows(chunk)
+        store.forget_chunk(chunk, rows[span.start : span.stop])
+
+
 def confidence_to_probability(confidences: Bytes) -> NDArray[np.float32]:
-    """Stored confidences as probabilities, float32 in [1/512, 511/512]: never quite certain."""
+    """Return stored confidences as probabilities, float32 in [1/512, 511/512]: never certain."""
     return np.clip(confidences.astype(np.float32) / 255, *_CONFIDENCE_CLIP)
 
 
 def read_labels(path: Path, *, rows: Sequence[RowKey], identity: Identity) -> PseudoLabels:
-    """A finished store's labels, by this very teacher and for exactly these images in this order.
+    """Read a finished store: labels by this very teacher, of exactly these images in this order.
 
     Raises:
         StageError: missing or unfinished. IdentityError: by another teacher, or for other images.
     """
     store = LabelStore(path)
-    check_identity(store, identity)
+    check_identity(path, store.identity, identity)
     if store.rows != tuple(rows):
         raise IdentityError(
             f"{path}: made for other images than the client now has; run `samfed precompute-sam`"
@@ -293,48 +338,19 @@ def read_labels(path: Path, *, rows: Sequence[RowKey], identity: Identity) -> Ps
     return store.read()
 
 
-def check_identity(store: LabelStore, identity: Identity) -> None:
-    """Refuse a store that another teacher made.
+def check_identity(path: Path, found: Identity, wanted: Identity) -> None:
+    """Refuse the store at ``path``, whose identity is ``found``, if another one is wanted.
 
     Raises:
         IdentityError: names the first field that differs, both values, and the way out.
     """
-    if store.identity != identity:
-        field, old, new = first_difference(store.identity, identity)
-        raise IdentityError(
-            f"{store.path}: {field} is {old}, the run asks for {new}; run `samfed precompute-sam`"
-        )
-
-
-def first_difference(old: Identity, new: Identity) -> tuple[str, Any, Any]:
-    """The first field that differs, and both values."""
-    after = new.model_dump()
-    return next(
-        (field, value, after[field])
-        for field, value in old.model_dump().items()
-        if value != after[field]
-    )
-
-
-def create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> None:
-    """An empty label store in the folder ``path``; ``LabelStore.create`` makes it whole at once."""
-    count, size = len(rows), identity.label_size
-    shards = -(-count // CHUNK_ROWS)
-    group = zarr.create_group(store=path)
-    sharded_array(group, "masks", (count, size, size))
-    sharded_array(group, "confidences", (count, size, size))
-    plain_array(group, "predicted_iou", (count,), (CHUNK_ROWS,), "float32")
-    # zarr writes a scalar fill only where told to: every mark exists on disk from the start
-    done = plain_array(group, "done", (count,), (MARK_SHARDS * CHUNK_ROWS,), "uint8")
-    done[:] = np.zeros(count, np.uint8)
-    provenance = plain_array(
-        group, "provenance", (shards, PROVENANCE_BYTES), (MARK_SHARDS, PROVENANCE_BYTES), "uint8"
-    )
-    provenance[:] = np.zeros((shards, PROVENANCE_BYTES), np.uint8)
-    table_array(group, "image_ids", encode_ids([row.image_id for row in rows]))
-    digests = np.frombuffer(bytes.fromhex("".join(row.sha256 for row in rows)), np.uint8)
-    table_array(group, "image_sha256", digests.reshape(count, 32))
-    seal(path, {"kind": "labels", "format": FORMAT, "identity": identity.model_dump()})
+    asked = wanted.model_dump()
+    for field, value in found.model_dump().items():
+        if value != asked[field]:
+            raise IdentityError(
+                f"{path}: {field} is {value}, the run asks for {asked[field]}; "
+                "run `samfed precompute-sam`"
+            )
 
 
 # --------------------------------------------------------------------------- opening
@@ -343,96 +359,99 @@ def create_arrays(path: Path, identity: Identity, rows: Sequence[RowKey]) -> Non
 def open_label_store(
     path: Path, identity: Identity, rows: Sequence[RowKey], *, archive: Path
 ) -> tuple[LabelStore, str | None]:
-    """The store to write to: the one at ``path``, one taken back from ``archive``, or a new one.
+    """Open the store to write to: the one at ``path``, one back from ``archive``, or a new one.
 
     A store with another identity is moved to ``archive/<its digest>.zarr`` (``-2``, ``-3`` if there
     is one already: nothing is deleted) and taken back from there when its identity is asked for
-    again. Rows whose image file is unchanged are kept when images come or go. What a killed run
-    left half done is made good first; the caller holds the lock.
+    again; one of another format to ``archive/other-format.zarr``. Rows whose image file is
+    unchanged are kept when images come or go. What a killed run left half done is made good first;
+    the caller holds the lock.
 
     Returns:
         the store, and one sentence for the user when something was moved or carried over.
     """
-    notice: str | None = None
     recover_folder(path)
-    if path.exists():
-        found = LabelStore(path).identity
-        if found != identity:
-            field, old, new = first_difference(found, identity)
-            retired = unused_name(archive / f"{found.digest}.zarr")
-            move(path, retired)
-            notice = f"{path}: {field} was {old}, now {new}; moved the old labels to {retired}"
-    kept = None if path.exists() else _fullest(archive, identity, rows)
-    if kept is not None:
-        move(kept, path)
-        notice = f"{notice + '; ' if notice else ''}took back labels made earlier from {kept}"
+    notices = _retire(path, identity, archive) if path.exists() else []
     if not path.exists():
-        return LabelStore.create(path, identity, rows), notice
+        kept = _fullest(archive, identity, rows)
+        if kept is None:
+            LabelStore.create(path, identity, rows)
+        else:
+            move(kept, path)
+            notices.append(f"took back labels made earlier from {kept}")
     remove_partial_files(path)
     store = LabelStore(path)
-    if store.rows == tuple(rows):
-        return store, notice
-    carried, count = _carry_over(store, rows)
-    change = f"{path}: the images changed; kept the labels of {count} of {len(rows)}"
-    return carried, f"{notice}; {change}" if notice else change
+    if store.rows != tuple(rows):
+        store, count = _carry_over(store, rows)
+        notices.append(f"{path}: the images changed; kept the labels of {count} of {len(rows)}")
+    return store, "; ".join(notices) or None
+
+
+def _retire(path: Path, identity: Identity, archive: Path) -> list[str]:
+    """Move the store away if its labels are not those of ``identity``, and say why and where."""
+    name = "other-format"
+    try:
+        found = LabelStore(path).identity
+        name = found.digest
+        check_identity(path, found, identity)
+    except (FormatError, IdentityError) as error:
+        retired = unused_name(archive / f"{name}.zarr")
+        move(path, retired)
+        return [f"{str(error).split('; ')[0]}; moved the old labels to {retired}"]
+    return []
 
 
 def _fullest(archive: Path, identity: Identity, rows: Sequence[RowKey]) -> Path | None:
-    """Of the stores with this identity in ``archive``, the one with most of ``rows`` labelled."""
+    """Return the store with this identity in ``archive`` that has most of ``rows`` labelled."""
+    wanted = set(rows)
 
     def labelled(path: Path) -> int:
         try:
             store = LabelStore(path)
-            wanted = set(rows)
             return sum(
                 key in wanted for key, done in zip(store.rows, store.done(), strict=True) if done
             )
         except CorruptStoreError:
             return -1  # only if there is no other
 
-    stores = [
-        *archive.glob(f"{identity.digest}.zarr"),
-        *sorted(archive.glob(f"{identity.digest}-*.zarr")),
-    ]
+    numbered = sorted(archive.glob(f"{identity.digest}-*.zarr"))
+    stores = [*archive.glob(f"{identity.digest}.zarr"), *numbered]
     return max(stores, key=labelled, default=None)
 
 
 def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, int]:
     """Rebuild ``old`` for other ``rows``; keep what is finished in both, and count it."""
-    where = {key: i for i, key in enumerate(old.rows)}
-    done = old.done()
-    provenance = old.provenance()
-    count = 0
+    done, provenance = old.done(), old.provenance()
+    where = {key: row for row, key in enumerate(old.rows) if done[row]}
     read_chunk = lru_cache(maxsize=2)(old.read_chunk)  # rows mostly keep their order
+    count = 0
     with folder_beside(old.path) as building:
-        create_arrays(building, old.identity, rows)
+        _write_empty(building, old.identity, rows)
         new = LabelStore(building)
-        for shard in range(new.chunks):
-            span = new.chunk_rows(shard)
-            pairs = [
-                (row, where[rows[row]])
-                for row in span
-                if rows[row] in where and done[where[rows[row]]]
-            ]
-            if not pairs:
+        for chunk in range(new.chunks):
+            targets = [row for row in new.chunk_rows(chunk) if rows[row] in where]
+            if not targets:
                 continue
-            targets = [row for row, _ in pairs]
-            new.write_chunk(shard, targets, _pick(read_chunk, [source for _, source in pairs]))
-            sources = dict.fromkeys(source // CHUNK_ROWS for _, source in pairs)
-            records = [record for source in sources for record in provenance[source]]
-            new.mark_done(shard, targets, records)
-            count += len(pairs)
+            sources = [where[rows[row]] for row in targets]
+            new.write_chunk(chunk, targets, _pick(read_chunk, sources, old.rows_per_chunk))
+            chunks = dict.fromkeys(source // old.rows_per_chunk for source in sources)
+            records = [record for source in chunks for record in provenance[source]]
+            new.mark_done(chunk, targets, records)
+            count += len(targets)
     return LabelStore(old.path), count
 
 
-def _pick(read_chunk: Callable[[int], PseudoLabels], rows: Sequence[int]) -> PseudoLabels:
-    """The labels of these ``rows``, in this order, reading each run of one shard's rows once."""
+def _pick(
+    read_chunk: Callable[[int], PseudoLabels], rows: Sequence[int], per_chunk: int
+) -> PseudoLabels:
+    """Return the labels of ``rows``, in this order, reading each run of one chunk's rows once."""
     parts = [
-        (read_chunk(shard), [row - shard * CHUNK_ROWS for row in run])
-        for shard, run in groupby(rows, lambda row: row // CHUNK_ROWS)
+        (read_chunk(chunk), [row - chunk * per_chunk for row in run])
+        for chunk, run in groupby(rows, lambda row: row // per_chunk)
     ]
     return PseudoLabels(
-        masks=np.concatenate([part.masks[inside] for part, inside in parts]),
-        confidences=np.concatenate([part.confidences[inside] for part, inside in parts]),
-        predicted_iou=np.concatenate([part.predicted_iou[inside] for part, inside in parts]),
+        *(
+            np.concatenate([getattr(p, name)[inside] for p, inside in parts])
+            for name in LABEL_ARRAYS
+        )
     )

@@ -237,7 +237,7 @@ def test_repair_on_workers(
 ) -> None:
     teacher = FakeTeacher()
     shutil.copytree(whole.cache.root / "sam", config.cache.root / "sam")
-    chunk = config.cache.root / "sam" / "site.zarr" / "masks" / "c" / "1" / "0" / "0"
+    chunk = config.cache.root / "sam" / "site.zarr" / "masks" / "c.1.0.0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
     before = content(config.cache.root / "sam")
 

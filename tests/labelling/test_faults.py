@@ -165,7 +165,7 @@ def test_a_read_only_cache(config: Config, whole: dict[str, bytes], forks: Forks
 # --------------------------------------------------------------------------- a full disk
 
 
-@pytest.mark.parametrize("size", [600, 6000])  # bytes: metadata does not fit; a shard does not
+@pytest.mark.parametrize("size", [600, 8600])  # bytes: metadata does not fit; a chunk does not
 def test_a_full_disk(config: Config, whole: dict[str, bytes], size: int) -> None:
     """Writing fails in the midst of a file, as on a full disk; what is there stays sound."""
     forget(config)
@@ -177,9 +177,9 @@ def test_a_full_disk(config: Config, whole: dict[str, bytes], size: int) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     sam = config.cache.root / "sam"
-    at = sam / "server.zarr" if size == 600 else sam / "site.zarr/confidences/c/0/0/0"
-    assert caught.value.filename == str(at)
-    assert list(sam.rglob("*.partial")) == list(sam.glob(".*")) == []
+    at = ".server.zarr.building/masks/zarr.json" if size == 600 else "site.zarr/confidences/c.0.0.0"
+    assert caught.value.filename == str(sam / at)
+    assert list(sam.rglob("*.samfed-tmp")) == list(sam.glob(".*")) == []
     assert verify(config).faults == []
     before = labelled_rows(config)
     assert before == (0 if size == 600 else 2)

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pytest
 import zarr
-from numcodecs.blosc import compress
 from numpy.typing import NDArray
 
-from pipeline.errors import CorruptStoreError, IdentityError, StageError
-from pipeline.stores import label_store as labels_module
-from pipeline.stores.arrays import CHUNK_ROWS, chunk_file, read_rows, table_array
-from pipeline.stores.decode import ChunkError, read_file
+from pipeline.errors import (
+    CorruptStoreError,
+    FormatError,
+    IdentityError,
+    StageError,
+    StoreError,
+)
+from pipeline.stores.arrays import CHUNK_ROWS, rows_per_chunk
 from pipeline.stores.image_store import read_image_store, write_image_store
-from pipeline.stores.integrity import check_store
+from pipeline.stores.integrity import (
+    WHOLE_STORE,
+    check_store,
+    mend_store,
+    restore_metadata,
+    stored_identity,
+)
 from pipeline.stores.label_store import (
+    LABEL_ARRAYS,
     Identity,
     LabelStore,
     PseudoLabels,
@@ -42,8 +53,13 @@ IDENTITY = Identity(
     num_classes=1,
 )
 OTHER = IDENTITY.model_copy(update={"adapter_sha256": "c" * 64})
-COUNT = CHUNK_ROWS + 6  # a whole shard and a part of one
+COUNT = CHUNK_ROWS + 6  # a whole chunk and a part of one
 PROVENANCE = {"backend": "torch", "precision": "fp32"}
+NONE = PseudoLabels(
+    np.zeros((0, SIZE, SIZE), np.uint8),
+    np.zeros((0, SIZE, SIZE), np.uint8),
+    np.zeros(0, np.float32),
+)
 
 
 def keys(count: int = COUNT, start: int = 0) -> list[RowKey]:
@@ -62,11 +78,11 @@ def labels_of(rows: Sequence[RowKey]) -> PseudoLabels:
     )
 
 
-def fill(store: LabelStore, shards: Sequence[int] | None = None) -> LabelStore:
-    for shard in range(store.chunks) if shards is None else shards:
-        rows = list(store.chunk_rows(shard))
-        store.write_chunk(shard, rows, labels_of([store.rows[row] for row in rows]))
-        store.mark_done(shard, rows, [PROVENANCE | {"shard": str(shard)}])
+def fill(store: LabelStore, chunks: Sequence[int] | None = None) -> LabelStore:
+    for chunk in range(store.chunks) if chunks is None else chunks:
+        rows = list(store.chunk_rows(chunk))
+        store.write_chunk(chunk, rows, labels_of([store.rows[row] for row in rows]))
+        store.mark_done(chunk, rows, [PROVENANCE | {"chunk": str(chunk)}])
     return store
 
 
@@ -163,14 +179,35 @@ def test_missing_image_store(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path / 'x.zarr'}: not found; run `samfed prepare` first"
 
 
-def test_a_flipped_bit_in_an_image_store_is_found(tmp_path: Path) -> None:
-    store = tmp_path / "x.zarr"
-    write_image_store(
-        store, ["a", "b"], [(p, p[..., 0]) for p in pictures(2)], size=SIZE, num_classes=1
-    )
-    flip_all(
-        store, lambda: read_image_store(store, image_ids=["a", "b"], size=SIZE, num_classes=1), 40
-    )
+@pytest.mark.parametrize("size", [8, 512])
+def test_long_rows_make_chunks_of_fewer(tmp_path: Path, size: int) -> None:
+    """A chunk stays within 16 MiB, and its rows a power of two, which batches divide."""
+    assert [rows_per_chunk(s * s) for s in (256, 512, 768, 1024, 8192)] == [64, 64, 16, 16, 1]
+    path, count = tmp_path / "x.zarr", 18
+    images = np.random.default_rng(0).integers(0, 4, (count, size, size, 3), dtype=np.uint8)
+    ids = [str(i) for i in range(count)]
+    write_image_store(path, ids, [(i, i[..., 0]) for i in images], size=size, num_classes=3)
+    found = read_image_store(path, image_ids=ids, size=size, num_classes=3)
+    np.testing.assert_array_equal(found.images, images)
+    np.testing.assert_array_equal(found.labels, images[..., 0])
+    chunk = path / "labels" / f"c.{1 if size == 512 else 0}.0.0"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    (fault,) = check_store(path)
+    assert (fault.what, fault.rows) == ("labels", range(16, 18) if size == 512 else range(18))
+
+
+def test_every_flipped_bit_in_an_image_store_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "x.zarr"
+    pairs = [(picture, picture[..., 0]) for picture in pictures(2)]
+    write_image_store(path, ["a", "b"], pairs, size=SIZE, num_classes=1)
+    for file in flips(path, 60):
+        with pytest.raises(CorruptStoreError, match=str(path)):
+            read_image_store(path, image_ids=["a", "b"], size=SIZE, num_classes=1)
+        (fault,) = check_store(path)
+        of_metadata = file.suffix == ".json"
+        assert fault.what == ("metadata" if of_metadata else file.parent.name)
+        assert fault.rows == (None if of_metadata else range(2))
+    assert check_store(path) == []
 
 
 # --------------------------------------------------------------------------- labels
@@ -193,16 +230,20 @@ def test_label_store_round_trip(path: Path) -> None:
     same(found, expected)
 
 
-@pytest.mark.parametrize("start", [0, 3, 8, 63, 64, 69])
-@pytest.mark.parametrize("stop", [1, 8, 37, 64, 66, COUNT])
-def test_rows_are_those_that_zarr_reads(path: Path, start: int, stop: int) -> None:
-    """Of every array: shards and chunks with a file each, whole, in part and past the end."""
+@pytest.mark.parametrize("start", [0, 3, 63, 64, 69])
+@pytest.mark.parametrize("stop", [1, 37, 64, 66, COUNT])
+def test_parts_are_those_of_the_whole(path: Path, start: int, stop: int) -> None:
     store = fill(LabelStore.create(path, IDENTITY, keys()))
-    for name, array in store._arrays.items():
-        found = read_rows(path, array, rows=slice(start, stop))
-        expected = array[start:stop]
-        assert found.dtype == expected.dtype, name
-        np.testing.assert_array_equal(found, expected, err_msg=name)
+    same(store.read(slice(start, stop)), labels_of(keys()[start:stop]) if start < stop else NONE)
+    assert store.done(slice(start, stop)).tolist() == [True] * max(stop - start, 0)
+
+
+def test_plain_zarr_reads_the_arrays(path: Path) -> None:
+    store = fill(LabelStore.create(path, IDENTITY, keys()))
+    group = zarr.open_group(path, mode="r")
+    for name in LABEL_ARRAYS:
+        array: Any = group[name]
+        np.testing.assert_array_equal(array[:], getattr(store.read(), name))
 
 
 def test_pending_and_provenance(path: Path) -> None:
@@ -213,7 +254,7 @@ def test_pending_and_provenance(path: Path) -> None:
     fill(store, [1])
     assert store.pending() == LabelStore(path).pending() == [0]
     assert store.done().tolist() == [False] * CHUNK_ROWS + [True] * 6
-    assert store.provenance() == [[], [PROVENANCE | {"shard": "1"}]]
+    assert store.provenance() == [[], [PROVENANCE | {"chunk": "1"}]]
     fill(store, [0])
     assert store.pending() == []
     assert store.done().all()
@@ -229,7 +270,7 @@ def test_an_unfinished_store_is_not_read(path: Path) -> None:
     assert len(store.read(slice(CHUNK_ROWS, COUNT)).predicted_iou) == 6
 
 
-def test_a_part_of_a_shard_keeps_the_rest(path: Path) -> None:
+def test_a_part_of_a_chunk_keeps_the_rest(path: Path) -> None:
     """An unreadable image leaves a gap, which a later run fills."""
     store = LabelStore.create(path, IDENTITY, keys())
     first, later = [0, 2, 5], [row for row in range(CHUNK_ROWS) if row not in (0, 2, 5)]
@@ -245,37 +286,35 @@ def test_a_part_of_a_shard_keeps_the_rest(path: Path) -> None:
     )
 
 
-def test_a_damaged_shard_is_not_completed(path: Path) -> None:
+def test_a_damaged_chunk_is_not_completed(path: Path) -> None:
     store = LabelStore.create(path, IDENTITY, keys())
     store.write_chunk(0, [0], labels_of(keys(1)))
     store.mark_done(0, [0], [PROVENANCE])
-    shard = path / "masks" / "c" / "0" / "0" / "0"
-    damage = bytearray(shard.read_bytes())
-    damage[5] ^= 1
-    shard.write_bytes(bytes(damage))
+    flip(path / "masks" / "c.0.0.0", 5)
     with pytest.raises(CorruptStoreError):
         store.write_chunk(0, [1], labels_of(keys(1, 1)))
 
 
-@pytest.mark.parametrize("name", ["masks/c/1/0/0", "predicted_iou/c/1"])
+@pytest.mark.parametrize("name", ["masks/c.1.0.0", "predicted_iou/c.1"])
 def test_what_a_killed_run_left_is_not_read(path: Path, name: str) -> None:
-    """The last shard is not full: zarr would merge new rows with the damaged old ones."""
+    """The last chunk is not full: zarr would merge new rows with the damaged old ones."""
     store = fill(LabelStore.create(path, IDENTITY, keys()))
     before = content(path)
-    store = LabelStore(shutil.copytree(path, path.with_name("again.zarr")))
-    store._arrays["done"][CHUNK_ROWS:] = np.zeros(6, np.uint8)
-    file = store.path / name
-    file.write_bytes(file.read_bytes()[:9])
+    store.forget_chunk(1, keys()[CHUNK_ROWS:])
+    (path / name).write_bytes(before[name][:9])
     fill(store, store.pending())
-    assert content(store.path) == before
+    assert content(path) == before
 
 
-def test_marks_are_not_set_beside_damaged_provenance(path: Path) -> None:
+def test_a_kill_between_the_files_of_a_chunk_is_no_damage(path: Path) -> None:
+    """Rows that were done stay done: the next run labels the others alone."""
+    whole = fill(LabelStore.create(path.with_name("whole.zarr"), IDENTITY, keys()))
     store = LabelStore.create(path, IDENTITY, keys())
-    (path / "provenance" / "c" / "0" / "0").unlink()
-    with pytest.raises(CorruptStoreError):
-        fill(store, [0])
-    assert not store.done().any()
+    store.write_chunk(1, [64, 65], labels_of(keys(2, 64)))
+    store.mark_done(1, [64, 65], [PROVENANCE])
+    shutil.copy(whole.path / "masks" / "c.1.0.0", path / "masks")
+    assert check_store(path) == []
+    same(store.read(slice(64, 66)), labels_of(keys(2, 64)))
 
 
 def test_labels_are_on_the_disk_before_their_marks(
@@ -283,45 +322,51 @@ def test_labels_are_on_the_disk_before_their_marks(
 ) -> None:
     """A power cut may take what was written but not flushed, in any order."""
     store = LabelStore.create(path, IDENTITY, keys())
-    flushed: list[tuple[str, int]] = []
+    steps: list[tuple[str, str, int]] = []
+    fsync, replace = os.fsync, os.replace
 
-    def flush(file: Path) -> None:
-        flushed.append((file.relative_to(path).parts[0], int(store.done().sum())))
+    def flushed(descriptor: int) -> None:
+        at = Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(path)
+        steps.append(("flush", at.as_posix().split(".")[0], int(store.done().sum())))
+        fsync(descriptor)
 
-    monkeypatch.setattr(labels_module, "flush", flush)
+    def renamed(source: Path, target: Path) -> None:
+        replace(source, target)
+        steps.append(("rename", target.relative_to(path).as_posix(), int(store.done().sum())))
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
     fill(store, [0])
-    assert flushed == [
-        *((name, 0) for name in ("masks", "confidences", "predicted_iou", "provenance")),
-        ("done", CHUNK_ROWS),
-    ]
+    expected = []
+    for folder, name in [
+        ("masks", "c.0.0.0"),
+        ("confidences", "c.0.0.0"),
+        ("predicted_iou", "c.0"),
+        ("chunks", "0.json"),
+    ]:
+        expected += [("flush", f"{folder}/"), ("rename", f"{folder}/{name}"), ("flush", folder)]
+    assert [step[:2] for step in steps] == expected
+    assert [done for *_, done in steps] == [0] * 10 + [CHUNK_ROWS] * 2
 
 
-def test_a_long_table_keeps_each_row_in_one_chunk(tmp_path: Path) -> None:
-    """A missing chunk is found by the first of its row; zarr would split a table both ways."""
-    group = zarr.create_group(store=tmp_path / "x.zarr")
-    table_array(group, "image_ids", np.ones((200_000, 32), np.uint8))
-    array: Any = group["image_ids"]
-    assert array.chunks == (4096, 32)
-    chunk_file(tmp_path / "x.zarr", array, 7).unlink()
-    with pytest.raises(CorruptStoreError, match=r"image_ids rows 28672\.\.32767 are missing"):
-        read_rows(tmp_path / "x.zarr", array)
+def test_rows_that_are_done_are_not_written_again(path: Path) -> None:
+    """As by a worker that comes late: its bytes may be another device's."""
+    store = fill(LabelStore.create(path, IDENTITY, keys()), [0])
+    before = content(path)
+    with pytest.raises(StoreError) as caught:
+        store.write_chunk(0, [3], labels_of(keys(1)))
+    assert str(caught.value) == f"{path}: rows of chunk 0 are labelled by now"
+    assert content(path) == before
 
 
-def test_shard_order_does_not_change_the_bytes(tmp_path: Path) -> None:
+def test_chunk_order_does_not_change_the_bytes(tmp_path: Path) -> None:
     one = fill(LabelStore.create(tmp_path / "1.zarr", IDENTITY, keys()), [0, 1])
     two = fill(LabelStore.create(tmp_path / "2.zarr", IDENTITY, keys()), [1, 0])
     assert content(one.path) == content(two.path)
 
 
-def test_provenance_that_is_too_long(path: Path) -> None:
-    store = LabelStore.create(path, IDENTITY, keys(1))
-    with pytest.raises(ValueError, match="at most 512"):
-        store.mark_done(0, [0], [{"backend": "x" * 600}])
-    assert store.pending() == [0]
-
-
-def test_rows_of_a_shard_that_several_made(path: Path) -> None:
-    """A record for each, in their order, and as long as the shard has a row of theirs."""
+def test_rows_of_a_chunk_that_several_made(path: Path) -> None:
+    """A record for each, in their order, and as long as the chunk has a row of theirs."""
     store = LabelStore.create(path, IDENTITY, keys())
     one, two = (PROVENANCE | {"backend": name} for name in ("one", "two"))
     store.mark_done(0, [0, 1], [one])
@@ -330,21 +375,8 @@ def test_rows_of_a_shard_that_several_made(path: Path) -> None:
     assert content(path) == alone
     store.mark_done(0, [5, 7], [two, one])
     assert store.provenance() == [[one, two], []]
-    assert not any(fault.what == "provenance" for fault in check_store(path))
     store.mark_done(0, [0, 1, 5, 7], [two])  # all of them again
     assert store.provenance() == [[two], []]
-
-
-def test_more_records_than_a_shard_has_room_for(path: Path) -> None:
-    store = LabelStore.create(path, IDENTITY, keys())
-    records = [{"backend": f"{number}" * 120} for number in range(6)]
-    for row, record in enumerate(records):
-        store.mark_done(0, [row], [record])
-    omitted = {"omitted": "earlier records"}
-    assert store.provenance()[0] == [omitted, *records[-3:]]
-    store.mark_done(0, [6], [records[0]])
-    assert store.provenance()[0] == [omitted, *records[-2:], records[0]]
-    assert not any(fault.what == "provenance" for fault in check_store(path))
 
 
 def test_confidences_are_never_quite_certain() -> None:
@@ -362,11 +394,11 @@ def test_another_identity_names_field_and_both_values(path: Path, field: str) ->
     old = getattr(IDENTITY, field)
     new = old + 1 if isinstance(old, int) else "new"
     with pytest.raises(IdentityError) as caught:
-        check_identity(store, IDENTITY.model_copy(update={field: new}))
+        check_identity(path, store.identity, IDENTITY.model_copy(update={field: new}))
     assert str(caught.value) == (
         f"{path}: {field} is {old}, the run asks for {new}; run `samfed precompute-sam`"
     )
-    check_identity(store, IDENTITY)
+    check_identity(path, store.identity, IDENTITY)
 
 
 def test_labels_of_another_size_or_other_images(path: Path) -> None:
@@ -390,7 +422,8 @@ def test_another_identity_moves_the_store_aside_and_back(path: Path, archive: Pa
     store, notice = open_label_store(path, OTHER, keys(), archive=archive)
     retired = archive / f"{IDENTITY.digest}.zarr"
     assert notice == (
-        f"{path}: adapter_sha256 was {'a' * 64}, now {'c' * 64}; moved the old labels to {retired}"
+        f"{path}: adapter_sha256 is {'a' * 64}, the run asks for {'c' * 64}; "
+        f"moved the old labels to {retired}"
     )
     assert store.pending() == [0, 1]
     assert content(retired) == before
@@ -419,7 +452,7 @@ def test_two_stores_aside_of_one_identity(path: Path, archive: Path, fuller: str
     assert store.done().all()
     other = copies[fuller == "first"]
     assert content(other) == before[fuller == "first"]
-    (other / "zarr.json").unlink()  # damaged: not before one that is whole
+    (other / "store.json").unlink()  # damaged: not before one that is whole
     open_label_store(path, OTHER, keys(), archive=archive)
     store, _ = open_label_store(path, IDENTITY, keys(), archive=archive)
     assert store.done().all()
@@ -455,11 +488,11 @@ def test_rows_are_kept_when_images_come_go_or_change(path: Path, archive: Path) 
 
 
 def test_carried_rows_in_another_order(path: Path, archive: Path) -> None:
-    """Rows from several old shards, backwards, some of them not done."""
+    """Rows from several old chunks, backwards, some of them not done."""
     old = keys(3 * CHUNK_ROWS)
     store = fill(open_label_store(path, IDENTITY, old, archive=archive)[0], [0, 2])
     store.write_chunk(1, [64, 70], labels_of([old[64], old[70]]))
-    store.mark_done(1, [64, 70], [PROVENANCE | {"shard": "1"}])
+    store.mark_done(1, [64, 70], [PROVENANCE | {"chunk": "1"}])
     new = [*old[::-3], RowKey("new", "f" * 64)]
     store, notice = open_label_store(path, IDENTITY, new, archive=archive)
     kept = [i for i, row in enumerate(new[:-1]) if not 64 <= int(row.sha256, 16) < 128]
@@ -468,26 +501,25 @@ def test_carried_rows_in_another_order(path: Path, archive: Path) -> None:
     assert np.flatnonzero(store.done()).tolist() == kept
     for row in kept:
         same(store.read(slice(row, row + 1)), labels_of([new[row]]))
-    every = [PROVENANCE | {"shard": str(shard)} for shard in (2, 0)]
+    every = [PROVENANCE | {"chunk": str(chunk)} for chunk in (2, 0)]
     assert store.provenance() == [every, []]
 
 
-def test_carrying_over_reads_each_old_shard_once(
+def test_carrying_over_reads_each_old_chunk_once(
     path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = keys(3 * CHUNK_ROWS)
     fill(open_label_store(path, IDENTITY, old, archive=archive)[0])
-    reads: list[str] = []
-    real = labels_module.read_rows
+    reads: list[int] = []
+    real = LabelStore.read_chunk
 
-    def count(path: Path, array: Any, *, rows: slice = slice(None)) -> object:
-        reads.append(array.basename)
-        return real(path, array, rows=rows)
+    def count(store: LabelStore, chunk: int) -> PseudoLabels:
+        reads.append(chunk)
+        return real(store, chunk)
 
-    monkeypatch.setattr(labels_module, "read_rows", count)
+    monkeypatch.setattr(LabelStore, "read_chunk", count)
     open_label_store(path, IDENTITY, old[1:], archive=archive)
-    assert reads.count("masks") <= 4  # and one for the new store's last shard
-    assert reads.count("done") <= 7  # the old marks, and each new shard twice
+    assert reads == [0, 1, 2]
 
 
 # --------------------------------------------------------------------------- killed writers
@@ -499,7 +531,7 @@ def test_a_killed_carry_over_loses_no_labels(path: Path, archive: Path, window: 
     before = content(path)
     building = path.with_name(f".{path.name}.building")
     shutil.copytree(path, building)
-    (building / "zarr.json").unlink()
+    (building / "store.json").unlink()
     if window == "retired":
         path.rename(path.with_name(f".{path.name}.retired"))
     if window == "replaced":
@@ -516,158 +548,231 @@ def test_a_killed_carry_over_loses_no_labels(path: Path, archive: Path, window: 
 def test_partial_files_of_a_killed_writer_go(path: Path, archive: Path, moved: bool) -> None:
     fill(open_label_store(path, IDENTITY, keys(), archive=archive)[0])
     before = content(path)
-    for name in ("masks/c/0/0/0", "done/c/0"):
-        (path / name).with_suffix(f".{'0' * 32}.partial").write_bytes(b"half")
+    for name in ("masks/.c.0.0.0", "chunks/.0.json"):
+        (path / f"{name}.{'0' * 8}.samfed-tmp").write_bytes(b"half")
     if moved:
         open_label_store(path, OTHER, keys(), archive=archive)
     open_label_store(path, IDENTITY, keys(), archive=archive)
     assert content(path) == before
 
 
+# --------------------------------------------------------------------------- other formats
+
+
+@pytest.fixture
+def of_format_1(path: Path) -> Path:
+    """What identifies a store of format 1."""
+    path.mkdir(parents=True)
+    attributes = {"kind": "labels", "format": 1, "metadata_sha256": "0" * 64}
+    group = {"attributes": attributes, "node_type": "group", "zarr_format": 3}
+    (path / "zarr.json").write_text(json.dumps(group))
+    return path
+
+
+def test_a_store_of_format_1_says_what_to_do(of_format_1: Path) -> None:
+    with pytest.raises(FormatError) as caught:
+        LabelStore(of_format_1)
+    reason = (
+        "1, this samfed reads format 2; "
+        "run `samfed precompute-sam`, which moves it to the archive and labels anew"
+    )
+    assert str(caught.value) == f"{of_format_1}: format {reason}"
+    assert [str(fault) for fault in check_store(of_format_1)] == [
+        f"{of_format_1}: format: {reason}"
+    ]
+    root = of_format_1 / "zarr.json"
+    root.write_text(root.read_text().replace("labels", "images"))
+    with pytest.raises(FormatError, match="run `samfed prepare`, which writes it anew"):
+        read_image_store(of_format_1, image_ids=["a"], size=SIZE, num_classes=1)
+
+
+def test_a_store_of_format_1_is_moved_and_kept(of_format_1: Path, archive: Path) -> None:
+    before = content(of_format_1)
+    store, notice = open_label_store(of_format_1, IDENTITY, keys(), archive=archive)
+    retired = archive / "other-format.zarr"
+    assert notice == (
+        f"{of_format_1}: format 1, this samfed reads format 2; moved the old labels to {retired}"
+    )
+    assert content(retired) == before
+    assert store.pending() == [0, 1]
+
+
 # --------------------------------------------------------------------------- damage
+
+
+def flip(file: Path, place: int, bit: int = 3) -> None:
+    damaged = bytearray(file.read_bytes())
+    damaged[place] ^= 1 << bit
+    file.write_bytes(bytes(damaged))
+
+
+def flips(path: Path, count: int) -> Iterator[Path]:
+    """Flip ``count`` random bits one after another, in each file at least one; mend it after."""
+    rng = np.random.default_rng(0)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    for number in range(max(count, len(files))):
+        file = files[number % len(files)]
+        whole = file.read_bytes()
+        flip(file, int(rng.integers(len(whole))), int(rng.integers(8)))
+        yield file
+        file.write_bytes(whole)
 
 
 def read_everything(path: Path) -> None:
     store = LabelStore(path)
     assert len(store.rows) == len(store)
-    store.done()
     store.provenance()
     store.read()
 
 
-def flip_all(path: Path, read: Callable[[], object], flips: int) -> None:
-    """Flip ``flips`` random bits, in every file at least once; each one must be found."""
-    rng = np.random.default_rng(0)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    read()
-    for number in range(max(flips, len(files))):
-        file = files[number % len(files)]
-        whole = file.read_bytes()
-        place, bit = int(rng.integers(len(whole))), int(rng.integers(8))
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << bit
-        file.write_bytes(bytes(damaged))
-        try:
-            read()
-        except CorruptStoreError as error:
-            found = str(error)
+@pytest.mark.parametrize("state", ["finished", "measured", "unfinished", "begun"])
+def test_a_flipped_bit_costs_one_chunk_at_most(path: Path, state: str) -> None:
+    """In every file of a store it is found, named and mended; what is lost is labelled anew."""
+    store = LabelStore.create(path, IDENTITY, keys())
+    fill(store, [1] if state == "begun" else [0, 1])
+    if state == "begun":  # a chunk with rows to come, and one that a killed run wrote
+        store.forget_chunk(1, keys()[CHUNK_ROWS:])
+        store.write_chunk(1, range(64, 70), labels_of(keys(6, 64)))
+        store.write_chunk(0, [0, 2], labels_of([keys()[0], keys()[2]]))
+        store.mark_done(0, [0, 2], [PROVENANCE])
+    if state == "measured":
+        store.set_statistics({"empty": 0.5})
+    if state == "unfinished":
+        store.forget_chunk(1, keys()[CHUNK_ROWS:])
+    before, done, provenance = content(path), store.done(), store.provenance()
+    for file in flips(path, 100):
+        name = file.relative_to(path).as_posix()
+        faults = check_store(path)
+        assert faults, name
+        if name in ("store.json", "zarr.json") or name.endswith("/zarr.json"):
+            assert [(fault.what, fault.rows) for fault in faults] == [("metadata", None)]
+            assert faults[0].reason == f"{name} is damaged"
         else:
-            found = ""
-        finally:
-            file.write_bytes(whole)
-        assert found.startswith(str(path)), f"{file} byte {place} of {len(whole)} bit {bit}"
-        assert "\n" not in found
-    read()
+            assert {fault.what for fault in faults} <= {name, file.parent.name}
+        assert stored_identity(path) == IDENTITY
+        if faults[0].what in WHOLE_STORE:
+            restore_metadata(path)
+        else:
+            mend_store(path, faults)
+        assert check_store(path) == []
+        mended = LabelStore(path)
+        assert (mended.rows, mended.identity) == (tuple(keys()), IDENTITY)
+        lost = np.flatnonzero(mended.done() != done)
+        assert len(set(lost // CHUNK_ROWS)) <= 1
+        spoilt = {fault.rows for fault in faults if fault.rows}
+        assert len(spoilt) <= 1
+        if not spoilt and name != "statistics.json":
+            assert content(path) == before, name
+        elif state in ("finished", "measured"):
+            fill(mended, mended.pending())
+            assert content(path) == {k: v for k, v in before.items() if k != "statistics.json"}
+        else:
+            kept = [c for c in range(2) if not set(mended.chunk_rows(c)) & set(lost)]
+            assert [mended.provenance()[c] for c in kept] == [provenance[c] for c in kept]
+        for each, whole in before.items():
+            (path / each).write_bytes(whole)
 
 
-def test_a_flipped_bit_in_a_label_store_is_found(path: Path) -> None:
+def test_both_copies_of_the_identity_damaged(path: Path) -> None:
     fill(LabelStore.create(path, IDENTITY, keys()))
-    flip_all(path, lambda: read_everything(path), 60)
+    for name in ("store.json", "copy.json"):
+        flip(path / name, 40)
+    before = content(path)
+    faults = check_store(path)
+    assert stored_identity(path) is None
+    with pytest.raises(CorruptStoreError, match=r"store\.json and copy\.json are damaged"):
+        restore_metadata(path)
+    with pytest.raises(CorruptStoreError):
+        mend_store(path, faults)
+    assert content(path) == before
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "masks/c/0/0/0",
-        "confidences/c/1/0/0",
-        "predicted_iou/c/1",
-        "done/c/0",
-        "provenance/c/0/0",
-        "image_ids/c/0/0",
-        "image_sha256/c/0/0",
+        "masks/c.0.0.0",
+        "confidences/c.1.0.0",
+        "predicted_iou/c.1",
+        "chunks/0.json",
         "masks/zarr.json",
         "zarr.json",
+        "store.json",
+        "copy.json",
     ],
 )
 @pytest.mark.parametrize("what", ["missing", "truncated", "empty"])
 def test_a_missing_or_truncated_file_is_found(path: Path, name: str, what: str) -> None:
     fill(LabelStore.create(path, IDENTITY, keys()))
-    file = path / name
-    whole = file.read_bytes()
+    before, file = content(path), path / name
     file.unlink()
     if what != "missing":
-        file.write_bytes(whole[: len(whole) * 2 // 3] if what == "truncated" else b"")
-    with pytest.raises(CorruptStoreError) as caught:
-        read_everything(path)
-    assert str(caught.value).startswith(f"{path}: ")
+        file.write_bytes(before[name][: len(before[name]) * 2 // 3] if what == "truncated" else b"")
+    if name != "copy.json":
+        with pytest.raises(CorruptStoreError) as caught:
+            read_everything(path)
+        assert str(caught.value).startswith(f"{path}: ")
+    faults = check_store(path)
+    assert all(("missing" in fault.reason) == (what == "missing") for fault in faults)
+    restore_metadata(path) if faults[0].what in WHOLE_STORE else mend_store(path, faults)
+    store = LabelStore(path)
+    fill(store, store.pending())
+    assert content(path) == before
 
 
-def test_a_missing_shard_names_its_rows(path: Path) -> None:
+@pytest.mark.parametrize("what", ["missing", "damaged"])
+def test_an_error_names_the_rows(path: Path, what: str) -> None:
     store = fill(LabelStore.create(path, IDENTITY, keys()))
-    (path / "masks" / "c" / "1" / "0" / "0").unlink()
+    chunk = path / "masks" / "c.1.0.0"
+    chunk.unlink() if what == "missing" else flip(chunk, 12)
     with pytest.raises(CorruptStoreError) as caught:
-        store.read()
-    assert str(caught.value) == (
-        f"{path}: masks rows 64..69 are missing; run `samfed cache repair`"
-    )
+        store.read(slice(60, 68))
+    assert str(caught.value) == f"{path}: masks rows 64..67 are {what}; run `samfed cache repair`"
 
 
-def test_a_chunk_of_another_store_is_no_zeros(path: Path, tmp_path: Path) -> None:
-    """A shard whose every chunk is marked missing would be read as zeros."""
-    fill(LabelStore.create(path, IDENTITY, keys()))
-    shard = path / "masks" / "c" / "0" / "0" / "0"
-    shard.write_bytes(b"")
-    with pytest.raises(CorruptStoreError):
-        read_everything(path)
-
-
-def test_a_damaged_chunk_names_its_rows(path: Path) -> None:
-    store = fill(LabelStore.create(path, IDENTITY, keys()))
-    shard = path / "masks" / "c" / "1" / "0" / "0"
-    damaged = bytearray(shard.read_bytes())
-    damaged[20] ^= 1
-    shard.write_bytes(bytes(damaged))
-    with pytest.raises(CorruptStoreError) as caught:
-        store.read()
-    assert str(caught.value) == (
-        f"{path}: masks rows 64..69 are damaged (crc32c differs); run `samfed cache repair`"
-    )
-
-
-def test_a_chunk_that_a_shard_leaves_out_is_missing(path: Path) -> None:
-    """zarr reads it as zeros, and an empty mask is a valid label."""
-    store = fill(LabelStore.create(path, IDENTITY, keys()))
-    masks = store.read().masks[:CHUNK_ROWS]
-    masks[8:16] = 0
-    store._arrays["masks"].with_config({"write_empty_chunks": False})[:CHUNK_ROWS] = masks
-    assert not store._arrays["masks"][8:16].any()
-    with pytest.raises(CorruptStoreError) as caught:
-        store.read(slice(12, 20))
-    assert str(caught.value) == (
-        f"{path}: masks rows 12..15 are missing; run `samfed cache repair`"
-    )
-    np.testing.assert_array_equal(store.read(slice(16, 20)).masks, masks[16:20])
-
-
-def checked(content: bytes) -> bytes:
-    return content + google_crc32c.value(content).to_bytes(4, "little")
+def test_a_whole_file_of_another_chunk_is_damage(path: Path) -> None:
+    """Its own checksum is right; the sha256 beside the chunk tells."""
+    store = fill(LabelStore.create(path, IDENTITY, keys(2 * CHUNK_ROWS)))
+    shutil.copy(path / "masks" / "c.1.0.0", path / "masks" / "c.0.0.0")
+    assert [str(fault) for fault in check_store(path)] == [f"{path}: masks rows 0..63: damaged"]
+    shutil.copy(path / "chunks" / "1.json", path / "chunks" / "0.json")
+    (fault,) = check_store(store.path)
+    assert str(fault) == f"{path}: chunks/0.json rows 0..63: of other images than copy.json"
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (compress(b"x" * 63, b"zstd", 5), "holds 63 bytes, expected 64"),
-        (compress(b"x" * 65, b"zstd", 5), "holds 65 bytes, expected 64"),
-        (compress(b"x" * 64, b"zstd", 5)[:-3], "takes 80 bytes, found 77"),
-        (b"\0" * 4 + b"\x40\0\0\0" * 3, "takes 64 bytes, found 16"),
-        (b"\xff" * 4 + b"\x40\0\0\0" * 15, "error during blosc decompression: -1"),
-        (b"", "holds 0 bytes, expected 64"),
-    ],
+    "name", ["masks/c.0.0.0", "chunks/0.json", "store.json", "masks/zarr.json"]
 )
-def test_a_chunk_that_only_its_crc_speaks_for(tmp_path: Path, content: bytes, reason: str) -> None:
-    (tmp_path / "0").write_bytes(checked(content))
-    with pytest.raises(ChunkError) as caught:
-        read_file(tmp_path / "0", np.zeros(64, np.uint8), first=0, chunk_rows=64, chunks=None)
-    assert caught.value.reason == f"damaged ({reason})"
-    assert caught.value.rows == range(64)
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "denied"), OSError(116, "Stale file handle")]
+)
+def test_what_cannot_be_read_is_not_called_damaged(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: OSError
+) -> None:
+    fill(LabelStore.create(path, IDENTITY, keys()))
+    real = Path.open
+
+    def refuse(file: Path, *args: Any, **options: Any) -> Any:
+        if file == path / name:
+            raise error
+        return real(file, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    for use in (read_everything, check_store):
+        with pytest.raises(type(error)) as caught:
+            use(path)
+        assert caught.value.errno == error.errno
 
 
-@pytest.mark.parametrize("entry", [(0, 65), (65, 0), (2**64 - 2, 1), (2**63, 2**63)])
-def test_an_index_that_points_outside(tmp_path: Path, entry: tuple[int, int]) -> None:
-    index = np.array([(0, 64), entry], "<u8").tobytes()
-    (tmp_path / "0").write_bytes(b"x" * 64 + checked(index))
-    with pytest.raises(ChunkError, match="its index points outside"):
-        read_file(tmp_path / "0", np.zeros(8, np.uint8), first=0, chunk_rows=8, chunks=2)
+def test_a_lack_of_memory_is_no_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repair would remove good labels."""
+    store = fill(LabelStore.create(path, IDENTITY, keys()))
+
+    def lack(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(zarr.Array, "get_basic_selection", lack)
+    with pytest.raises(MemoryError):
+        store.read()
 
 
 def test_no_store(path: Path) -> None:
@@ -676,12 +781,14 @@ def test_no_store(path: Path) -> None:
     assert str(caught.value) == f"{path}: not found; run `samfed precompute-sam` first"
 
 
-def test_an_image_store_is_no_label_store(tmp_path: Path) -> None:
-    write_image_store(
-        tmp_path / "x.zarr", ["a"], [(pictures(1)[0], None)], size=SIZE, num_classes=1
-    )
-    with pytest.raises(CorruptStoreError, match="not a label store"):
-        LabelStore(tmp_path / "x.zarr")
+def test_a_store_of_another_kind(tmp_path: Path, path: Path) -> None:
+    images = tmp_path / "x.zarr"
+    write_image_store(images, ["a"], [(pictures(1)[0], None)], size=SIZE, num_classes=1)
+    with pytest.raises(CorruptStoreError, match="not a store of labels; remove it and rerun"):
+        LabelStore(images)
+    LabelStore.create(path, IDENTITY, keys(1))
+    with pytest.raises(CorruptStoreError, match="not a store of images; remove it and rerun"):
+        read_image_store(path, image_ids=["a"], size=SIZE, num_classes=1)
 
 
 def test_a_copied_store_is_the_same_store(path: Path, tmp_path: Path) -> None:
