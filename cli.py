@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import typer
 from typer import Argument, Option
@@ -25,18 +25,13 @@ OS_ADVICE = "check the path, its permissions and the space left on the disk"
 SCHEDULER = Option(metavar="ADDRESS", help="Label on the workers of this dask scheduler (or file).")
 WORKERS = Option(min=1, help="Label in so many processes here: one per GPU, or sharing the cores.")
 
-app = typer.Typer(
-    help="Federated medical segmentation from few labels, guided by a Segment Anything teacher.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 cache_app = typer.Typer(help="Look into, check, mend and clear the stores.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
 
 class Result(Protocol):
-    """What a command returns."""
+    """What a command returns; it may have ``failures()``, lines, and an ``exit_code`` (else 6)."""
 
     def text(self) -> str:
         """Return it for a person."""
@@ -45,39 +40,22 @@ class Result(Protocol):
         """Return it for a machine."""
 
 
-@runtime_checkable
-class PartialResult(Protocol):
-    """A result that may have an ``exit_code`` of its own where something could not be done."""
-
-    def failures(self) -> list[str]:
-        """Return a line for each thing that could not be done."""
-
-
 C = TypeVar("C", bound=Callable[..., Result])
 
 
-def command(
-    group: typer.Typer, name: str | None = None, /, *, params_file: bool = True, **helps: Any
-) -> Callable[[C], C]:
+def command(group: typer.Typer, /, *, params_file: bool = True, **helps: Any) -> Callable[[C], C]:
     """Make a command of a function, with its own options and those that every command has.
 
     The function is given the validated settings as ``config`` and, if it asks for it, a display as
     ``progress``. What it returns is printed; an error becomes one line and an exit code.
 
     Args:
-        name: the function's, if None.
         params_file: whether settings come from a file; else they are the defaults.
         helps: the help of each of the function's options, or an ``Option`` or ``Argument``.
     """
 
     def register(function: C) -> C:
-        parameters = dict(inspect.signature(function).parameters)
-        del parameters["config"]
-        shows_progress = parameters.pop("progress", None) is not None
-        for key, given in helps.items():
-            option = Option(help=given) if isinstance(given, str) else given
-            annotated = Annotated[parameters[key].annotation, option]  # type: ignore[valid-type]
-            parameters[key] = parameters[key].replace(annotation=annotated)
+        own = dict(inspect.signature(function).parameters)
 
         def run(
             *,
@@ -88,36 +66,36 @@ def command(
             ] = None,
             as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
             debug: Annotated[bool, Option("--debug", help="Show an error's traceback.")] = False,
-            **own: Any,
+            **given: Any,
         ) -> None:
             with _errors(debug):
-                config = _settings(params if params_file else None, overrides, debug)
-                with console_progress() if shows_progress else nullcontext() as progress:
-                    own |= {"progress": progress} if shows_progress else {}
-                    result = function(config, **own)
+                from pipeline.config import load_config
+
+                logging.basicConfig(format="%(levelname)s: %(message)s", force=True)
+                logging.getLogger("samfed").setLevel(logging.DEBUG if debug else logging.INFO)
+                config = load_config(params if params_file else None, tuple(overrides or ()))
+                with console_progress() if "progress" in own else nullcontext() as progress:
+                    given |= {"progress": progress} if "progress" in own else {}
+                    result = function(config, **given)
             _show(result, as_json)
 
-        parameters |= inspect.signature(run).parameters
-        for left_out in ("own",) if params_file else ("own", "params"):
-            del parameters[left_out]
+        left_out = ("config", "progress", "given") + (() if params_file else ("params",))
+        every = own | dict(inspect.signature(run).parameters)
+        options = [_option(every[key], helps.get(key)) for key in every if key not in left_out]
+        run.__annotations__ = {each.name: each.annotation for each in options}
+        run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
         run.__name__, run.__doc__ = function.__name__, function.__doc__
-        run.__annotations__ = {key: each.annotation for key, each in parameters.items()}
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [each.replace(kind=each.KEYWORD_ONLY) for each in parameters.values()]
-        )
-        group.command(name)(run)
+        group.command()(run)
         return function
 
     return register
 
 
-def _settings(params: Path | None, overrides: list[str] | None, debug: bool) -> "Config":
-    """Return the validated settings; also turn on the log."""
-    from pipeline.config import load_config
-
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
-    logging.getLogger("samfed").setLevel(logging.DEBUG if debug else logging.INFO)
-    return load_config(params, tuple(overrides or ()))
+def _option(parameter: inspect.Parameter, given: Any) -> inspect.Parameter:
+    """Return a keyword-only parameter with this help, or with this ``Option`` or ``Argument``."""
+    option = Option(help=given) if isinstance(given, str) else given
+    annotation = parameter.annotation if given is None else Annotated[parameter.annotation, option]
+    return parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=annotation)
 
 
 @contextmanager
@@ -141,7 +119,7 @@ def _errors(debug: bool) -> Iterator[None]:
 def _show(result: Result, as_json: bool) -> None:
     """Print a result, and name on stderr what it failed to do."""
     typer.echo(json.dumps(result.as_json(), sort_keys=True) if as_json else result.text())
-    failures = result.failures() if isinstance(result, PartialResult) else []
+    failures = getattr(result, "failures", list[str])()
     for line in failures:
         typer.echo(f"error: {line}", err=True)
     if failures:
@@ -204,7 +182,7 @@ def prepare(config: "Config", progress: Progress, with_oracle: bool = False) -> 
     return prepare(config, with_oracle=with_oracle, progress=progress)
 
 
-@command(app, "finetune-sam")
+@command(app)
 def finetune_sam(config: "Config", progress: Progress) -> Result:
     """Adapt the teacher to the server's labelled set."""
     from pipeline.sam.finetune import finetune
@@ -212,7 +190,7 @@ def finetune_sam(config: "Config", progress: Progress) -> Result:
     return finetune(config, progress=progress)
 
 
-@command(app, "evaluate-sam")
+@command(app)
 def evaluate_sam(config: "Config", progress: Progress) -> Result:
     """Measure SAM, adapted and as it comes, on the server's calibration part, before any round."""
     from pipeline.results.evaluate_teacher import evaluate_teacher
@@ -220,7 +198,7 @@ def evaluate_sam(config: "Config", progress: Progress) -> Result:
     return evaluate_teacher(config, progress=progress)
 
 
-@command(app, "export-onnx", out="File to write (default: onnx/teacher.onnx in the cache).")
+@command(app, out="File to write (default: onnx/teacher.onnx in the cache).")
 def export_onnx(config: "Config", out: Path | None = None) -> Result:
     """Write the adapted teacher as one ONNX model, for `precompute-sam --backend onnx`."""
     from pipeline.sam.export import export_teacher
@@ -230,7 +208,6 @@ def export_onnx(config: "Config", out: Path | None = None) -> Result:
 
 @command(
     app,
-    "precompute-sam",
     client="Only this client (may be repeated).",
     scheduler=SCHEDULER,
     workers=WORKERS,
@@ -301,8 +278,7 @@ def compare(
     """Set evaluated runs side by side: means over seeds, intervals, paired tests, as Markdown."""
     from pipeline.results.compare import compare
 
-    runs = config.cache.root / "runs"
-    return compare(runs, names or (), reference=reference, output=output)
+    return compare(config.cache.root / "runs", names or (), reference=reference, output=output)
 
 
 @command(app, name="Run to show (may be repeated).")
@@ -314,24 +290,24 @@ def report(config: "Config", name: list[str] | None = None) -> Result:
     return write_report([run_folder(config, each) for each in name or [config.federate.name]])
 
 
-@command(cache_app, "info")
-def cache_info(config: "Config") -> Result:
+@command(cache_app)
+def info(config: "Config") -> Result:
     """Show what the label stores hold: rows done, teacher, provenance, size."""
     from pipeline.labelling.maintenance import info
 
     return info(config)
 
 
-@command(cache_app, "verify")
-def cache_verify(config: "Config", progress: Progress) -> Result:
+@command(cache_app)
+def verify(config: "Config", progress: Progress) -> Result:
     """Read every store whole and name each row that is damaged; exit code 5 if there is one."""
     from pipeline.labelling.maintenance import verify
 
     return verify(config, progress=progress)
 
 
-@command(cache_app, "repair", scheduler=SCHEDULER, workers=WORKERS)
-def cache_repair(
+@command(cache_app, scheduler=SCHEDULER, workers=WORKERS)
+def repair(
     config: "Config", progress: Progress, scheduler: str | None = None, workers: int | None = None
 ) -> Result:
     """Label anew what is damaged in the label stores, and finish these stores."""
@@ -344,28 +320,25 @@ def cache_repair(
 
 @command(
     cache_app,
-    "prune",
     yes=Option("--yes", help="Remove without asking."),
     dry_run=Option("--dry-run", help="Only list."),
 )
-def cache_prune(config: "Config", yes: bool = False, dry_run: bool = False) -> Result:
+def prune(config: "Config", yes: bool = False, dry_run: bool = False) -> Result:
     """Remove label stores that were moved aside, and what killed runs left behind."""
     from pipeline.labelling.maintenance import prune, removable
 
     found = removable(config)
     if dry_run or not found.found:
         return found
+    if not yes and not can_ask():
+        raise ConfigError("cache prune: cannot ask here; give --yes to remove, --dry-run to list")
     if not yes:
-        if not can_ask():
-            raise ConfigError(
-                "cache prune: cannot ask here; give --yes to remove, --dry-run to list"
-            )
         typer.confirm(f"{found.text()}\nRemove all of these?", abort=True, err=True)
     return prune(config, found)
 
 
-@command(cache_app, "unlock", yes=Option("--yes", help="Clear them; without, only list."))
-def cache_unlock(config: "Config", yes: bool = False) -> Result:
+@command(cache_app, yes=Option("--yes", help="Clear them; without, only list."))
+def unlock(config: "Config", yes: bool = False) -> Result:
     """List or clear locks that name another host, as those of a container that was restarted."""
     from pipeline.disk import unlock
 

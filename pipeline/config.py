@@ -262,8 +262,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        own = bool(self.model.clients)
-        method = self.federate.method
+        own, method = self.heterogeneous, self.federate.method
         if METHODS[method].networks == "own" and not own:
             raise ValueError(
                 f"federate.method {method} is for clients with networks of their own; "
@@ -346,10 +345,9 @@ def load_config(path: Path | None, overrides: tuple[str, ...] = ()) -> Config:
 
 
 def with_settings(config: Config, source: str, **sections: dict[str, Any]) -> Config:
-    """Return ``config`` with other values in some sections, validated; None leaves what is there.
+    """Return ``config`` with other values in some sections, validated as by ``parse_config``.
 
-    Raises:
-        ConfigError: a key or value is wrong; ``source`` names where it comes from.
+    A value that is None leaves what is there.
     """
     raw = config.model_dump()
     for section, values in sections.items():
