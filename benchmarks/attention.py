@@ -21,7 +21,6 @@ import torch
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor
 
-from pipeline.sam import attention
 from pipeline.sam.attention import FoldedAttention
 
 SHAPES = {"window": (25, 14, 14, 768), "global": (1, 64, 64, 768)}
@@ -52,16 +51,14 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
             torch.nn.init.normal_(table, std=0.2)
         x = torch.randn(shape, device=device)
         exact = stock(x)
-        folded = FoldedAttention(stock)
+        layers: dict[str, torch.nn.Module] = {
+            "segment-anything": stock,
+            "folded": FoldedAttention(stock, slices=False),
+            "slices": FoldedAttention(stock, slices=True),
+        }
         for dtype in (torch.float32, torch.bfloat16):
             times = {}
-            for way in ("segment-anything", "folded", "slices"):
-                layer = stock if way == "segment-anything" else folded
-
-                def pays(q: Tensor, slices: bool = way == "slices") -> bool:
-                    return slices
-
-                attention._slices_pay = pays
+            for way, layer in layers.items():
 
                 def call(layer: Any = layer, x: Tensor = x, dtype: Any = dtype) -> Tensor:
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

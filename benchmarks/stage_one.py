@@ -45,7 +45,7 @@ from pipeline.runtime import resolve_device
 from pipeline.sam import teacher as teaching
 from pipeline.sam.build import build_sam
 from pipeline.sam.export import EXTERNAL_ABOVE, TeacherNetwork, trace, write_model
-from pipeline.sam.frame import to_input_frame
+from pipeline.sam.frame import inside_image, to_client_frame, to_input_frame
 from pipeline.sam.onnx import MODEL_FORMAT, OUTPUTS, OnnxTeacher
 from pipeline.stores.label_store import LabelStore, RowKey
 from pipeline.stores.teacher_card import TeacherCard
@@ -217,7 +217,7 @@ def run_torch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     first = [np.asarray(Image.open(file).convert("RGB")) for file in files[:2]]
     with torch.inference_mode():
         pixels, valid_hw = (part.to(device) for part in to_input_frame(first, card.input_size))
-        inside = teaching.inside_image(valid_hw, card.input_size)
+        inside = inside_image(valid_hw, card.input_size)
         parts = [
             teaching.forward(teacher.sam, pixels[i : i + 1], inside[i : i + 1], dtype=teacher.dtype)
             for i in range(2)
@@ -239,12 +239,10 @@ def run_torch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 class WithLogits(TeacherNetwork):
     """The exported network with one output more, for its error; stage one never asks for it."""
 
-    def forward(  # type: ignore[override]
-        self, pixels: Tensor, valid_hw: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        inside = teaching.inside_image(valid_hw, pixels.shape[-1])
+    def forward(self, pixels: Tensor, valid_hw: Tensor) -> tuple[Tensor, ...]:
+        inside = inside_image(valid_hw, pixels.shape[-1])
         logits, iou = teaching.forward(self.sam, pixels, inside)
-        frame = teaching.to_client_frame(logits, valid_hw, self.size_hw)
+        frame = to_client_frame(logits, valid_hw, self.size_hw)
         return *teaching.to_labels(frame, iou), logits
 
 
@@ -278,10 +276,10 @@ def run_onnx(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     for image in first:
         pixels, valid_hw = to_input_frame([image], size)
         feed = {"pixels": pixels.contiguous().numpy(), "valid_hw": valid_hw.numpy()}
-        parts.append(teacher._session.run(["logits"], feed)[0][:, 1:])
+        parts.append(teacher.session.run(["logits"], feed)[0][:, 1:])
     np.save(folder / f"{options.child}.npy", np.concatenate(parts))
     teacher.label(first[:1] * options.batch_size, LABEL_SIZE)  # warm, at the size that is timed
-    with timed(teacher, "_run", torch.device("cpu")) as network:  # which waits for its outputs
+    with timed(teacher, "run", torch.device("cpu")) as network:  # which waits for its outputs
         wall = label_all(settings(folder, options), teacher, files)
     return {
         "images_per_s": len(files) / wall,

@@ -17,6 +17,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PositiveFloat,
@@ -65,6 +66,15 @@ def _folder_name(name: str) -> str:
     if not is_folder_name(name):
         raise ValueError("expected the name of a folder: no slash, not empty, no leading dot")
     return name
+
+
+def _refuse_box(prompt: object) -> object:
+    if prompt == "box":
+        raise ValueError(
+            "the box prompt was removed, because an adapted teacher labels better; use none "
+            "(adapted), or points for SAM as it comes"
+        )
+    return prompt
 
 
 class _Section(BaseModel):
@@ -132,7 +142,8 @@ class SamConfig(_Section):
     variant: str = "vit_t"  # vit_t | vit_b | vit_l | vit_h | timm:<backbone>
     checkpoint: Path | None = None  # vit_b|l|h: official .pth; timm: backbone .safetensors
     input_size: Annotated[int, Field(ge=64, multiple_of=32)] | None = None  # timm only, pixels
-    prompt: Literal["none", "points", "box"] = "none"  # none: adapted; others: SAM as it comes
+    # none: adapted; points: SAM as it comes, prompted by a grid
+    prompt: Annotated[Literal["none", "points"], BeforeValidator(_refuse_box)] = "none"
     points_per_side: Annotated[int, Field(ge=1, le=64)] = 16  # points: of the grid
     lora_rank: PositiveInt = 8  # vit_*: rank of the updates to q and v
     epochs: PositiveInt = 60
@@ -147,7 +158,7 @@ class SamConfig(_Section):
 
     @property
     def prompt_policy(self) -> str:
-        """The prompt with what decides its masks: ``none``, ``points:<per side>`` or ``box``."""
+        """The prompt with what decides its masks: ``none`` or ``points:<per side>``."""
         return f"points:{self.points_per_side}" if self.prompt == "points" else self.prompt
 
 

@@ -26,10 +26,14 @@ _SLICE = 256  # queries: 256 x 4096 logits of 2 or 4 bytes
 
 
 class FoldedAttention(nn.Module):
-    """Drop-in for segment-anything's ``Attention``; owns the same submodules, hence state keys."""
+    """Drop-in for segment-anything's ``Attention``; owns the same submodules, hence state keys.
 
-    def __init__(self, stock: Attention) -> None:
+    ``slices`` says whether logits are made in slices; None means wherever that is faster.
+    """
+
+    def __init__(self, stock: Attention, *, slices: bool | None = None) -> None:
         super().__init__()
+        self.slices = slices
         self.num_heads: int = stock.num_heads
         self.scale: float = stock.scale
         self.use_rel_pos: bool = stock.use_rel_pos
@@ -47,7 +51,7 @@ class FoldedAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, H*W, d)
         if not self.use_rel_pos:
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        elif _slices_pay(q):
+        elif slices_pay(q) if self.slices is None else self.slices:
             out = self._attend_in_slices(q, k, v, height, width)
         else:
             q, k = self._fold(q, k, height, width)
@@ -68,7 +72,7 @@ class FoldedAttention(nn.Module):
         return torch.cat([q * self.scale, q_rows, q_cols], dim=-1), torch.cat([k, onehot], dim=-1)
 
     def _relative(self, q: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """``q . Rh`` (B, heads, H*W, H) and ``q . Rw`` (B, heads, H*W, W)."""
+        """Return ``q . Rh`` (B, heads, H*W, H) and ``q . Rw`` (B, heads, H*W, W)."""
         rel_h = get_rel_pos(height, height, self.rel_pos_h).to(q.dtype)  # (H, H, d)
         rel_w = get_rel_pos(width, width, self.rel_pos_w).to(q.dtype)  # (W, W, d)
         grid = q.unflatten(2, (height, width))
@@ -77,7 +81,7 @@ class FoldedAttention(nn.Module):
         return rows, cols
 
     def _attend_in_slices(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
-        """Attention (B, heads, H*W, d), one head and ``_SLICE`` queries at a time."""
+        """Attend to (B, heads, H*W, d), one head and ``_SLICE`` queries at a time."""
         rows, cols = (part.flatten(0, 1) for part in self._relative(q, height, width))
         queries, values = (q * self.scale).flatten(0, 1), v.flatten(0, 1)
         keys = k.flatten(0, 1).transpose(1, 2).contiguous()
@@ -91,8 +95,11 @@ class FoldedAttention(nn.Module):
         return out.view_as(q)
 
 
-def _slices_pay(q: Tensor) -> bool:
-    """On a CPU, with many tokens, where neither a gradient nor an exported graph is wanted."""
+def slices_pay(q: Tensor) -> bool:
+    """Tell whether slices are faster for ``q`` (B, heads, H*W, d): on a CPU, with many tokens.
+
+    They are never used where a gradient or an exported graph is wanted.
+    """
     return (
         q.device.type == "cpu"
         and q.shape[2] >= _SLICED_TOKENS

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -25,51 +24,44 @@ from segment_anything.modeling import (
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, first_line
 from pipeline.sam.attention import fold_attention
 
-EMBEDDED_WEIGHTS = Path(__file__).parent / "weights" / "vit_t.safetensors"
+STRIDE = 16  # pixels of the input per cell of the embedding, in every variant
+IOU_HEAD_DEPTH = 3
 
-#: sha256 of the official checkpoints (github.com/facebookresearch/segment-anything).
-OFFICIAL_SHA256 = {
-    "vit_b": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-    "vit_l": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-    "vit_h": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+
+def _vit(dim: int, depth: int, heads: int, blocks: tuple[int, ...], **more: Any) -> dict[str, Any]:
+    """Return an image encoder's sizes; what ``more`` leaves out is as in all official ones."""
+    sizes = {"embed_dim": dim, "depth": depth, "num_heads": heads, "global_attn_indexes": blocks}
+    return {
+        "img_size": 1024,
+        "window_size": 14,
+        "mlp_ratio": 4.0,
+        "out_chans": 256,
+        **sizes,
+        **more,
+    }
+
+
+ENCODERS = {
+    "vit_t": _vit(128, 6, 4, (2, 5), img_size=256, window_size=8, mlp_ratio=3.0, out_chans=64),
+    "vit_b": _vit(768, 12, 12, (2, 5, 8, 11)),
+    "vit_l": _vit(1024, 24, 16, (5, 11, 17, 23)),
+    "vit_h": _vit(1280, 32, 16, (7, 15, 23, 31)),
 }
-
-_MASK_IN_CHANNELS = 16
-_STRIDE = 16  # pixels of the input per cell of the embedding, in every variant
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """The sizes that define a SAM variant."""
+class Decoder:
+    """The sizes of the prompt encoder and the mask decoder; the defaults are the official ones."""
 
-    input_size: int  # side of the square input, pixels
-    embed_dim: int
-    depth: int
-    num_heads: int
-    global_blocks: tuple[int, ...]
-    window_size: int
-    mlp_ratio: float
-    prompt_dim: int
-    decoder_mlp_dim: int
-    iou_hidden_dim: int
+    dim: int = 256
+    mlp_dim: int = 2048
+    iou_hidden_dim: int = 256
 
 
-def _official(embed_dim: int, depth: int, heads: int, blocks: tuple[int, ...]) -> Architecture:
-    return Architecture(1024, embed_dim, depth, heads, blocks, 14, 4.0, 256, 2048, 256)
-
-
-ARCHITECTURES = {
-    "vit_t": Architecture(256, 128, 6, 4, (2, 5), 8, 3.0, 64, 256, 64),
-    "vit_b": _official(768, 12, 12, (2, 5, 8, 11)),
-    "vit_l": _official(1024, 24, 16, (5, 11, 17, 23)),
-    "vit_h": _official(1280, 32, 16, (7, 15, 23, 31)),
-}
-
-#: The decoder that a ``timm:`` encoder gets: SAM's own at its own size.
-_TIMM_PROMPT_DIM, _TIMM_DECODER_MLP_DIM, _TIMM_IOU_HIDDEN_DIM = 256, 1024, 256
+_SMALL_DECODERS = {"vit_t": Decoder(64, 256, 64), "timm": Decoder(256, 1024, 256)}
 
 
 class TimmImageEncoder(nn.Module):
@@ -87,7 +79,7 @@ class TimmImageEncoder(nn.Module):
         except Exception as error:  # timm raises RuntimeError, ValueError or AttributeError here
             raise ConfigError(
                 f"sam.variant: 'timm:{name}' is no timm model with feature maps "
-                f"({_first_line(error)}); see timm.list_models()"
+                f"({first_line(error)}); see timm.list_models()"
             ) from error
         strides = self.backbone.feature_info.reduction()
         channels = self.backbone.feature_info.channels()
@@ -111,7 +103,7 @@ class TimmImageEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode ``x`` (B, 3, S, S) float, normalised, into (B, out_channels, S/16, S/16)."""
-        size = (x.shape[-2] // _STRIDE, x.shape[-1] // _STRIDE)
+        size = (x.shape[-2] // STRIDE, x.shape[-1] // STRIDE)
         features = self.backbone(x.contiguous(memory_format=torch.channels_last))
         total: Tensor | None = None
         for level, projection in zip(self.levels, self.projections, strict=True):
@@ -125,12 +117,8 @@ class TimmImageEncoder(nn.Module):
         return out
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def build_sam(variant: str, *, input_size: int | None = None, num_multimask: int = 3) -> Sam:
-    """An untrained SAM of ``variant`` with exact fused attention.
+    """Build an untrained SAM of ``variant`` with exact fused attention.
 
     Args:
         variant: ``vit_t``, ``vit_b``, ``vit_l``, ``vit_h`` or ``timm:<name>``.
@@ -143,84 +131,56 @@ def build_sam(variant: str, *, input_size: int | None = None, num_multimask: int
     """
     if variant.startswith("timm:"):
         return _build_timm(variant.removeprefix("timm:"), input_size or 256, num_multimask)
-    if variant not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    if variant not in ENCODERS:
+        known = ", ".join(ENCODERS)
         raise ConfigError(
             f"sam.variant: '{variant}' is unknown; expected {known} or timm:<backbone>"
         )
-    arch = ARCHITECTURES[variant]
-    if input_size not in (None, arch.input_size):
+    own_size = ENCODERS[variant]["img_size"]
+    if input_size not in (None, own_size):
         raise ConfigError(
             f"sam.input_size: {input_size} does not fit {variant}, whose position embedding is "
-            f"made for {arch.input_size}; leave it null"
+            f"made for {own_size}; leave it null"
         )
+    norm = partial(nn.LayerNorm, eps=1e-6)
     encoder = ImageEncoderViT(
-        img_size=arch.input_size,
-        patch_size=_STRIDE,
-        embed_dim=arch.embed_dim,
-        depth=arch.depth,
-        num_heads=arch.num_heads,
-        mlp_ratio=arch.mlp_ratio,
-        out_chans=arch.prompt_dim,
-        qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=arch.window_size,
-        global_attn_indexes=arch.global_blocks,
+        **ENCODERS[variant], patch_size=STRIDE, norm_layer=norm, use_rel_pos=True
     )
-    return _assemble(
-        fold_attention(encoder),
-        input_size=arch.input_size,
-        prompt_dim=arch.prompt_dim,
-        decoder_mlp_dim=arch.decoder_mlp_dim,
-        iou_hidden_dim=arch.iou_hidden_dim,
-        num_multimask=num_multimask,
-    )
+    decoder = _SMALL_DECODERS.get(variant, Decoder())
+    return _assemble(fold_attention(encoder), decoder, num_multimask)
 
 
 def _build_timm(name: str, input_size: int, num_multimask: int) -> Sam:
     if input_size % 32:
         raise ConfigError(f"sam.input_size: {input_size} is not a multiple of 32")
-    sam = _assemble(
-        TimmImageEncoder(name, img_size=input_size, out_channels=_TIMM_PROMPT_DIM),
-        input_size=input_size,
-        prompt_dim=_TIMM_PROMPT_DIM,
-        decoder_mlp_dim=_TIMM_DECODER_MLP_DIM,
-        iou_hidden_dim=_TIMM_IOU_HIDDEN_DIM,
-        num_multimask=num_multimask,
-    )
-    config = sam.image_encoder.backbone.default_cfg
+    decoder = _SMALL_DECODERS["timm"]
+    encoder = TimmImageEncoder(name, img_size=input_size, out_channels=decoder.dim)
+    sam = _assemble(encoder, decoder, num_multimask)
+    config = encoder.backbone.default_cfg
     for buffer, values in ((sam.pixel_mean, config["mean"]), (sam.pixel_std, config["std"])):
         buffer.copy_(torch.tensor(values).view(3, 1, 1) * 255.0)
     return sam
 
 
-def _assemble(
-    encoder: nn.Module,
-    *,
-    input_size: int,
-    prompt_dim: int,
-    decoder_mlp_dim: int,
-    iou_hidden_dim: int,
-    num_multimask: int,
-) -> Sam:
-    grid = input_size // _STRIDE
+def _assemble(encoder: nn.Module, sizes: Decoder, num_multimask: int) -> Sam:
+    """Put SAM's prompt encoder and mask decoder behind ``encoder``."""
+    side: int = encoder.img_size  # type: ignore[assignment]
     return Sam(
         image_encoder=encoder,
         prompt_encoder=PromptEncoder(
-            embed_dim=prompt_dim,
-            image_embedding_size=(grid, grid),
-            input_image_size=(input_size, input_size),
-            mask_in_chans=_MASK_IN_CHANNELS,
+            embed_dim=sizes.dim,
+            image_embedding_size=(side // STRIDE, side // STRIDE),
+            input_image_size=(side, side),
+            mask_in_chans=16,
         ),
         mask_decoder=MaskDecoder(
             num_multimask_outputs=num_multimask,
             transformer=TwoWayTransformer(
-                depth=2, embedding_dim=prompt_dim, mlp_dim=decoder_mlp_dim, num_heads=8
+                depth=2, embedding_dim=sizes.dim, mlp_dim=sizes.mlp_dim, num_heads=8
             ),
-            transformer_dim=prompt_dim,
-            iou_head_depth=3,
-            iou_head_hidden_dim=iou_hidden_dim,
+            transformer_dim=sizes.dim,
+            iou_head_depth=IOU_HEAD_DEPTH,
+            iou_head_hidden_dim=sizes.iou_hidden_dim,
         ),
     )
 
@@ -228,7 +188,7 @@ def _assemble(
 def decode_masks(
     sam: Sam, embeddings: Tensor, sparse: Tensor, dense: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """All mask tokens of ``B`` (image, prompt) pairs in one pass of the mask decoder.
+    """Decode all mask tokens of ``B`` (image, prompt) pairs in one pass of the mask decoder.
 
     segment-anything's ``predict_masks`` expects one image and many prompts and repeats the image
     for each; given B images it would repeat them B x B. Here pair ``i`` is ``embeddings[i]`` with
@@ -255,33 +215,3 @@ def decode_masks(
     )
     masks = (hyper @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
     return masks, decoder.iou_prediction_head(hidden[:, 0])
-
-
-def load_state(path: Path) -> dict[str, Tensor]:
-    """Read a checkpoint's tensors without ever executing code from it.
-
-    Raises:
-        DataError: the file is missing, damaged, or holds anything but a flat table of tensors.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such checkpoint; check the path in params.yaml (sam.*)")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state: object = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch raise many kinds for a damaged file
-        raise DataError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); expected safetensors or "
-            "a torch file of plain tensors"
-        ) from error
-    return _flat_state(path, state)
-
-
-def _flat_state(path: Path, state: object) -> dict[str, Tensor]:
-    expected = "expected tensors by name; save the model's own state_dict()"
-    if not isinstance(state, dict):
-        raise DataError(f"{path}: holds a {type(state).__name__}; {expected}")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise DataError(f"{path}: {name!r} holds a {type(value).__name__}; {expected}")
-    return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import shutil
 import warnings
@@ -11,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir
 import torch
 from segment_anything.modeling import Sam
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from pipeline import __version__
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
-from pipeline.disk import file_sha256, write_bytes, writer_lock
+from pipeline.disk import file_sha256, flush, write_bytes, writer_lock
+from pipeline.sam.frame import inside_image, to_client_frame
 from pipeline.sam.onnx import (
     INPUTS,
     MODEL_FORMAT,
@@ -29,9 +30,9 @@ from pipeline.sam.onnx import (
     check_exportable,
     model_path,
     onnx_precision,
-    seal,
+    sealed,
 )
-from pipeline.sam.teacher import forward, inside_image, load_teacher, to_client_frame, to_labels
+from pipeline.sam.teacher import forward, load_teacher, to_labels
 
 #: With Attention as one operator: no attention matrix where the provider has a fused kernel.
 OPSET = 23
@@ -51,13 +52,13 @@ class Export:
     opset: int
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it."""
+        """Return the fields as plain data."""
         return asdict(self)
 
     def text(self) -> str:
-        """Return it as one line."""
-        kind = f"{self.precision}, labels of {self.label_size} px"
-        return f"{self.megabytes:.1f} MB, {kind}; {self.model}"
+        """Return what ``samfed export-onnx`` prints."""
+        size = f"{self.megabytes:.1f} MB, {self.precision}, labels of {self.label_size} px"
+        return f"{size}; {self.model}"
 
 
 class TeacherNetwork(nn.Module):
@@ -72,13 +73,12 @@ class TeacherNetwork(nn.Module):
         super().__init__()
         self.sam = sam
         self.size_hw = (label_size, label_size)
-        self.fp16 = fp16
-        if fp16:
-            for module in sam.modules():
-                if isinstance(module, nn.LayerNorm | LayerNorm2d | nn.BatchNorm2d):
-                    module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+        self.dtype = torch.float16 if fp16 else torch.float32
+        for module in sam.modules() if fp16 else ():
+            if isinstance(module, nn.LayerNorm | LayerNorm2d | nn.BatchNorm2d):
+                module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
 
-    def forward(self, pixels: Tensor, valid_hw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor, valid_hw: Tensor) -> tuple[Tensor, ...]:
         """Label a batch.
 
         Args:
@@ -89,8 +89,7 @@ class TeacherNetwork(nn.Module):
             masks (B, L, L) uint8, confidences (B, L, L) uint8, predicted_iou (B,) float32.
         """
         inside = inside_image(valid_hw, pixels.shape[-1])
-        dtype = torch.float16 if self.fp16 else torch.float32
-        logits, iou = forward(self.sam, pixels, inside, dtype=dtype)
+        logits, iou = forward(self.sam, pixels, inside, dtype=self.dtype)
         return to_labels(to_client_frame(logits, valid_hw, self.size_hw), iou)
 
 
@@ -104,19 +103,16 @@ def export_teacher(
 
     Raises:
         StageError: not fine-tuned yet. ConfigError: a precision that ONNX Runtime does not have, or
-        a prompt.
-        LockedStoreError: another process exports.
+        a prompt. LockedStoreError: another process exports.
     """
-    cache, label_size = settings.cache.root, settings.data.image_size
     check_exportable(settings)
+    cache, label_size = settings.cache.root, settings.data.image_size
     precision = onnx_precision(settings.precompute.precision)
     path = model_path(cache) if out is None else out
     with writer_lock(cache / "locks" / "export-onnx.lock"):
         plain = settings.precompute.model_copy(update={"device": "cpu", "precision": "fp32"})
-        teacher = load_teacher(
-            settings.model_copy(update={"precompute": plain}),
-            load_partition(cache / "partition.json"),
-        )
+        plainly = settings.model_copy(update={"precompute": plain})
+        teacher = load_teacher(plainly, load_partition(cache / "partition.json"))
         network = TeacherNetwork(teacher.sam, label_size=label_size, fp16=precision == "fp16")
         model = trace(network, input_size=teacher.card.input_size)
         opset = model.opset_imports[""]
@@ -129,22 +125,17 @@ def export_teacher(
             "samfed.version": __version__,
         }
         weights = write_model(path, model, properties, external_above=external_above)
-    written = [path] if weights is None else [path, weights]
-    return Export(
-        model=str(path),
-        weights=None if weights is None else str(weights),
-        megabytes=sum(file.stat().st_size for file in written) / 1e6,
-        precision=precision,
-        label_size=label_size,
-        opset=opset,
-    )
+    files = [path] if weights is None else [path, weights]
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    beside = None if weights is None else str(weights)
+    return Export(str(path), beside, megabytes, precision, label_size, opset)
 
 
 @torch.no_grad()
 def trace(
     network: nn.Module, *, input_size: int, outputs: Sequence[str] = OUTPUTS
 ) -> onnx_ir.Model:
-    """``network`` (of ``INPUTS``) as an ONNX graph with a free batch dimension."""
+    """Return ``network`` (of ``INPUTS``) as an ONNX graph with a free batch dimension."""
     # two rows, because torch.export takes a dimension of one for a constant
     pixels = torch.zeros(2, 3, input_size, input_size, dtype=torch.uint8)
     valid_hw = torch.full((2, 2), input_size)
@@ -180,43 +171,33 @@ def write_model(
         The file with the weights, if there is one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights: Path | None = None
-    values = (value.const_value for value in model.graph.initializers.values())
-    if sum(value.nbytes for value in values if value is not None) > external_above:
-        proto, weights = _write_weights(path, model)
-        properties = {
-            **properties,
-            "samfed.weights": weights.name,
-            "samfed.weights_sha256": file_sha256(weights),
-        }
-    else:
-        proto = onnx_ir.to_proto(model)
-    onnx.helper.set_model_props(proto, properties)
-    body = proto.SerializeToString(deterministic=True)
-    write_bytes(path, body + seal(body))
-    for other in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.data"):
-        if other != weights:
-            other.unlink()
-    return weights
-
-
-def _write_weights(path: Path, model: onnx_ir.Model) -> tuple[onnx.ModelProto, Path]:
-    """Write the weights beside ``path``; returns the model that refers to them, and the file."""
     building = path.with_name(f".{path.name}.building")
     shutil.rmtree(building, ignore_errors=True)  # a killed run's
     building.mkdir()
     try:
-        onnx_ir.save(model, building / "model.onnx", external_data="weights")
-        proto = onnx.load(building / "model.onnx", load_external_data=False)
-        data = building / "weights"
-        weights = path.with_name(f"{path.name}.{file_sha256(data)[:16]}.data")
-        for tensor in proto.graph.initializer:
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    entry.value = weights.name
-        with data.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(data, weights)
+        name = weights_name(path, model, above=external_above)
+        onnx_ir.save(model, building / "model.onnx", external_data=name)
+        if name is not None:
+            sha256 = file_sha256(building / name)
+            properties = {**properties, "samfed.weights": name, "samfed.weights_sha256": sha256}
+            flush(building / name)
+            os.replace(building / name, path.with_name(name))
+        write_bytes(path, sealed((building / "model.onnx").read_bytes(), properties))
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return proto, weights
+    for other in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.data"):
+        if other.name != name:
+            other.unlink()
+    return None if name is None else path.with_name(name)
+
+
+def weights_name(path: Path, model: onnx_ir.Model, *, above: int) -> str | None:
+    """Name the file for weights of more than ``above`` bytes by their content; None for fewer."""
+    values = (value.const_value for value in model.graph.initializers.values())
+    tensors = [tensor for tensor in values if tensor is not None]
+    if sum(tensor.nbytes for tensor in tensors) <= above:
+        return None
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.tobytes())
+    return f"{path.name}.{digest.hexdigest()[:16]}.data"

@@ -1,4 +1,7 @@
-"""Low-rank adaptation of the image encoder (SAMed, Zhang & Liu 2023; LoRA, Hu et al. 2022)."""
+"""What is trained of a teacher: low-rank updates of its encoder, or all of it.
+
+SAMed (Zhang & Liu 2023) on LoRA (Hu et al. 2022).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 
@@ -34,29 +38,36 @@ class LoraQKV(nn.Module):
         out: Tensor = self.qkv(x) + torch.cat([q, torch.zeros_like(q), v], dim=-1)
         return out
 
+    @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """One linear layer that computes the same function."""
-        update = torch.cat(
-            [
-                self.b_q @ self.a_q,
-                torch.zeros_like(self.qkv.weight[: len(self.b_q)]),
-                self.b_v @ self.a_v,
-            ]
-        )
-        with torch.no_grad():
-            self.qkv.weight += update
+        """Return one linear layer that computes the same function."""
+        query, value = self.b_q @ self.a_q, self.b_v @ self.a_v
+        self.qkv.weight += torch.cat([query, torch.zeros_like(query), value])
         return self.qkv
 
 
-def add_lora(encoder: nn.Module, rank: int) -> None:
-    """Freeze ``encoder`` and put rank-``rank`` adapters on every block's query and value."""
-    encoder.requires_grad_(False)
-    for block in encoder.blocks:  # type: ignore[union-attr]
+def add_adapter(sam: Sam, rank: int | None) -> list[str]:
+    """Make ``sam`` ready for training or for a trained adapter, in place.
+
+    With a ``rank``, every block's query and value get LoRA, and beside it the mask decoder and the
+    default prompt embedding are trained; with None, everything is.
+
+    Returns:
+        the names in its state that an adapter's file holds: the trained parameters and, of a
+        teacher trained whole, the buffers too, which change with it.
+    """
+    if rank is None:
+        return list(sam.state_dict())
+    sam.image_encoder.requires_grad_(False)
+    for block in sam.image_encoder.blocks:
         block.attn.qkv = LoraQKV(block.attn.qkv, rank)
+    sam.prompt_encoder.requires_grad_(False)
+    sam.prompt_encoder.no_mask_embed.requires_grad_(True)
+    return [name for name, parameter in sam.named_parameters() if parameter.requires_grad]
 
 
-def merge_lora(encoder: nn.Module) -> None:
-    """Fold every adapter into its projection: the same function at no cost at inference."""
-    for block in encoder.blocks:  # type: ignore[union-attr]
+def merge_lora(sam: Sam) -> None:
+    """Fold every LoRA into its projection: the same function at no cost at inference."""
+    for block in getattr(sam.image_encoder, "blocks", ()):
         if isinstance(block.attn.qkv, LoraQKV):
             block.attn.qkv = block.attn.qkv.merged()

@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 from pipeline.config import Config
 from pipeline.data.partition import Partition
 from pipeline.disk import file_sha256
-from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
+from pipeline.errors import (
+    ConfigError,
+    CorruptStoreError,
+    IdentityError,
+    StageError,
+    first_line,
+)
 from pipeline.runtime import resolve_device
 from pipeline.sam.frame import to_input_frame
 from pipeline.sam.teacher import checked_card
@@ -34,6 +40,7 @@ OUTPUTS = ("masks", "confidences", "predicted_iou")
 MODEL_FORMAT = "1"
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_SEAL = "samfed.sha256"
 _AGAIN = "run `samfed export-onnx` again"
 _LOG_FATAL = 4  # of ONNX Runtime's levels 0..4: errors are raised, and need no second report
 
@@ -92,20 +99,23 @@ def check_model(settings: Config, card: TeacherCard) -> None:
     _check_identity(path, read_properties(path), identity)
 
 
-def seal(body: bytes) -> bytes:
-    """What is appended to a serialised model so that damage shows: a property with its sha256.
+def sealed(body: bytes, properties: Mapping[str, str]) -> bytes:
+    """Return a serialised model with ``properties`` and, last of all, the sha256 of what is before.
 
-    Protobuf takes fields at the end of a message as part of it, so ``body + seal(body)`` is the
-    same model with one property more.
+    Protobuf takes fields at the end of a message as part of it: they are metadata like any other.
     """
-    digest = hashlib.sha256(body).hexdigest()
-    entry = onnx.StringStringEntryProto(key="samfed.sha256", value=digest)
-    sealed: bytes = onnx.ModelProto(metadata_props=[entry]).SerializeToString()
-    return sealed
+    body += _as_metadata(properties)
+    return body + _as_metadata({_SEAL: hashlib.sha256(body).hexdigest()})
+
+
+def _as_metadata(properties: Mapping[str, str]) -> bytes:
+    entries = [onnx.StringStringEntryProto(key=k, value=v) for k, v in properties.items()]
+    metadata: bytes = onnx.ModelProto(metadata_props=entries).SerializeToString()
+    return metadata
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """The model's metadata, after every byte of the model has been checked.
+    """Return the model's metadata, after every byte of the model has been checked.
 
     Raises:
         StageError: no model yet. CorruptStoreError: it, or its weights, is not what was written.
@@ -113,8 +123,8 @@ def read_properties(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise StageError(f"{path}: not found; run `samfed export-onnx` first")
     content = path.read_bytes()
-    cut = max(0, len(content) - len(seal(b"")))
-    if content[cut:] != seal(content[:cut]):
+    body = content[: -len(_as_metadata({_SEAL: "0" * 64}))]
+    if content != sealed(body, {}):
         raise CorruptStoreError(f"{path}: damaged, or not written by samfed; {_AGAIN}")
     model = onnx.ModelProto.FromString(content)
     properties = {entry.key: entry.value for entry in model.metadata_props}
@@ -149,10 +159,9 @@ class OnnxTeacher:
     def __init__(
         self, path: Path, card: TeacherCard, *, label_size: int, device: str, precision: str
     ) -> None:
-        """Check ``path`` and load it.
+        """Check the model at ``path``, which ``samfed export-onnx`` wrote, and load it.
 
         Args:
-            path: a file that ``samfed export-onnx`` wrote.
             label_size: side of the labels in pixels, for which it must have been written.
             device: auto, cpu, cuda or cuda:N. precision: auto takes what the file holds.
 
@@ -161,8 +170,6 @@ class OnnxTeacher:
             ConfigError: device or precision cannot be had.
         """
         properties = read_properties(path)
-        identity = card.identity(label_size=label_size, precision=precision)
-        _check_identity(path, properties, identity)
         self.card = card
         self.label_size = label_size
         self.precision = properties["samfed.precision"]
@@ -171,7 +178,9 @@ class OnnxTeacher:
                 f"precompute.precision: '{precision}' asked for, but {path} holds "
                 f"{self.precision}; {_AGAIN}"
             )
-        self._session, self.device = _start(path, device)
+        identity = card.identity(label_size=label_size, precision=precision)
+        _check_identity(path, properties, identity)
+        self.session, self.device = start_session(path, device)
         if self.precision == "fp16" and self.device.type != "cuda":
             raise ConfigError(
                 f"precompute.precision: {path} holds fp16, which needs a CUDA device; run "
@@ -179,10 +188,10 @@ class OnnxTeacher:
             )
 
     def provenance(self) -> dict[str, str]:
-        """What computes the labels; recorded with every shard, no part of their identity."""
+        """Return what computes the labels; recorded with them, no part of their identity."""
         return {
             "backend": "onnx",
-            "provider": self._session.get_providers()[0],
+            "provider": self.session.get_providers()[0],
             "precision": self.precision,
             "device": self.device.type,
             "onnxruntime": ort.__version__,
@@ -190,7 +199,7 @@ class OnnxTeacher:
         }
 
     def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> PseudoLabels:
-        """Labels of (H, W, 3) uint8 images of any sizes, in the client's frame ``size``.
+        """Label (H, W, 3) uint8 images of any sizes, in the client's frame ``size``.
 
         Raises:
             IdentityError: the model was exported for another size. MemoryError: the batch is too
@@ -199,33 +208,32 @@ class OnnxTeacher:
         if size != self.label_size:
             raise IdentityError(f"the onnx model makes labels of {self.label_size} px, not {size}")
         pixels, valid_hw = to_input_frame(images, self.card.input_size)
-        masks, confidences, predicted_iou = self._run(pixels.contiguous().numpy(), valid_hw.numpy())
-        return PseudoLabels(masks=masks, confidences=confidences, predicted_iou=predicted_iou)
+        return PseudoLabels(*self.run(pixels.contiguous().numpy(), valid_hw.numpy()))
 
-    def _run(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """One pass with inputs and outputs bound to the device: one copy in, one copy out."""
+    def run(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        """Run ``INPUTS`` to ``OUTPUTS``, bound to the device: one copy in, one copy out."""
         device, index = self.device.type, self.device.index or 0
-        binding = self._session.io_binding()
+        binding = self.session.io_binding()
         for name, array in zip(INPUTS, inputs, strict=True):
             value = ort.OrtValue.ortvalue_from_numpy(array, device, index)
             binding.bind_ortvalue_input(name, value)
         for name in OUTPUTS:
             binding.bind_output(name, device, index)
         try:
-            self._session.run_with_iobinding(binding)
+            self.session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime has no error of its own for memory
             if "allocat" in str(error) or "bad_alloc" in str(error):
-                raise MemoryError(_first_line(error)) from error
+                raise MemoryError(first_line(error)) from error
             raise
         outputs: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
         return outputs
 
 
-def _start(path: Path, name: str) -> tuple[ort.InferenceSession, torch.device]:
-    """A session on the device ``name``; only ``auto`` may end on the CPU, and says so.
+def start_session(path: Path, name: str) -> tuple[ort.InferenceSession, torch.device]:
+    """Open a session on the device ``name``; only ``auto`` may end on the CPU, and says so.
 
     Raises:
-        ConfigError: CUDA was asked for and cannot be had.
+        ConfigError: CUDA was asked for and cannot be had, or the model cannot be run.
     """
     device = resolve_device(name)
     if device.type == "cuda":
@@ -240,19 +248,18 @@ def _start(path: Path, name: str) -> tuple[ort.InferenceSession, torch.device]:
 
 
 def _cuda_session(path: Path, index: int) -> ort.InferenceSession:
+    asked = f"precompute.device: cuda asked for, but onnxruntime {ort.__version__}"
     if CUDA not in ort.get_available_providers():
         raise ConfigError(
-            f"precompute.device: cuda asked for, but onnxruntime {ort.__version__} is a build "
-            "without it; install onnxruntime-gpu, or use precompute.device=cpu"
+            f"{asked} is a build without it; install onnxruntime-gpu, or use precompute.device=cpu"
         )
     # cuDNN's exhaustive search picks algorithms by a stopwatch, and TF32 is not fp32
     options = {"device_id": index, "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": 0}
     session = _session(path, [(CUDA, options), CPU])
     if session.get_providers()[0] != CUDA:  # it only logs that libraries are missing
         raise ConfigError(
-            f"precompute.device: cuda asked for, but onnxruntime {ort.__version__} cannot load its "
-            "CUDA provider; install the CUDA and cuDNN versions that it names above, or use "
-            "precompute.device=cpu"
+            f"{asked} cannot load its CUDA provider; install the CUDA and cuDNN versions that it "
+            "names above, or use precompute.device=cpu"
         )
     return session
 
@@ -267,28 +274,23 @@ def _session(path: Path, providers: list[Any]) -> ort.InferenceSession:
         return ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:  # its errors share no base class but Exception
         raise ConfigError(
-            f"{path}: onnxruntime {ort.__version__} cannot run it ({_first_line(error)}); "
+            f"{path}: onnxruntime {ort.__version__} cannot run it ({first_line(error)}); "
             "use precompute.backend=torch or another precompute.device"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def load_onnx_teacher(settings: Config, partition: Partition) -> OnnxTeacher:
-    """The exported teacher, as ``precompute`` asks for it.
+    """Load the exported teacher, as ``precompute`` asks for it.
 
     Raises:
         StageError: not fine-tuned or not exported yet. IdentityError: the card is not what
         params.yaml asks for, or the model is of another teacher. ConfigError: see ``OnnxTeacher``.
     """
     check_exportable(settings)
-    run = settings.precompute
     return OnnxTeacher(
         model_path(settings.cache.root),
         checked_card(settings, partition),
         label_size=settings.data.image_size,
-        device=run.device,
-        precision=run.precision,
+        device=settings.precompute.device,
+        precision=settings.precompute.precision,
     )

@@ -16,18 +16,17 @@ CARD_FILE = "card.json"
 
 
 class TeacherCard(BaseModel):
-    """``card.json``: what the adapted teacher is, and how good it is where truth is known."""
+    """``card.json``: what the teacher is, and how good it is where truth is known."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     variant: str
     input_size: int  # px
     num_classes: int
-    prompt: str  # policy: "none" (adapted), "points:<per side>" or "box"
-    lora_rank: int | None  # None: fine-tuned whole
+    prompt: str  # policy: "none" (adapted) or "points:<per side>"
+    lora_rank: int | None  # None: fine-tuned whole, or not at all
     base_sha256: str  # of the checkpoint's file; "random" if it started from none
     adapter_sha256: str  # of adapter.safetensors; "none" under a prompt
-    coarse_sha256: str | None = None  # of coarse.safetensors, which draws the boxes
     parameters: int  # of the whole teacher
     trained_parameters: int
     server_sha256: str  # of the images and masks it was trained on and measured with
@@ -48,16 +47,12 @@ class TeacherCard(BaseModel):
         )
 
     def identity(self, *, label_size: int, precision: str) -> Identity:
-        """Return the identity of labels that this teacher makes.
-
-        Args:
-            label_size: side of the labels, px. precision: as ``precompute.precision`` asks.
-        """
+        """Return the identity of labels of ``label_size`` px at ``precompute.precision``."""
         return Identity(
             variant=self.variant,
             base_sha256=self.base_sha256,
             adapter_sha256=self.adapter_sha256,
-            prompt=self.prompt if self.coarse_sha256 is None else f"box:{self.coarse_sha256}",
+            prompt=self.prompt,
             input_size=self.input_size,
             label_size=label_size,
             num_classes=self.num_classes,

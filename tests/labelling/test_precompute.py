@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from conftest import tiny_config
 from teachers import FakeTeacher, Hungry, content, labelled_rows, run, stand_in, write_noise
@@ -21,13 +20,11 @@ from teachers import FakeTeacher, Hungry, content, labelled_rows, run, stand_in,
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
-from pipeline.errors import ConfigError, DataError, LockedStoreError, SamfedError
+from pipeline.errors import ConfigError, LockedStoreError, SamfedError
 from pipeline.labelling.backoff import MemoryAwareTeacher
 from pipeline.labelling.precompute import precompute
 from pipeline.labelling.quality import FLIPPED_IMAGES
 from pipeline.runtime import resolve_device
-from pipeline.sam import build
-from pipeline.sam.build import TimmImageEncoder, load_state
 from pipeline.stores.label_store import LabelStore
 
 COUNT = 150
@@ -258,61 +255,3 @@ def test_a_cuda_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
             f"device: '{name}' asked for, but torch finds 2 CUDA device(s), numbered from 0; "
             "use cuda:0 or auto"
         )
-
-
-@pytest.mark.parametrize(
-    ("state", "found"),
-    [
-        ({"state_dict": {"weight": torch.zeros(1)}}, "'state_dict' holds a dict"),
-        ({"weight": torch.zeros(1), "epoch": 3}, "'epoch' holds a int"),
-        ({0: torch.zeros(1)}, "0 holds a Tensor"),
-        ([torch.zeros(1)], "holds a list"),
-        (torch.zeros(1), "holds a Tensor"),
-    ],
-)
-def test_a_checkpoint_of_anything_but_named_tensors(
-    tmp_path: Path, state: object, found: str
-) -> None:
-    path = tmp_path / "x.pth"
-    torch.save(state, path)
-    with pytest.raises(DataError) as caught:
-        load_state(path)
-    assert str(caught.value) == (
-        f"{path}: {found}; expected tensors by name; save the model's own state_dict()"
-    )
-    torch.save({"weight": torch.ones(2)}, path)
-    assert load_state(path)["weight"].tolist() == [1, 1]
-
-
-@pytest.mark.parametrize("keep", [0, 4, 40, -3])
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_a_damaged_checkpoint(tmp_path: Path, suffix: str, keep: int) -> None:
-    path = tmp_path / f"x.{suffix}"
-    if suffix == "pth":
-        torch.save({"weight": torch.ones(20)}, path)
-    else:
-        safetensors.torch.save_file({"weight": torch.ones(20)}, path)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DataError) as caught:
-        load_state(path)
-    assert str(caught.value).startswith(f"{path}: not a readable checkpoint (")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("message", "shown"),
-    [("first line\n  second line", "first line"), ("", "RuntimeError"), ("\n\n x\ny", "x")],
-)
-def test_a_timm_error_of_many_lines(
-    monkeypatch: pytest.MonkeyPatch, message: str, shown: str
-) -> None:
-    def refuse(*args: object, **options: object) -> None:
-        raise RuntimeError(message)
-
-    monkeypatch.setattr(build.timm, "create_model", refuse)
-    with pytest.raises(ConfigError) as caught:
-        TimmImageEncoder("nothing", img_size=64, out_channels=8)
-    assert str(caught.value) == (
-        f"sam.variant: 'timm:nothing' is no timm model with feature maps ({shown}); "
-        "see timm.list_models()"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -33,8 +34,17 @@ from pipeline.sam import export
 from pipeline.sam import onnx as backend
 from pipeline.sam.build import build_sam
 from pipeline.sam.export import TeacherNetwork, trace, write_model
-from pipeline.sam.onnx import CPU, CUDA, INPUTS, OUTPUTS, OnnxTeacher, read_properties
-from pipeline.sam.teacher import ADAPTER_FILE, Teacher, load_teacher, to_input_frame
+from pipeline.sam.frame import to_input_frame
+from pipeline.sam.onnx import (
+    CPU,
+    CUDA,
+    INPUTS,
+    OUTPUTS,
+    OnnxTeacher,
+    read_properties,
+    sealed,
+)
+from pipeline.sam.teacher import ADAPTER_FILE, Teacher, load_teacher
 from pipeline.stores.label_store import LabelStore, PseudoLabels
 from pipeline.stores.teacher_card import CARD_FILE, TeacherCard
 
@@ -147,11 +157,8 @@ class Timm:
         self.graph, self.fp16 = self._trace(fp16=False), self._trace(fp16=True)
 
     def _trace(self, *, fp16: bool) -> onnx_ir.Model:
-        network = TeacherNetwork(self.torch.sam, label_size=self.label_size, fp16=fp16)
-        graph = trace(network, input_size=64)
-        for module in network.modules():
-            module._forward_pre_hooks.clear()
-        return graph
+        sam = copy.deepcopy(self.torch.sam)  # for fp16, its norms are changed in place
+        return trace(TeacherNetwork(sam, label_size=self.label_size, fp16=fp16), input_size=64)
 
     def properties(self, *, precision: str = "fp32", **changes: object) -> dict[str, str]:
         identity = self.card.identity(label_size=self.label_size, precision=precision).model_dump()
@@ -226,7 +233,7 @@ def test_cuda_labels_as_torch_does(timm: Timm, tmp_path: Path, precision: str) -
     graph = timm.fp16 if precision == "fp16" else timm.graph
     properties = timm.properties(precision=precision)
     write_model(tmp_path / "t.onnx", graph, properties, external_above=1 << 29)
-    teacher = timm.load(tmp_path / "t.onnx", device="cuda")
+    teacher = timm.load(tmp_path / "t.onnx", device="cuda", precision=precision)
     assert teacher.provenance()["provider"] == CUDA
     batch = images(SQUARE, TALL, WIDE)
     found = teacher.label(batch, 48)
@@ -355,7 +362,7 @@ def test_a_damaged_model(timm: Timm, tmp_path: Path, damage: str) -> None:
             "cut": content[:middle],
             "flip": content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :],
             "longer": content + b"\0",
-            "unsealed": content[: -len(backend.seal(b""))],
+            "unsealed": content[: -len(sealed(b"", {}))],
         }[damage]
     )
     with pytest.raises(CorruptStoreError) as caught:
@@ -378,7 +385,7 @@ def test_where_it_runs_is_recorded(timm: Timm, tmp_path: Path) -> None:
         "device": "cpu",
         "onnxruntime": ort.__version__,
     }
-    threads = teacher._session.get_session_options().intra_op_num_threads
+    threads = teacher.session.get_session_options().intra_op_num_threads
     assert threads == torch.get_num_threads()
 
 
@@ -404,6 +411,9 @@ def test_fp16_needs_cuda(timm: Timm, tmp_path: Path) -> None:
     path = tmp_path / "t.onnx"
     timm.write(path, precision="fp16")
     with pytest.raises(ConfigError, match="holds fp16, which needs a CUDA device"):
+        timm.load(path, precision="fp16")
+    # where nothing is asked for, a timm: teacher's labels are those of fp32
+    with pytest.raises(IdentityError, match="precision is fp16, expected fp32"):
         timm.load(path)
 
 
@@ -414,9 +424,13 @@ def no_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     providers = [CPU] if request.param == "no provider" else [CUDA, CPU]
     monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
-    start = backend._session
-    # what ONNX Runtime does where libraries are missing: it logs, and goes on
-    monkeypatch.setattr(backend, "_session", lambda path, providers: start(path, [CPU]))
+    start = ort.InferenceSession
+
+    def start_on_cpu(path: Path, options: Any, **more: Any) -> ort.InferenceSession:
+        """What ONNX Runtime does where libraries are missing: it logs, and goes on."""
+        return start(path, options, **{**more, "providers": [CPU]})
+
+    monkeypatch.setattr(ort, "InferenceSession", start_on_cpu)
     expected = {"no provider": "is a build without it", "no libraries": "cannot load its CUDA"}
     return expected[request.param]
 
@@ -470,8 +484,8 @@ def test_a_batch_too_large(timm: Timm, tmp_path: Path, message: str, kind: type[
     def fail(binding: object) -> None:
         raise RuntimeError(message)
 
-    session: Any = SimpleNamespace(io_binding=teacher._session.io_binding, run_with_iobinding=fail)
-    teacher._session = session
+    session: Any = SimpleNamespace(io_binding=teacher.session.io_binding, run_with_iobinding=fail)
+    teacher.session = session
     with pytest.raises(kind) as caught:
         teacher.label(images(SQUARE), 48)
     assert str(caught.value) == message.splitlines()[0]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.sam.build import EMBEDDED_WEIGHTS, build_sam, load_state
+from pipeline.sam.build import build_sam
+from pipeline.sam.checkpoints import EMBEDDED_WEIGHTS, load_state
 from tools.pretrain_vit_t.__main__ import main
 from tools.pretrain_vit_t.pretrain import boxes_of, pretrain, sample_points, validate
 from tools.pretrain_vit_t.scenes import generate_scene

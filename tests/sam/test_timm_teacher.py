@@ -23,11 +23,10 @@ from pipeline.data.public_set import load_labelled
 from pipeline.disk import file_sha256
 from pipeline.labelling.precompute import precompute
 from pipeline.results.evaluate_teacher import evaluate_teacher
-from pipeline.sam import finetune as finetune_module
-from pipeline.sam.finetune import finetune
+from pipeline.sam.finetune import finetune, make_teacher
 from pipeline.sam.teacher import ADAPTER_FILE, Teacher, load_teacher
 from pipeline.stores.label_store import LabelStore, PseudoLabels
-from pipeline.stores.teacher_card import TeacherCard, label_precision, load_card
+from pipeline.stores.teacher_card import label_precision, load_card
 
 BACKBONE = "mobilenetv3_small_050"
 BASES = ["random", "checkpoint"]
@@ -50,21 +49,12 @@ def timm_config(root: Path, cache: Path, base: str, folder: Path) -> Config:
 class Adapted:
     """A prepared cache whose teacher was fine-tuned, and that teacher as it was in memory."""
 
-    def __init__(self, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-        kept: list[Teacher] = []
-
-        class Kept(Teacher):
-            def __init__(self, *arguments: Any, **more: Any) -> None:
-                super().__init__(*arguments, **more)
-                kept.append(self)
-
+    def __init__(self, config: Config) -> None:
         self.config = config
         self.folder = config.cache.root / "teacher"
         prepare(config)
-        with monkeypatch.context() as patch:
-            patch.setattr(finetune_module, "Teacher", Kept)
-            self.card: TeacherCard = finetune(config)
-        (self.teacher,) = kept
+        self.card = finetune(config)
+        self.teacher, _ = make_teacher(config, load_partition(config.cache.root / "partition.json"))
 
     def load(self) -> Teacher:
         partition = load_partition(self.config.cache.root / "partition.json")
@@ -80,8 +70,7 @@ def adapted(
 ) -> Adapted:
     folder = tmp_path_factory.mktemp("timm")
     config = timm_config(tiny_images, folder / "cache", request.param, folder)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        return Adapted(config, monkeypatch)
+    return Adapted(config)
 
 
 def assert_equal(found: PseudoLabels, expected: PseudoLabels) -> None:
