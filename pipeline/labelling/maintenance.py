@@ -12,12 +12,14 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import discard, leftovers, recover_folder, tree_bytes, writer_lock, writer_of
-from pipeline.errors import CorruptStoreError, LockedStoreError, StageError, StoreError
+from pipeline.errors import CorruptStoreError, StageError, StoreError
 from pipeline.labelling.job import Meter, Progress, owner_images, store_lock, store_path
 from pipeline.stores.arrays import canonical_json
 from pipeline.stores.integrity import Fault, check_store
 from pipeline.stores.label_store import Identity, LabelStore
 from pipeline.stores.teacher_card import CARD_FILE, load_card
+
+_KILLED = "left by a killed run"
 
 
 def label_stores(cache: Path) -> list[Path]:
@@ -50,8 +52,8 @@ class StoreInfo:
     path: str
     state: str  # complete, unfinished, damaged or missing
     bytes: int = 0
-    rows: int | None = None
-    done: int | None = None
+    rows: int = 0
+    done: int = 0
     identity: dict[str, Any] = field(default_factory=dict)  # with its digest
     provenance: list[dict[str, Any]] = field(default_factory=list)  # records, each with its chunks
     # what is not as the present teacher and partition ask for; None where these are not there
@@ -59,25 +61,23 @@ class StoreInfo:
     reason: str = ""  # of the damage
 
     def text(self) -> str:
-        """Return a few lines for a person."""
-        if self.state == "missing":
-            return f"{self.path}: none of {self.rows} rows yet"
-        if self.state == "damaged":
-            return self.reason
-        match = f"differs from the present run in {', '.join(self.differs or ())}"
-        if not self.differs:
+        if self.state in ("missing", "damaged"):
+            return self.reason or f"{self.path}: none of {self.rows} rows yet"
+        match = "not compared: no teacher or no partition"
+        if self.differs is not None:
+            match = f"differs from the present run in {', '.join(self.differs)}"
+        if self.differs == []:
             match = "of the present teacher and partition"
-        if self.differs is None:
-            match = "not compared: no teacher or no partition"
         size, who = _mib(self.bytes), self.identity
-        lines = [f"{self.path}: {self.done} of {self.rows} rows, {size}, {self.state}; {match}"]
-        lines.append(
-            f"  identity {who['digest']}: {who['variant']}, prompt {who['prompt']}, input "
-            f"{who['input_size']} px, labels {who['label_size']} px, {who['num_classes']} class(es)"
-        )
+        sizes = f"input {who['input_size']} px, labels {who['label_size']} px"
+        lines = [
+            f"{self.path}: {self.done} of {self.rows} rows, {size}, {self.state}; {match}",
+            f"  identity {who['digest']}: {who['variant']}, prompt {who['prompt']}, {sizes}, "
+            f"{who['num_classes']} class(es)",
+        ]
         for record in self.provenance:
-            made = ", ".join(f"{key} {value}" for key, value in record.items() if key != "chunks")
-            lines.append(f"  {record['chunks']} chunk(s) by {made}")
+            by = ", ".join(f"{key} {value}" for key, value in record.items() if key != "chunks")
+            lines.append(f"  {record['chunks']} chunk(s) by {by}")
         return "\n".join(lines)
 
 
@@ -89,13 +89,11 @@ class CacheInfo:
     archive: list[dict[str, Any]]  # path and bytes
 
     def text(self) -> str:
-        """Return all of it for a person."""
         lines = [store.text() for store in self.stores]
         lines += [f"{each['path']}: moved aside, {_mib(each['bytes'])}" for each in self.archive]
         return "\n".join(lines) or "no label store"
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it for ``--json``."""
         return asdict(self)
 
 
@@ -110,8 +108,7 @@ def info(config: Config) -> CacheInfo:
         partition = load_partition(cache / "partition.json")
     if (cache / "teacher" / CARD_FILE).is_file():
         size, precision = config.data.image_size, config.precompute.precision
-        card = load_card(cache / "teacher")
-        identity = card.identity(label_size=size, precision=precision)
+        identity = load_card(cache / "teacher").identity(label_size=size, precision=precision)
     stores = [_store_info(path, identity, partition) for path in label_stores(cache)]
     owners = owner_images(partition) if partition is not None else {}
     for owner in sorted(set(owners) - {store.owner for store in stores}):
@@ -163,20 +160,18 @@ class Verification:
     faults: list[Fault] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)  # stores that a process writes to, and which
 
+    exit_code = CorruptStoreError.exit_code  # of the command, if there are faults
+
     def text(self) -> str:
-        """Return the summary for a person; the faults come beside it."""
+        """Return all but the faults, which are its ``failures``."""
         skipped = f"{len(self.skipped)} skipped, " if self.skipped else ""
         summary = f"{self.stores} stores read, {skipped}{len(self.faults)} faults"
         return "\n".join([*self.skipped, summary])
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it for ``--json``."""
         return vars(self) | {"faults": [fault.as_json() for fault in self.faults]}
 
-    exit_code = CorruptStoreError.exit_code  # of the command, if there are faults
-
     def failures(self) -> list[str]:
-        """Return one line for each fault."""
         return [str(fault) for fault in self.faults]
 
 
@@ -193,24 +188,23 @@ def verify(config: Config, *, progress: Progress | None = None) -> Verification:
     stores = [*image_stores(cache), *label_stores(cache)]
     if not stores:
         raise StageError(f"{cache}: found no store; run `samfed prepare` first")
-    meter = reading(stores, progress)
-    result = Verification()
+    meter, result = reading(stores, progress), Verification()
     for path in stores:
-        try:
-            result.faults += check_at_rest(cache, path, meter)
-        except LockedStoreError as error:
-            result.skipped.append(str(error))
-            continue
-        result.stores += 1
-        result.bytes += tree_bytes(path)
+        found = check_at_rest(cache, path, meter)
+        if isinstance(found, str):
+            result.skipped.append(found)
+        else:
+            result.faults += found
+            result.stores += 1
+            result.bytes += tree_bytes(path)
     return result
 
 
-def check_at_rest(cache: Path, path: Path, meter: Meter) -> list[Fault]:
+def check_at_rest(cache: Path, path: Path, meter: Meter) -> list[Fault] | str:
     """Check a label or image store, and once more if somebody wrote to it meanwhile.
 
-    Raises:
-        LockedStoreError: a process writes to it.
+    Returns:
+        the faults, or what to say if a process writes to it.
     """
     of_labels = path.parent == cache / "sam"
     lock = store_lock(cache, path.stem) if of_labels else cache / "locks" / "prepare.lock"
@@ -218,9 +212,7 @@ def check_at_rest(cache: Path, path: Path, meter: Meter) -> list[Fault]:
         before = _last_taken(lock)
         writer = writer_of(lock)
         if writer is not None:
-            raise LockedStoreError(
-                f"{path}: {writer} writes to it; run `samfed cache verify` when it has ended"
-            )
+            return f"{path}: {writer} writes to it; run `samfed cache verify` when it has ended"
         try:
             faults = check_store(path, meter.advance)
         except Exception:  # a folder that is replaced while it is read fails in many ways
@@ -268,7 +260,6 @@ class Pruning:
         return "\n".join(lines) or "nothing to remove"
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it for ``--json``."""
         found = [{"path": str(e.path), "bytes": e.bytes, "why": e.why} for e in self.found]
         return {"found": found, "removed": self.removed}
 
@@ -280,27 +271,26 @@ def removable(config: Config) -> Pruning:
     may belong to a run that is still going: ``prune`` finds its lock held. Single files are listed
     an hour after the last write to them.
     """
-    cache, killed = config.cache.root, "left by a killed run"
+    cache = config.cache.root
     folders = [
         Removable(path, why, tree_bytes(path), store_lock(cache, owner))
-        for path, owner, why in (
-            *((path, path.parent.name, "moved aside") for path in _moved_aside(cache)),
-            *((path, owner, killed) for path, owner in _left_of_stores(cache)),
-        )
+        for path, owner, why in _removable_folders(cache)
     ]
     named = {each.path for each in folders}
     files = [path for path in leftovers(cache) if not named.intersection(path.parents)]
-    return Pruning(folders + [Removable(path, killed, tree_bytes(path), None) for path in files])
+    return Pruning(folders + [Removable(path, _KILLED, tree_bytes(path), None) for path in files])
 
 
-def _left_of_stores(cache: Path) -> Iterator[tuple[Path, str]]:
-    """Yield what killed runs left in or beside label stores, and whose they are."""
+def _removable_folders(cache: Path) -> Iterator[tuple[Path, str, str]]:
+    """Yield folders, whose label stores they were or were to be, and why they may go."""
+    for path in _moved_aside(cache):
+        yield path, path.parent.name, "moved aside"
     for path in cache.glob("archive/*/.*.zarr.building"):
-        yield path, path.parent.name
+        yield path, path.parent.name, _KILLED
     for path in cache.glob("sam/.*.zarr.*"):
         # a retired store whose successor never came is no rubbish: the next run takes it back
         if path.suffix == ".building" or _final(path).exists():
-            yield path, _final(path).stem
+            yield path, _final(path).stem, _KILLED
 
 
 def prune(config: Config, chosen: Pruning) -> Pruning:

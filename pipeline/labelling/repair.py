@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +11,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.disk import move, recover_folder, writer_lock
-from pipeline.errors import (
-    EXIT_PARTIAL,
-    CorruptStoreError,
-    IdentityError,
-    LockedStoreError,
-    StoreError,
-)
+from pipeline.errors import EXIT_PARTIAL, CorruptStoreError, IdentityError, StoreError
 from pipeline.labelling.job import Job, Meter, Progress, load_job, owner_images, store_lock
 from pipeline.labelling.maintenance import check_at_rest, image_stores, label_stores, reading
 from pipeline.labelling.precompute import executor_on, label_owners
@@ -34,34 +28,33 @@ from pipeline.stores.integrity import (
 )
 from pipeline.stores.label_store import LabelStore, check_identity
 
+Damaged = dict[Path, list[Fault]]  # by label store
+
 
 @dataclass
 class Repair:
     """What ``repair`` found and did."""
 
     faults: list[Fault] = field(default_factory=list)  # in label stores; mended
-    notices: list[str] = field(default_factory=list)  # metadata written again, stores moved aside
+    notices: list[str] = field(default_factory=list)  # stores moved aside, or skipped
     remaining: list[str] = field(default_factory=list)  # what it cannot mend, and what can
     labelled: int = 0  # rows
     failed: list[str] = field(default_factory=list)  # images that have no label, as in stage one
-
-    def text(self) -> str:
-        """Return what was mended, for a person."""
-        lines = [f"{fault}; mended" for fault in self.faults] + self.notices
-        summary = f"{len(self.faults)} faults mended, {self.labelled} images labelled"
-        return "\n".join([*lines, summary])
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all of it for ``--json``."""
-        return vars(self) | {"faults": [fault.as_json() for fault in self.faults]}
 
     @property
     def exit_code(self) -> int:
         """Return that of the command, if there are failures."""
         return CorruptStoreError.exit_code if self.remaining else EXIT_PARTIAL
 
+    def text(self) -> str:
+        lines = [f"{fault}; mended" for fault in self.faults] + self.notices
+        summary = f"{len(self.faults)} faults mended, {self.labelled} images labelled"
+        return "\n".join([*lines, summary])
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self) | {"faults": [fault.as_json() for fault in self.faults]}
+
     def failures(self) -> list[str]:
-        """Return a line for everything that is not as it should be."""
         return [*self.remaining, *self.failed]
 
 
@@ -86,29 +79,26 @@ def repair(
     images, labels = image_stores(cache), label_stores(cache)
     meter = reading([*images, *labels], progress)
     for path in images:
-        try:
-            faults = check_at_rest(cache, path, meter)
-        except LockedStoreError as error:
-            result.notices.append(str(error))
-            continue
-        result.remaining += [f"{fault}; run `samfed prepare` again" for fault in faults]
+        found = check_at_rest(cache, path, meter)
+        if isinstance(found, str):
+            result.notices.append(found)
+        else:
+            result.remaining += [f"{fault}; run `samfed prepare` again" for fault in found]
     with ExitStack() as entered:
         with ExitStack() as locks:
             for path in labels:
                 locks.enter_context(writer_lock(store_lock(cache, path.stem)))
             damaged = _damaged(labels, meter, result)
-            if not damaged:
-                return result
-            job = load_job(config)
-            damaged = {path: f for path, f in damaged.items() if _mendable(job, path, f, result)}
-            if not damaged:
+            job = load_job(config) if damaged else None
+            mendable = _mendable(job, damaged, result) if job is not None else {}
+            if job is None or not mendable:
                 return result
             executor = entered.enter_context(executor_on(job, cluster))
-            for path in damaged:  # before anything is removed that would have to be labelled again
+            for path in mendable:  # before anything is removed that would have to be labelled again
                 executor.check(path.stem)
-            for path, faults in damaged.items():
+            for path, faults in mendable.items():
                 _make_unfinished(job, path, faults, result)
-        owners = [path.stem for path in damaged]
+        owners = [path.stem for path in mendable]
         done = label_owners(job, owners, _handed_over(entered, executor), progress=progress)
     result.labelled, result.failed = done.labelled, done.failed
     result.notices += done.notices
@@ -122,8 +112,8 @@ def _handed_over(entered: ExitStack, executor: Executor) -> Iterator[Executor]:
         yield executor
 
 
-def _damaged(labels: list[Path], meter: Meter, result: Repair) -> dict[Path, list[Fault]]:
-    """Read the label stores whole, which the caller holds locked; return the faults of each.
+def _damaged(labels: Sequence[Path], meter: Meter, result: Repair) -> Damaged:
+    """Read label stores whole, which the caller holds locked, and return those with faults.
 
     Damaged metadata is mended at once, for which no teacher is needed.
     """
@@ -146,20 +136,23 @@ def _damaged(labels: list[Path], meter: Meter, result: Repair) -> dict[Path, lis
     return damaged
 
 
-def _mendable(job: Job, path: Path, faults: list[Fault], result: Repair) -> bool:
-    """Tell whether stage one can label anew what is damaged; say why where it cannot."""
-    try:
-        if path.stem not in owner_images(job.partition):
-            raise IdentityError(f"{path}: '{path.stem}' is no client of the partition; remove it")
-        if faults[0].what == FORMAT_FAULT:
-            raise StoreError(str(faults[0]))
-        identity = stored_identity(path)
-        if identity is not None:  # labels of another teacher cannot be made again
-            check_identity(path, identity, job.identity)
-    except StoreError as error:
-        result.remaining.append(str(error))
-        return False
-    return True
+def _mendable(job: Job, damaged: Damaged, result: Repair) -> Damaged:
+    """Return the stores that stage one can complete; say why it cannot the others."""
+    mendable = {}
+    for path, faults in damaged.items():
+        try:
+            if path.stem not in owner_images(job.partition):
+                why = f"'{path.stem}' is no client of the partition; remove it"
+                raise IdentityError(f"{path}: {why}")
+            if faults[0].what == FORMAT_FAULT:
+                raise StoreError(str(faults[0]))
+            identity = stored_identity(path)
+            if identity is not None:  # labels of another teacher cannot be made again
+                check_identity(path, identity, job.identity)
+            mendable[path] = faults
+        except StoreError as error:
+            result.remaining.append(str(error))
+    return mendable
 
 
 def _make_unfinished(job: Job, path: Path, faults: list[Fault], result: Repair) -> None:
@@ -168,15 +161,11 @@ def _make_unfinished(job: Job, path: Path, faults: list[Fault], result: Repair) 
     try:
         mend_store(path, faults)
     except CorruptStoreError:
-        result.notices.append(_move_aside(job, path))
-
-
-def _move_aside(job: Job, path: Path) -> str:
-    archive = job.config.cache.root / "archive" / path.stem
-    names = (archive / f"damaged-{number}.zarr" for number in itertools.count(1))
-    target = next(name for name in names if not name.exists())
-    move(path, target)
-    return (
-        f"{path}: cannot tell whose labels these are; moved them to {target}, and labelled every "
-        "image anew"
-    )
+        archive = job.config.cache.root / "archive" / path.stem
+        names = (archive / f"damaged-{number}.zarr" for number in itertools.count(1))
+        target = next(name for name in names if not name.exists())
+        move(path, target)
+        result.notices.append(
+            f"{path}: cannot tell whose labels these are; moved them to {target}, and labelled "
+            "every image anew"
+        )

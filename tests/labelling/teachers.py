@@ -17,7 +17,6 @@ from PIL import Image
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.disk import write_json
-from pipeline.errors import DataError
 from pipeline.labelling.cluster import DaskExecutor
 from pipeline.labelling.precompute import StageOneResult, precompute
 from pipeline.labelling.worker import Workplace
@@ -106,7 +105,7 @@ def stand_in(patch: pytest.MonkeyPatch, teacher: FakeTeacher, *, measured: bool 
     patch.setattr("pipeline.labelling.worker.load_teacher", lambda *args: teacher)
     if not measured:
         for module in ("worker", "cluster"):
-            patch.setattr(f"pipeline.labelling.{module}.measure_owner", lambda *args: DataError(""))
+            patch.setattr(f"pipeline.labelling.{module}.measure_owner", lambda *args: STATISTICS)
 
 
 def run(config: Config, teacher: FakeTeacher, *, measured: bool = True) -> StageOneResult:
