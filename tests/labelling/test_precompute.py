@@ -174,6 +174,21 @@ def test_a_second_writer_is_refused(config: Config, whole: dict[str, bytes]) -> 
     assert content(config.cache.root / "sam") == whole
 
 
+def test_nothing_is_written_any_more_once_a_run_has_failed(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads of stage one are gone before its locks are free."""
+
+    def full(*args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(LabelStore, "mark_done", full)
+    with pytest.raises(OSError, match="disk full") as caught:
+        run(config, FakeTeacher())
+    pools = [t.name for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+    assert (pools, caught.traceback[-1].name) == ([], "full")
+
+
 # --------------------------------------------------------------------------- memory
 
 
