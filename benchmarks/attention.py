@@ -28,7 +28,7 @@ REPEATS = 3
 
 
 def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    """The fastest of several calls."""
+    """Return the fastest of several calls."""
     best = float("inf")
     for _ in range(REPEATS + 1):
         if device.type == "cuda":

@@ -155,7 +155,7 @@ def measure(counts: list[int]) -> list[dict[str, Any]]:
 
 
 def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What a client adds between the smallest and the largest setting of one kind: ms, KiB."""
+    """Return a client's cost, between the smallest and the largest setting, in ms and KiB."""
     first, last = rows[0], rows[-1]
     more = last["clients"] - first["clients"]
 

@@ -80,7 +80,7 @@ def make_inputs(folder: Path, variant: str, images: int) -> None:
 
 
 def load_sam(folder: Path, variant: str, *, stock: bool) -> Sam:
-    """The benchmark's SAM; with segment-anything's own attention where ``stock``."""
+    """Return the benchmark's SAM; with segment-anything's own attention where ``stock``."""
     sam = build_sam(variant)
     sam.load_state_dict(safetensors.torch.load_file(folder / "sam.safetensors"))
     for block in sam.image_encoder.blocks if stock else ():

@@ -143,7 +143,7 @@ class Clock:
 
 
 def part_of(path: Path_) -> str:
-    """The row of the breakdown that a path belongs to."""
+    """Return the row of the breakdown that a path belongs to."""
     for outer in ("validation", "checkpoint", "noise and grades", "RC and RF"):
         if outer in path:
             return outer
@@ -174,7 +174,7 @@ CALIBRATION = (*FIT, "calibration: forward")
 
 
 def shares(spent: Counter[Path_]) -> dict[str, float]:
-    """A round's parts, as shares of it, and what the bars are on."""
+    """Return a round's parts, as shares of it, and what the bars are on."""
     total = spent.total()
     parts: dict[str, float] = defaultdict(float)
     for path, value in spent.items():
