@@ -50,8 +50,8 @@ class Curve:
 
     title: str
     fields: tuple[str, ...]  # of a client; a panel of lines shows the first that was reported
-    draw: Callable[[Axes, History, Curve], list[Key]]
     server: str = ""  # the same quantity of the server's model
+    draw: Callable[[Axes, History, Curve], list[Key]] | None = None  # None: a line for each client
     lowest: bool = False  # whether a low value is the bad one
     share: bool = False  # whether values are in 0..1
     scale: float = 1.0  # of what is drawn
@@ -72,9 +72,9 @@ def run_curves(history: History, *, picture: Callable[[Figure], str] = png_uri) 
         if not any(np.isfinite(per_client(history, name)).any() for name in curve.fields):
             continue
         figure = Figure(figsize=(3.1, 2.2), layout="constrained")
-        keys = curve.draw(_round_axes(figure), history, curve)
+        keys = (curve.draw or _draw_clients)(_round_axes(figure), history, curve)
         panels.append(Panel(curve.title, picture(figure), keys))
-        if curve.draw is _draw_clients and len(names) <= MAX_COLOURED_CLIENTS:
+        if curve.draw is None and len(names) <= MAX_COLOURED_CLIENTS:
             shared = _line_keys(names)
     return RunCurves(panels, shared)
 
@@ -188,7 +188,7 @@ def _draw_sources(axes: Axes, history: History, _: Curve) -> list[Key]:
 
 
 def _rounds(history: History) -> NDArray[np.int64]:
-    return np.array([entry["round"] for entry in history], np.int64)
+    return np.array([entry["round"] for entry in history])
 
 
 def _round_axes(figure: Figure, *, ylabel: str = "") -> Axes:
@@ -212,34 +212,13 @@ def _line_keys(names: Sequence[str]) -> list[Key]:
 
 #: What each says is in ``templates/report.html.j2``, by its title.
 CURVES = (
-    Curve("Loss", tuple(LOSSES), _draw_losses),
-    Curve(
-        "Foreground agreement (Dice of SAM and client)",
-        ("agreement",),
-        _draw_clients,
-        lowest=True,
-        share=True,
-    ),
-    Curve("Coverage by source", ("coverage",), _draw_sources),
-    Curve(
-        "Pseudo-label Dice (audit)", ("pseudo_label_dice",), _draw_clients, lowest=True, share=True
-    ),
-    Curve("Gradient norm", ("gradient_norm",), _draw_clients, log=True),
-    Curve("Drift, % of the weights", ("drift",), _draw_clients, scale=100.0),
-    Curve(
-        "Fusion: loss on the public set",
-        ("fusion_loss_seg", "fusion_loss"),
-        _draw_clients,
-        server="loss_seg",
-    ),
-    Curve(
-        "Fusion: distance to the teacher (KL)", ("fusion_loss_kl",), _draw_clients, server="loss_kl"
-    ),
-    Curve(
-        "Fusion: share of public images taught",
-        ("fusion_counted",),
-        _draw_clients,
-        server="counted",
-        share=True,
-    ),
+    Curve("Loss", tuple(LOSSES), draw=_draw_losses),
+    Curve("Foreground agreement (Dice of SAM and client)", ("agreement",), lowest=True, share=True),
+    Curve("Coverage by source", ("coverage",), draw=_draw_sources),
+    Curve("Pseudo-label Dice (audit)", ("pseudo_label_dice",), lowest=True, share=True),
+    Curve("Gradient norm", ("gradient_norm",), log=True),
+    Curve("Drift, % of the weights", ("drift",), scale=100.0),
+    Curve("Fusion: loss on the public set", ("fusion_loss_seg", "fusion_loss"), "loss_seg"),
+    Curve("Fusion: distance to the teacher (KL)", ("fusion_loss_kl",), "loss_kl"),
+    Curve("Fusion: share of public images taught", ("fusion_counted",), "counted", share=True),
 )

@@ -191,14 +191,12 @@ def _examples(
     places = np.linspace(0, len(ranked) - 1, min(EXAMPLES, len(ranked))).round().astype(int)
     chosen = [int(ranked[place]) for place in places]
     ids = [partition.server.calibration[i] for i in chosen]
-    size, names = config.data.image_size, [name for name in TEACHERS if name in measured]
-    return [
-        TeacherExample(
-            image_id=item.image_id,
-            image=resize_image(item.image, size),
-            truth=resize_mask(item.mask, size),
-            masks={name: measured[name].masks[i] for name in names},
-            dice={name: measured[name].dice[i] for name in names},
-        )
-        for i, item in zip(chosen, load_labelled(config, partition, ids), strict=True)
-    ]
+    size, examples = config.data.image_size, []
+    for i, item in zip(chosen, load_labelled(config, partition, ids), strict=True):
+        found = {name: measured[name] for name in TEACHERS if name in measured}
+        scores = ", ".join(f"{of.dice[i]:.2f} {name}" for name, of in found.items())
+        masks = {name: of.masks[i] for name, of in found.items()}
+        masks = {"truth": resize_mask(item.mask, size), **masks}
+        caption = f"{item.image_id}: Dice {scores}"
+        examples.append((caption, resize_image(item.image, size), masks))
+    return examples

@@ -19,14 +19,7 @@ from pipeline.disk import write_bytes
 from pipeline.errors import StageError
 from pipeline.federation.examples import Example
 from pipeline.federation.runs import RunFolder
-from pipeline.results.curves import (
-    Values,
-    clients_of,
-    column,
-    per_client,
-    run_curves,
-    validation_curves,
-)
+from pipeline.results.curves import column, run_curves, validation_curves
 from pipeline.results.finished import FinishedRun, read_run
 from pipeline.results.pages import (
     DASH,
@@ -66,6 +59,12 @@ class Column:
     last: bool = False  # of the client's last round; else the mean over its rounds
     scale: float = 1.0  # of what is shown
     bar: bool = True  # whether the value is also shown as a bar
+
+    def value(self, entries: Sequence[Mapping[str, Any]]) -> float:
+        """Return the value of a client's rounds; nan where there is none."""
+        values = column(entry.get(self.field) for entry in (entries[-1:] if self.last else entries))
+        values = values[np.isfinite(values)]
+        return self.scale * float(values.mean()) if len(values) else math.nan
 
 
 CLIENT_COLUMNS = (
@@ -163,46 +162,29 @@ def _run_context(run: FinishedRun, picture: Callable[[Figure], str]) -> dict[str
 
 def _client_table(run: FinishedRun) -> dict[str, Any]:
     """Return each client's images, rounds, costs and diagnostics; columns without data left out."""
-    took_part, images = clients_of(run.history), per_client(run.history, "images")
-    present = np.isfinite(images)  # (rounds, clients)
-    shown: list[tuple[Column, Mapping[str, dict[str, Any]]]] = []
-    for each in CLIENT_COLUMNS:
-        values = each.scale * per_client(run.history, each.field)
-        if np.isfinite(values).any():
-            cells = _cells(_last(values, present) if each.last else _mean(values), each)
-            shown.append((each, dict(zip(took_part, cells, strict=True))))
-    known = {name: (images[:, i], present[:, i].sum()) for i, name in enumerate(took_part)}
-    missing = {"text": DASH, "bar": None}
-    rows = []
-    for index, name in enumerate(run.clients):
-        counts, rounds = known.get(name, (np.array([math.nan]), 0))
-        rows.append(
-            {
-                "name": name,
-                "network": run.config.network_of(index) if run.config.heterogeneous else None,
-                "images": format_number(np.fmax.reduce(counts), 0),
-                "rounds": int(rounds),
-                "cells": [cells.get(name, missing) for _, cells in shown],
-            }
-        )
-    return {"columns": [each for each, _ in shown], "of": len(run.history), "rows": rows}
+    entries = {
+        name: [entry["clients"][name] for entry in run.history if name in entry["clients"]]
+        for name in run.clients
+    }
+    by_column = {each: [each.value(own) for own in entries.values()] for each in CLIENT_COLUMNS}
+    shown = {each: values for each, values in by_column.items() if any(map(math.isfinite, values))}
+    cells = [_cells(each, values) for each, values in shown.items()]  # of each column
+    rows = [
+        {
+            "name": name,
+            "network": run.config.network_of(index) if run.config.heterogeneous else None,
+            "images": max((str(entry["images"]) for entry in own), key=int, default=DASH),
+            "rounds": len(own),
+            "cells": [column[index] for column in cells],
+        }
+        for index, (name, own) in enumerate(entries.items())
+    ]
+    return {"columns": list(shown), "of": len(run.history), "rows": rows}
 
 
-def _mean(values: Values) -> Values:
-    """Return (clients,) of (rounds, clients): the mean over the rounds that have a value."""
-    means = np.ma.masked_invalid(values).mean(axis=0)
-    return np.asarray(np.ma.filled(means, math.nan), dtype=np.float64)
-
-
-def _last(values: Values, present: np.ndarray[Any, Any]) -> Values:
-    """Return (clients,) of (rounds, clients): the value of the last round ``present``."""
-    rounds = len(present) - 1 - np.argmax(present[::-1], axis=0)
-    return np.asarray(np.take_along_axis(values, rounds[None], axis=0)[0])
-
-
-def _cells(values: Values, each: Column) -> list[dict[str, Any]]:
+def _cells(each: Column, values: Sequence[float]) -> list[dict[str, Any]]:
     """Return a column's texts, about three digits for its largest value, and bars, % of a cell."""
-    highest = float(np.nanmax(np.abs(values), initial=0.0))
+    highest = float(np.nanmax(np.abs(values)))
     decimals = 2 if each.last else next((d for d in (0, 1, 2) if highest >= 10 ** (2 - d)), 3)
     full = 1.0 if each.last else highest
     return [
@@ -210,7 +192,7 @@ def _cells(values: Values, each: Column) -> list[dict[str, Any]]:
             "text": format_number(value, decimals),
             "bar": round(100 * value / full) if each.bar and full and value == value else None,
         }
-        for value in values.tolist()
+        for value in values
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,21 +23,8 @@ from pipeline.results.pages import (
 _PANEL_PX = 192  # of an example's picture
 
 
-@dataclass(frozen=True)
-class TeacherExample:
-    """One image (S, S, 3) RGB uint8 with its truth and each teacher's mask, (S, S) uint8."""
-
-    image_id: str
-    image: NDArray[np.uint8]
-    truth: NDArray[np.uint8]
-    masks: dict[str, NDArray[np.uint8]]
-    dice: dict[str, float]
-
-    @property
-    def caption(self) -> str:
-        """The image's id, and each teacher's Dice."""
-        scores = ", ".join(f"{value:.2f} {name}" for name, value in self.dice.items())
-        return f"{self.image_id}: Dice {scores}"
+#: A caption, an image (S, S, 3) RGB, and (S, S) masks: its ``truth``, and each teacher's.
+TeacherExample = tuple[str, NDArray[np.uint8], dict[str, NDArray[np.uint8]]]
 
 
 def render_evaluation(
@@ -57,7 +43,6 @@ def render_evaluation(
     """
     measured = {name: row for name, row in teachers.items() if "missing" not in row}
     keys = [Key(name, COLOURS[list(teachers).index(name)]) for name in measured]
-    masks = [mask for row in examples for mask in (row.truth, *row.masks.values())]
     return render(
         "evaluate_sam.html.j2",
         teachers=teachers,
@@ -68,11 +53,10 @@ def render_evaluation(
         reliability=png_uri(_reliability(list(measured.values()), keys)),
         keys=keys,
         examples=[
-            {"caption": row.caption}
-            | example_panels(row.image, {"truth": row.truth, **row.masks}, _PANEL_PX)
-            for row in examples
+            {"caption": caption} | example_panels(image, masks, _PANEL_PX)
+            for caption, image, masks in examples
         ],
-        class_keys=class_keys(masks),
+        class_keys=class_keys(mask for _, _, masks in examples for mask in masks.values()),
     )
 
 

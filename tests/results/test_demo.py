@@ -78,17 +78,12 @@ def test_everything_lies_below_out(first: tuple[Path, dict[str, Any]]) -> None:
 
 @pytest.mark.usefixtures("finished_stages")
 def test_a_second_call_continues(first: tuple[Path, dict[str, Any]]) -> None:
+    """Nothing is computed again; without --json there is a line for each method."""
     out, said = first
     before = listing(out / "cache")
-    assert answer(*demo(out)) == said
-    assert listing(out / "cache") == before
-
-
-@pytest.mark.usefixtures("finished_stages")
-def test_a_line_for_each_method(first: tuple[Path, dict[str, Any]]) -> None:
-    out, said = first
     result = call(*demo(out))
     assert result.exit_code == 0, result.output
+    assert listing(out / "cache") == before
     title, *rows, report = result.stdout.splitlines()
     assert title.split()[:2] == ["method", "Dice"]
     assert [row.split()[0] for row in rows] == list(DEMO_METHODS)

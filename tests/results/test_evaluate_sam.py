@@ -22,7 +22,7 @@ from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
 from pipeline.data.public_set import load_labelled
 from pipeline.results.evaluate_teacher import EXAMPLES, TEACHERS, evaluate_teacher
-from pipeline.results.teacher_page import TeacherExample, render_evaluation
+from pipeline.results.teacher_page import render_evaluation
 from pipeline.sam.finetune import finetune
 from pipeline.sam.teacher import Teacher, load_teacher
 from pipeline.segmentation.metrics import dice_score
@@ -175,11 +175,11 @@ def test_the_page_by_hand() -> None:
     mask = np.zeros((16, 16), np.uint8)
     mask[4:8, 4:8] = 1
     image = np.full((16, 16, 3), 90, np.uint8)
-    example = TeacherExample("<b>&x", image, mask, {"points": mask * 0}, {"points": 0.0})
+    example = ("<b>&x", image, {"truth": mask, "points": mask * 0})
     teachers = {"adapted": {"missing": "why <not>"}, "points": summary(0.5)}
     html = render_evaluation(teachers, [example], variant="vit_b", configured="points")
     reader = Page(html)
-    assert "&lt;b&gt;&amp;x: Dice 0.00 points" in html
+    assert "&lt;b&gt;&amp;x</td>" in html
     rows = reader.cells(0)
     assert rows[1][1] == "not measured: why <not>"
     assert rows[2][1:] == ["0.500 0.250 to 0.750", "0.500", "3.0", "1.0", "0.125", "50 %"]
