@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from torch import Tensor
 
 from pipeline.config import Config, parse_config
 from pipeline.data.synthetic import write_dataset
-from pipeline.federation import server as federation
-from pipeline.federation.inputs import RunInputs, load_inputs
+from pipeline.federation.engines import InProcess, in_process
+from pipeline.federation.inputs import ClientContext, load_client, load_inputs, load_part
+from pipeline.federation.server import federate
+from pipeline.federation.workplace import Workplace
 
 ROUNDS = 3  # the first is left out
 SERVER_IMAGES = 12
@@ -83,42 +85,42 @@ def memory_mib(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def arrays(data: RunInputs) -> Iterator[int]:
-    """Bytes of each array that belongs to a client."""
-    for client in data.clients:
-        every = (client.images, client.masks, client.confidences)
-        yield from (value.nbytes for value in every if isinstance(value, Tensor))
-    for part in data.validation.values():
-        yield part.images.nbytes
-        yield 0 if part.labels is None else part.labels.nbytes
+def data_of(context: ClientContext) -> tuple[int, int]:
+    """A client's training images, and the bytes of its images and labels."""
+    data = load_client(context)
+    size = sum(v.nbytes for v in vars(data).values() if isinstance(v, Tensor))
+    if context.val:
+        part = load_part(context, "val")
+        size += part.images.nbytes + (0 if part.labels is None else part.labels.nbytes)
+    return len(data.images), size
 
 
 def run_child(config: Config) -> dict[str, Any]:
     """Run one setting in this process."""
     result: dict[str, Any] = {"imported_mib": memory_mib("VmRSS")}
     marks: list[float] = []
-    load = load_inputs
 
-    def load_and_measure(config: Config) -> RunInputs:
+    def load_and_measure(contexts: Sequence[ClientContext], workplace: Workplace) -> InProcess:
         began = time.process_time()
-        data = load(config)
+        engine = in_process(contexts, workplace)
         result["load_s"] = time.process_time() - began
-        result["data_mib"] = sum(arrays(data)) / 2**20
-        result["images"] = sum(len(client.images) for client in data.clients)
-        return data
+        return engine
 
     def finished(what: str, done: int, total: int, note: str = "", /) -> None:
         if "rounds" in what:
             marks.append(time.process_time())
 
-    federation.load_inputs = load_and_measure  # type: ignore[attr-defined]
-    run = federation.federate(config, progress=finished)
+    run = federate(config, progress=finished, connect=load_and_measure)
+    peak = memory_mib("VmHWM")
     rounds = [after - before for before, after in pairwise(marks)]
     saved = max(run.path.glob("checkpoints/*"))
+    owned = [data_of(context) for context in load_inputs(config).contexts]
     return {
         **result,
+        "images": sum(images for images, _ in owned),
+        "data_mib": sum(size for _, size in owned) / 2**20,
         "round_s": statistics.median(rounds),
-        "peak_mib": memory_mib("VmHWM"),
+        "peak_mib": peak,
         "checkpoint_mib": saved.stat().st_size / 2**20,
     }
 

@@ -33,12 +33,11 @@ from inputs import prepare_with_labels
 
 from pipeline.config import Config, load_config
 from pipeline.data.synthetic import write_dataset
-from pipeline.federation import averaging, exchange
-from pipeline.federation import codistillation as distillation
+from pipeline.federation import averaging, client, exchange, targets, workplace
 from pipeline.federation import local_update as training
-from pipeline.federation.aggregation import Aggregation
+from pipeline.federation.codistillation import BestClient
 from pipeline.federation.codistillation_losses import GradedLogits
-from pipeline.federation.runs import RunFolder
+from pipeline.federation.runs import RoundFiles, RunFolder
 from pipeline.federation.server import federate
 from pipeline.runtime import resolve_device
 
@@ -53,35 +52,35 @@ SETTINGS = {
 }
 #: What is timed: owner, name, section. Sections nest; a path of them is what time is kept by.
 TIMED: tuple[tuple[Any, str, str], ...] = (
-    (averaging.Averaging, "validate", "validation"),
-    (exchange.Exchange, "validate", "validation"),
+    (client, "mean_dice", "validation"),
     (averaging, "measure_calibration", "calibration"),
-    (exchange, "measure_calibration", "calibration"),
-    (averaging, "local_update", "update"),
-    (exchange, "local_update", "update"),
+    (client, "measure_calibration", "calibration"),
+    (client, "local_update", "update"),
     (training, "labelled_batch", "augmentation"),
     (training, "draw_views", "augmentation"),
-    (training, "_set_target", "weak view"),
-    (training, "agree", "agreement"),
-    (training, "update_state", "agreement"),
-    (training, "_losses", "losses"),
+    (targets.Learner, "predict", "weak view"),
+    (targets, "agree", "agreement"),
+    (targets, "update_state", "agreement"),
+    (training, "losses", "losses"),
     (smp.base.SegmentationModel, "forward", "forward"),
     (torch.Tensor, "backward", "backward"),
     (torch.nn.utils, "clip_grad_norm_", "optimiser"),
     (torch.optim.Optimizer, "zero_grad", "optimiser"),
     (torch.optim.AdamW, "step", "optimiser"),
-    (averaging.Averaging, "_aggregate", "aggregation"),
-    (Aggregation, "add", "aggregation"),
-    (Aggregation, "result", "aggregation"),
-    (averaging, "check_update", "aggregation"),
-    (exchange, "check_update", "aggregation"),
+    (averaging.Averaging, "accept", "aggregation"),
+    (averaging.Averaging, "finish", "aggregation"),
+    (client, "public_logits", "RC and RF"),
     (exchange, "public_logits", "RC and RF"),
+    (client, "distil", "RC and RF"),
     (exchange, "distil", "RC and RF"),
-    (exchange, "noised_public", "noise and grades"),
-    (distillation.BestClient, "add", "noise and grades"),
+    (workplace, "noised_public", "noise and grades"),
+    (BestClient, "add", "noise and grades"),
     (GradedLogits, "of", "noise and grades"),
     (RunFolder, "append_history", "checkpoint"),
     (RunFolder, "save_checkpoint", "checkpoint"),
+    (RoundFiles, "save", "checkpoint"),
+    (client, "save", "checkpoint"),
+    (client, "load", "checkpoint"),
 )
 Path_ = tuple[str, ...]
 

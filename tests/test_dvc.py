@@ -55,7 +55,8 @@ def test_expensive_outputs_persist() -> None:
         if isinstance(out, dict) and next(iter(out.values())).get("persist")
     ]
     run = "cache/runs/${federate.name}"
-    assert persistent == ["cache/sam", f"{run}/checkpoints", f"{run}/history.jsonl"]
+    runs = [f"{run}/{name}" for name in ("clients", "checkpoints", "history.jsonl")]
+    assert persistent == ["cache/sam", *runs]
 
 
 def test_parameters_exist_and_reach_only_their_stages() -> None:

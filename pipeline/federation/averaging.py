@@ -1,165 +1,125 @@
-"""Rounds of clients with one network: local updates from the broadcast weights, then an average."""
+"""Rounds of clients with one network: local updates from the broadcast weights, then an average.
+
+An update is checked when it arrives: names, shapes, dtypes, finite values, and how far it goes.
+Whether it goes too far for this round is known only when all have arrived, so updates wait in files
+meanwhile; memory does not grow with the clients.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
+import math
+import shutil
+from pathlib import Path
+from statistics import median
 
-import torch
+import safetensors.torch
 
+from pipeline import methods
 from pipeline.config import Config
-from pipeline.errors import SamfedError
-from pipeline.federation.aggregation import Aggregation, check_update
-from pipeline.federation.agreement import AgreementState
-from pipeline.federation.diagnostics import (
-    client_warnings,
-    finite,
-    mean_dice,
-    report,
-    round_warnings,
-)
-from pipeline.federation.engines import run_in_process
-from pipeline.federation.inputs import RunInputs
-from pipeline.federation.local_update import (
-    LocalResult,
-    broadcast_model,
-    local_update,
-    measure_calibration,
-    train_on_server,
-)
-from pipeline.federation.pretraining import first_model
-from pipeline.federation.runs import Checkpoint
-from pipeline.federation.schedule import (
-    Progress,
-    client_seed,
-    learning_rate,
-    participants,
-    server_seed,
-    unlabelled_weight,
-)
-from pipeline.segmentation.networks import State, build_model
+from pipeline.disk import naming
+from pipeline.federation.aggregation import Aggregation, check_update, update_norm
+from pipeline.federation.agreement import Calibration
+from pipeline.federation.diagnostics import FEWEST_TO_COMPARE
+from pipeline.federation.local_update import ServerTraining, train_on_server
+from pipeline.federation.messages import FitRequest, Reply
+from pipeline.federation.panels import public_examples
+from pipeline.federation.rounds import Round, Strategy
+from pipeline.federation.runs import RunFolder
+from pipeline.federation.schedule import server_seed
+from pipeline.federation.targets import measure_calibration
+from pipeline.federation.workplace import Workplace
+from pipeline.segmentation.networks import State
+
+#: No training moves weights by more than so many times their own norm in a round.
+MAX_CHANGE = 100.0
+#: How far beyond the median of the round an update may go. It is a matter of trained parameters:
+#: batch norm's running statistics go some 20 times as far, and by how far depends on the images.
+MAX_MEDIANS = 20.0
 
 
-class Averaging:
-    """Homogeneous clients: FedAvg or the coordinate median of all that took part in a round."""
+class Averaging(Strategy):
+    """FedAvg or the coordinate median of all that took part in a round."""
 
-    def __init__(self, config: Config, data: RunInputs, device: torch.device) -> None:
-        self._config = config
-        self._data = data
-        self._model = build_model(config, seed=config.seed).to(device)
+    def __init__(self, config: Config, workplace: Workplace, updates: Path) -> None:
+        """Keep a round's updates in the folder ``updates`` until they are averaged."""
+        self._config, self._workplace, self._updates = config, workplace, updates
+        self._calibration = Calibration()
+        self._arrived: dict[str, tuple[int, float]] = {}  # images and norm, by client
 
-    @staticmethod
-    def check(config: Config) -> None:
-        """Raise ConfigError where the network cannot be built."""
-        build_model(config, seed=config.seed)
+    def begin(self, this: Round) -> None:
+        """Measure the calibration: all clients hold D_p, and would measure the same."""
+        self._calibration = self._measure(this.before.weights)
+        self._arrived = {}
+        shutil.rmtree(self._updates, ignore_errors=True)  # of a killed run
+        self._updates.mkdir(parents=True)
 
-    def start(self, progress: Progress | None) -> Checkpoint:
-        """The first global model; made once for all runs whose settings that decide it agree."""
-        config = self._config
-        weights = first_model(
-            config, config.model, self._model, self._data.server, progress=progress
+    def fit_request(self, this: Round, client: str) -> FitRequest:
+        """Return a request to train from the broadcast weights."""
+        return FitRequest(
+            **this.address(client),
+            rates=this.rates,
+            weights=this.before.weights,
+            calibration=self._calibration,
         )
-        initial = AgreementState.initial(config.data.num_classes).as_tensor()
-        states = {client.name: initial for client in self._data.clients}
-        return Checkpoint(0, weights, states, self._data.partition)
 
-    def play(self, before: Checkpoint, number: int) -> tuple[Checkpoint, dict[str, Any]]:
-        """Every participant's local update, then the average in client order."""
-        config, data = self._config, self._data
-        rate, weight = learning_rate(config, number), unlabelled_weight(config, number)
-        self._model.load_state_dict(before.weights)
-        # all clients hold D_p and the same weights, so they would measure the same
-        calibration = measure_calibration(self._model, data.server, config)
-        broadcast = broadcast_model(self._model, config.federate)
+    def accept(self, this: Round, reply: Reply) -> str | None:
+        """Check an update against the broadcast weights, and put it into its file."""
+        update, sent = reply.weights or {}, this.before.weights
+        reason = check_update(update, sent)
+        if reason is not None or reply.images < 1:
+            return reason or f"it counts {reply.images} images"
+        zeros = {name: value.new_zeros(()).expand_as(value) for name, value in update.items()}
+        change = update_norm(update, sent) / update_norm(sent, zeros)
+        if change > MAX_CHANGE:
+            return f"it changes the model by {change:.0%}, more than {MAX_CHANGE:.0%}"
+        network = self._workplace.frozen(self._config.model, sent)
+        trained = {name: sent[name] for name, _ in network.named_parameters()}
+        self._arrived[reply.client] = reply.images, update_norm(update, trained)
+        path = self._path(reply.client)
+        with naming(path):
+            safetensors.torch.save_file({k: v.contiguous() for k, v in update.items()}, path)
+        return None
 
-        def update(index: int) -> tuple[LocalResult, float]:
-            client = data.clients[index]
-            began = time.perf_counter()
-            state = AgreementState.from_tensor(before.client_states[client.name])
-            result = local_update(
-                self._model,
-                before.weights,
-                client,
-                data.server,
-                replace(state, calibration=calibration),
-                config=config.federate,
-                agreement=config.agreement,
-                learning_rate=rate,
-                unlabelled_weight=weight,
-                seed=client_seed(config.seed, number, index),
-                broadcast=broadcast,
-            )
-            return result, time.perf_counter() - began
-
-        chosen = participants(config, len(data.clients), number)
-        results = zip(chosen, run_in_process(update, chosen), strict=True)
-        after, clients, warnings = self._aggregate(before, number, results)
-        if config.federate.method == "semifl":
-            after = replace(after, weights=self._fine_tune(after.weights, number, rate))
-        entry = {
-            "round": number,
-            "unlabelled_weight": weight,
-            "learning_rate": rate,
-            "clients": clients,
-            "warnings": warnings,
-        }
-        return after, entry
-
-    def validate(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Mean Dice of the averaged model on the validation parts."""
-        self._model.load_state_dict(checkpoint.weights)
-        parts = self._data.validation.items()
-        return mean_dice(((name, self._model, part) for name, part in parts), self._config)
-
-    def models(self, checkpoint: Checkpoint) -> dict[str, State]:
-        """The global model."""
-        return {"global": checkpoint.weights}
-
-    def _aggregate(
-        self,
-        before: Checkpoint,
-        number: int,
-        results: Iterable[tuple[int, tuple[LocalResult, float]]],
-    ) -> tuple[Checkpoint, dict[str, Any], list[str]]:
-        """Combine the usable updates; also what the clients report, and warnings."""
-        config = self._config
-        combined = Aggregation(before.weights, config.federate.aggregation)
-        states = dict(before.client_states)
-        clients: dict[str, Any] = {}
-        warnings: list[str] = []
-        usable = 0
-        for index, (result, seconds) in results:
-            name = self._data.clients[index].name
-            sent = sum(value.nbytes for value in result.weights.values())
-            clients[name] = report(result, seconds=seconds, bytes_up=sent, bytes_down=sent)
-            broken = check_update(result.weights, before.weights)
-            if broken is not None:
-                warnings.append(f"{name}: update rejected, {broken}")
-                continue
-            combined.add(result.weights, result.images)
-            usable += 1
-            states[name] = result.state.as_tensor()
-            warnings += client_warnings(config, name, clients[name])
-        if not usable:
-            raise SamfedError(
-                f"round {number}: no client sent a usable update ({warnings[0]}); "
-                "lower federate.learning_rate"
-            )
-        warnings += round_warnings(config, clients)
-        after = Checkpoint(number, combined.result(), states, before.partition)
-        return after, {name: finite(each) for name, each in clients.items()}, warnings
-
-    def _fine_tune(self, weights: State, number: int, rate: float) -> State:
-        """SemiFL's server step: the averaged model goes on with D_p alone."""
+    def finish(self, this: Round) -> State:
+        """Average, in the clients' order, the updates that do not go far beyond the median's."""
         settings = self._config.federate
-        self._model.load_state_dict(weights)
-        return train_on_server(
-            self._model,
-            self._data.server,
-            config=settings,
+        norms = [norm for _, norm in self._arrived.values()]
+        usual = median(norms) if len(norms) >= FEWEST_TO_COMPARE else math.inf
+        combined = Aggregation(this.before.weights, settings.aggregation)
+        for client, (images, norm) in self._arrived.items():
+            if norm > MAX_MEDIANS * usual:
+                reason = f"its norm is {norm / usual:.0f} times the median of the round's"
+                this.reject_update(client, f"{reason}, more than {MAX_MEDIANS:.0f}")
+            else:
+                combined.add(safetensors.torch.load_file(self._path(client)), images)
+        shutil.rmtree(self._updates)
+        weights = combined.result()
+        if not methods.METHODS[settings.method].tunes_at_server:
+            return weights
+        training = ServerTraining(
             steps=settings.local_steps,
-            rate=lambda _: rate,
-            seed=server_seed(self._config.seed, number),
+            rate=lambda _: this.rates.learning_rate,
+            seed=server_seed(self._config.seed, this.number),
         )
+        model = self._workplace.loaded(self._config.model, weights)
+        return train_on_server(model, self._workplace.public, training, settings=settings)
+
+    def shared(self, weights: State) -> State:
+        """Return the global model's weights, which all clients are scored with."""
+        return weights
+
+    def conclude(self, run: RunFolder, weights: State) -> Calibration:
+        """Keep the global model, and D_p's example images."""
+        run.save_model(weights)
+        calibration, public = self._measure(weights), self._workplace.public
+        model = self._workplace.frozen(self._config.model, weights)
+        examples = public_examples(model, public, calibration, config=self._config)
+        run.save_examples(examples)
+        return calibration
+
+    def _measure(self, weights: State) -> Calibration:
+        model = self._workplace.frozen(self._config.model, weights)
+        return measure_calibration(model, self._workplace.public, self._config)
+
+    def _path(self, client: str) -> Path:
+        return self._updates / f"{client}.safetensors"

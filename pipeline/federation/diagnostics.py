@@ -1,62 +1,43 @@
-"""What a round says of itself: numbers for each client, and warnings that name a client or link."""
+"""Warnings that name a client or its link, and a round in a few words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from statistics import median
+from collections.abc import Sequence
+from statistics import mean, median
 from typing import Any
 
-import numpy as np
-from torch import nn
-
 from pipeline.config import Config
-from pipeline.federation.local_update import LocalResult
-from pipeline.federation.views import as_tensor
+from pipeline.federation.messages import ClientEntry
 from pipeline.methods import METHODS
-from pipeline.segmentation.metrics import dice_score
-from pipeline.segmentation.networks import predict_masks
-from pipeline.stores.image_store import ImageSet
 
-_FEWEST_TO_COMPARE = 3  # clients: a median of two says nothing of either
+FEWEST_TO_COMPARE = 3  # clients: a median of two says nothing of either
 
-Report = dict[str, Any]
+Entry = dict[str, Any]
 
 
-def report(result: LocalResult, *, seconds: float, bytes_up: int, bytes_down: int) -> Report:
-    """A client's entry in the round's history.
-
-    Args:
-        seconds: of the client's own computing.
-        bytes_up, bytes_down: what it sent to the server and received, uncompressed.
-    """
-    return {
-        "images": result.images,
-        **result.diagnostics,
-        "seconds": round(seconds, 3),
-        "bytes_up": bytes_up,
-        "bytes_down": bytes_down,
-    }
+def quality_warnings(config: Config, entries: Sequence[ClientEntry]) -> list[str]:
+    """Name the clients on whose mirrored images SAM contradicted itself in stage one."""
+    limit = config.precompute.warn_consistency
+    return [
+        f"{entry.name}: SAM is inconsistent, its labels of mirrored images have Dice "
+        f"{entry.flip_dice:.2f}, below {limit:.2f}"
+        for entry in entries
+        if entry.flip_dice is not None and entry.flip_dice < limit
+    ]
 
 
-def finite(entry: Report) -> Report:
-    """JSON has no NaN: what is not finite becomes null."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in entry.items()
-    }
-
-
-def client_warnings(config: Config, name: str, entry: Report) -> list[str]:
-    """Poor agreement, few kept pixels, and a link that takes longer than the computing."""
+def client_warnings(config: Config, name: str, entry: Entry) -> list[str]:
+    """Warn of poor agreement, few kept pixels, and a link that takes longer than computing."""
     found = []
     if METHODS[config.federate.method].uses_agreement:
-        for key, floor, meaning in (
+        for key, limit, meaning in (
             ("agreement", config.agreement.warn_agreement, "foreground Dice of SAM and client"),
             ("coverage", config.agreement.warn_coverage, "share of pixels kept"),
         ):
-            if entry[key] < floor:
-                found.append(f"{name}: {meaning} is {entry[key]:.2f}, below {floor:.2f}")
+            value = entry.get(key)
+            if value is not None and value < limit:
+                found.append(f"{name}: {meaning} is {value:.2f}, below {limit:.2f}")
     megabytes = (entry["bytes_up"] + entry["bytes_down"]) / 1e6
     link = config.federate.link_mbit
     on_the_link = megabytes * 8 / link
@@ -68,11 +49,12 @@ def client_warnings(config: Config, name: str, entry: Report) -> list[str]:
     return found
 
 
-def round_warnings(config: Config, clients: dict[str, Report]) -> list[str]:
-    """Clients that changed their model far more than the median client of the round did."""
-    drifts = {name: entry["drift"] for name, entry in clients.items()}
+def round_warnings(config: Config, clients: dict[str, Entry]) -> list[str]:
+    """Name the clients that changed their model far more than the median client did."""
+    found = {name: entry.get("drift") for name, entry in clients.items()}
+    drifts = {name: value for name, value in found.items() if value is not None}
     known = [value for value in drifts.values() if math.isfinite(value)]
-    if len(known) < _FEWEST_TO_COMPARE:
+    if len(known) < FEWEST_TO_COMPARE:
         return []
     usual, limit = median(known), config.federate.warn_drift
     return [
@@ -83,29 +65,10 @@ def round_warnings(config: Config, clients: dict[str, Report]) -> list[str]:
     ]
 
 
-def round_note(entry: dict[str, Any]) -> str:
-    """A round in a few words for a progress display: means over its clients."""
+def round_note(entry: Entry) -> str:
+    """Return a round in a few words for a progress display: means over its clients."""
     shown = [("Dice", entry["val"]["dice"])]
     for key in ("agreement", "coverage", "pseudo_label_dice"):
         values = [c[key] for c in entry["clients"].values() if c.get(key) is not None]
-        shown.append((key.replace("_", " "), float(np.mean(values)) if values else None))
+        shown.append((key.replace("_", " "), mean(values) if values else None))
     return ", ".join(f"{name} {value:.2f}" for name, value in shown if value is not None)
-
-
-def mean_dice(parts: Iterable[tuple[str, nn.Module, ImageSet]], config: Config) -> dict[str, Any]:
-    """Mean Dice over the images of all parts, and of each by its name.
-
-    A part is done before the next one is asked for, so one model may serve several.
-    """
-    clients: dict[str, float] = {}
-    every: list[float] = []
-    for name, model, part in parts:
-        assert part.labels is not None
-        predicted = predict_masks(model, as_tensor(part)).numpy()
-        scores = [
-            dice_score(mask, truth, num_classes=config.data.num_classes)
-            for mask, truth in zip(predicted, part.labels, strict=True)
-        ]
-        clients[name] = float(np.mean(scores))
-        every += scores
-    return {"dice": float(np.mean(every)) if every else None, "clients": clients}

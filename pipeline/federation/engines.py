@@ -1,15 +1,28 @@
-"""Where client updates run. Every engine calls the same ``local_update``, in client order."""
+"""Where clients run: in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+from pipeline.federation.client import Client
+from pipeline.federation.inputs import ClientContext
+from pipeline.federation.messages import AnyRequest, ClientEntry, Reply
+from pipeline.federation.workplace import Workplace
 
 
-def run_in_process(update: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-    """Run ``update`` on each task in turn; one result is in memory at a time."""
-    for task in tasks:
-        yield update(task)
+def in_process(contexts: Sequence[ClientContext], workplace: Workplace) -> InProcess:
+    """Load every client into this process, where all share ``workplace``."""
+    return InProcess([Client(context, workplace) for context in contexts])
+
+
+class InProcess:
+    """Runs the clients of this process in turn; one reply is in memory at a time."""
+
+    def __init__(self, clients: Sequence[Client]) -> None:
+        self.entries: Sequence[ClientEntry] = [client.entry for client in clients]
+        self._clients = dict(zip([entry.name for entry in self.entries], clients, strict=True))
+
+    def run(self, requests: Iterable[AnyRequest]) -> Iterator[Reply]:
+        """Yield the reply to each request, in the order of the requests."""
+        for request in requests:
+            yield self._clients[request.client].answer(request)

@@ -9,168 +9,178 @@ with an unlabelled term on the same unlabelled batches and views; only the targe
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from pipeline.config import AgreementConfig, Config, FederateConfig
-from pipeline.federation.agreement import (
-    AgreementState,
-    AgreementStatistics,
-    Calibration,
-    Sources,
-    agree,
-    update_state,
-)
-from pipeline.federation.calibration import calibrate
-from pipeline.federation.views import ClientData, ServerData, Views, draw_views, labelled_batch
+from pipeline.config import Config, FederateConfig
+from pipeline.federation.agreement import AgreementState
+from pipeline.federation.targets import TARGETS, Learner, PseudoLabel
+from pipeline.federation.views import ClientData, PublicSet, Views, draw_views, labelled_batch
 from pipeline.methods import METHODS
 from pipeline.segmentation.losses import agreement_loss, distillation_loss, supervised_loss
-from pipeline.segmentation.networks import State, get_state, normalise, predict_probabilities
+from pipeline.segmentation.networks import State, get_state, normalise
 
 MAX_GRADIENT_NORM = 5.0  # far above what training shows; stops a bad batch from wrecking a round
 _LAST_RATE = 0.05  # of the learning rate, so that the last rounds still learn
 
-
-@dataclass
-class LocalResult:
-    """What a client's round ends with; its weights are sent only where clients are averaged."""
-
-    weights: State
-    state: AgreementState
-    images: int
-    diagnostics: dict[str, float | None] = field(default_factory=dict)
+Metrics = dict[str, float | None]
 
 
 @dataclass(frozen=True)
-class _Target:
-    """What the unlabelled term trains towards."""
+class LocalTask:
+    """What a client's update starts from, and how it goes on."""
 
-    label: Tensor  # (B, S, S) int64
-    weight: Tensor  # (B, S, S) float32 in 0..1
+    weights: State  # of the broadcast model, or the client's own
+    state: AgreementState  # with the calibration of these weights (``measure_calibration``)
+    learning_rate: float
+    unlabelled_weight: float  # lambda_u of this round, after its ramp
+    seed: int
+    broadcast: nn.Module | None = None  # frozen, with ``weights``, where the client distils from it
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What a client's update ends with; its weights are sent only where clients are averaged."""
+
+    weights: State
+    state: AgreementState
+    metrics: Metrics
 
 
 @dataclass
-class _Audit:
+class Audit:
     """Dice of the kept pseudo-labels' foreground with the truth, pooled over a round's pixels."""
 
     overlap: int = 0
     total: int = 0
 
-    def add(self, target: _Target, truth: Tensor) -> None:
+    def add(self, target: PseudoLabel, truth: Tensor) -> None:
+        """Count a batch; ``truth`` is (B, S, S) int64."""
         kept = target.weight > 0
         found, true = (target.label > 0) & kept, (truth > 0) & kept
         self.overlap += int((found & (target.label == truth)).sum())
         self.total += int(found.sum()) + int(true.sum())
 
     def dice(self) -> float | None:
-        """None where no kept pixel is foreground in either."""
+        """Return the Dice, or None where no kept pixel is foreground in either."""
         return 2 * self.overlap / self.total if self.total else None
 
 
 def local_update(
-    model: nn.Module,
-    weights: State,
-    client: ClientData,
-    server: ServerData,
-    state: AgreementState,
-    *,
-    config: FederateConfig,
-    agreement: AgreementConfig,
-    learning_rate: float,
-    unlabelled_weight: float,
-    seed: int,
-    distil: bool = True,
-    broadcast: nn.Module | None = None,
+    model: nn.Module, public: PublicSet, client: ClientData, task: LocalTask, *, config: Config
 ) -> LocalResult:
-    """Train ``weights`` for ``config.local_steps`` steps on the client's and the server's images.
+    """Train for ``local_steps`` steps on the client's and the public images.
 
-    Args:
-        model: a network of the right shape; its own weights are overwritten.
-        weights: what the client starts from: the broadcast model, or its own.
-        state: with the calibration of these weights (``measure_calibration``).
-        unlabelled_weight: lambda_u of this round, after its ramp.
-        distil: whether ``weights`` are a broadcast model, which the client distils from.
-        broadcast: ``broadcast_model`` of these weights, where the caller has one; else a copy is
-            made, which costs a sixth of a training step. One serves any number of clients.
+    ``model`` is a network of the right shape; its own weights are overwritten.
     """
+    settings, traits = config.federate, METHODS[config.federate.method]
     device = next(model.parameters()).device
-    model.load_state_dict(weights)
-    # f = G at the first step only, so the broadcast model needs a copy of its own
-    if not distil:
-        broadcast = None
-    elif broadcast is None:
-        broadcast = broadcast_model(model, config)
-    if config.method == "semifl":
-        client = _label_itself(model, client)
-    optimizer = make_optimizer(model, learning_rate, config.weight_decay)
-    labelled = torch.Generator().manual_seed(seed)  # the same draws whatever the method
-    unlabelled = torch.Generator().manual_seed(seed + 1)
-    statistics, audit = AgreementStatistics(), _Audit()
+    model.load_state_dict(task.weights)
+    learner, audit = Learner(model, config, task.state), Audit()
+    rule = TARGETS.get(traits.target)
+    client = client if rule is None else rule.prepare(learner, client)
+    optimizer = make_optimizer(model, task.learning_rate, settings.weight_decay)
+    labelled = Generator().manual_seed(task.seed)  # the same draws whatever the method
+    unlabelled = Generator().manual_seed(task.seed + 1)
     sums = dict.fromkeys(("loss", "loss_sup", "loss_agree", "loss_kd", "gradient_norm"), 0.0)
-    with seeded(seed, model):
-        for _ in range(config.local_steps):
-            images, truth = labelled_batch(server, config.labelled_batch, labelled, device)
-            views = target = None
-            if config.method != "supervised":
-                views = draw_views(client, config.unlabelled_batch, unlabelled, device)
-                target, state, counted = _set_target(views, model, config, agreement, state)
-                statistics.add(counted)
+    with seeded(task.seed, model):
+        for _ in range(settings.local_steps):
+            images, truth = labelled_batch(public, settings.labelled_batch, labelled, device)
+            pair = None
+            if rule is not None:
+                views = draw_views(client, settings.unlabelled_batch, unlabelled, device)
+                pair = views, rule.label(learner, views)
                 if views.truth is not None:
-                    audit.add(target, views.truth)
-            terms = _losses(
-                model, images, truth, views, target, broadcast, config, unlabelled_weight
-            )
-            optimizer.zero_grad()
-            terms["loss"].backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-            optimizer.step()
+                    audit.add(pair[1], views.truth)
+            terms = losses(learner, task, (images, truth), pair)
+            terms["gradient_norm"] = optimiser_step(model, optimizer, terms["loss"])
             for name, value in terms.items():
                 sums[name] += float(value.detach())
-            sums["gradient_norm"] += float(norm)
-    diagnostics: dict[str, float | None] = {k: v / config.local_steps for k, v in sums.items()}
-    if METHODS[config.method].uses_sam:
-        diagnostics |= statistics.summary()
-    if METHODS[config.method].uses_agreement:
-        diagnostics |= vars(state.calibration)
-    if client.truth is not None and config.method != "supervised":
-        diagnostics["pseudo_label_dice"] = audit.dice()
-    diagnostics["drift"] = _relative_change(model, weights)
-    return LocalResult(get_state(model), state, len(client.images), diagnostics)
+    metrics: Metrics = {name: value / settings.local_steps for name, value in sums.items()}
+    if traits.uses_sam:
+        metrics |= learner.statistics.summary()
+    if traits.uses_agreement:
+        metrics |= vars(learner.state.calibration)
+    if client.truth is not None:
+        metrics["pseudo_label_dice"] = audit.dice()
+    metrics["drift"] = _relative_change(model, task.weights)
+    return LocalResult(get_state(model), learner.state, metrics)
+
+
+def losses(
+    learner: Learner,
+    task: LocalTask,
+    labelled: tuple[Tensor, Tensor],
+    unlabelled: tuple[Views, PseudoLabel] | None,
+) -> dict[str, Tensor]:
+    """Return the loss and its terms for a step's batches.
+
+    Labelled and strong images pass through the network together, so that batch norm sees both.
+    """
+    learner.model.train()
+    images, truth = labelled
+    batch = images if unlabelled is None else torch.cat([images, unlabelled[0].strong])
+    logits, count = learner.model(normalise(batch)).float(), len(images)
+    zero = logits.new_zeros(())
+    terms = {"loss_sup": supervised_loss(logits[:count], truth)}
+    terms |= {"loss_agree": zero, "loss_kd": zero}
+    total = terms["loss_sup"]
+    if unlabelled is not None:
+        views, target = unlabelled
+        weight = target.weight.to(logits)
+        terms["loss_agree"] = agreement_loss(logits[count:], target.label, weight)
+        total = total + task.unlabelled_weight * terms["loss_agree"]
+        if task.broadcast is not None:
+            settings = learner.config.federate
+            with torch.no_grad():
+                taught = task.broadcast(normalise(views.weak)).float()
+            terms["loss_kd"] = distillation_loss(
+                logits[count:], taught, temperature=settings.kd_temperature
+            )
+            total = total + settings.kd_weight * terms["loss_kd"]
+    return {"loss": total, **terms}
+
+
+def optimiser_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+    """Take one step down ``loss``; return the gradient's norm before clipping."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+    optimizer.step()
+    return norm
+
+
+@dataclass(frozen=True)
+class ServerTraining:
+    """Steps on D_p's training part alone: a first model, or SemiFL's server step."""
+
+    steps: int
+    rate: Callable[[int], float]  # learning rate of step i, from 0
+    seed: int
+    progress: Callable[[int], None] | None = None  # is shown the number of steps done
 
 
 def train_on_server(
-    model: nn.Module,
-    server: ServerData,
-    *,
-    config: FederateConfig,
-    steps: int,
-    rate: Callable[[int], float],
-    seed: int,
-    progress: Callable[[int], None] | None = None,
+    model: nn.Module, public: PublicSet, training: ServerTraining, *, settings: FederateConfig
 ) -> State:
-    """``steps`` steps of ``model`` on D_p's training part alone, step i at ``rate(i)``."""
+    """Train ``model`` from its present weights; return what it ends with."""
     device = next(model.parameters()).device
-    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
-    generator = torch.Generator().manual_seed(seed)
-    with seeded(seed, model):
+    optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
+    generator = Generator().manual_seed(training.seed)
+    with seeded(training.seed, model):
         model.train()
-        for step in range(steps):
+        for step in range(training.steps):
             for group in optimizer.param_groups:
-                group["lr"] = rate(step)
-            images, truth = labelled_batch(server, config.labelled_batch, generator, device)
-            optimizer.zero_grad()
-            loss = supervised_loss(model(normalise(images)), truth)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-            optimizer.step()
-            if progress is not None:
-                progress(step + 1)
+                group["lr"] = training.rate(step)
+            images, truth = labelled_batch(public, settings.labelled_batch, generator, device)
+            optimiser_step(model, optimizer, supervised_loss(model(normalise(images)), truth))
+            if training.progress is not None:
+                training.progress(step + 1)
     return get_state(model)
 
 
@@ -184,13 +194,13 @@ def seeded(seed: int, model: nn.Module) -> Iterator[None]:
 
 
 def cosine(step: int, total: int) -> float:
-    """Cosine decay from 1 at step 0 towards ``_LAST_RATE`` at ``total``."""
+    """Return a cosine decay from 1 at step 0 towards 0.05 at ``total``."""
     decay = 0.5 * (1 + math.cos(math.pi * step / max(1, total)))
     return _LAST_RATE + (1 - _LAST_RATE) * decay
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, decay: float) -> torch.optim.AdamW:
-    """AdamW; biases and normalisation layers do not decay."""
+    """Return AdamW; biases and normalisation layers do not decay."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
@@ -199,123 +209,8 @@ def make_optimizer(model: nn.Module, learning_rate: float, decay: float) -> torc
     return torch.optim.AdamW(groups, lr=learning_rate)
 
 
-def _label_itself(model: nn.Module, client: ClientData) -> ClientData:
-    """Pseudo-labels of the received model, fixed for the round (SemiFL, Diao et al., 2022)."""
-    parts = [predict_probabilities(model, part).max(dim=1) for part in client.images.split(32)]
-    confidences = torch.cat([part.values for part in parts])
-    return replace(
-        client,
-        masks=torch.cat([part.indices for part in parts]).to(torch.uint8),
-        confidences=(confidences * 255).round().to(torch.uint8),
-    )
-
-
-def _set_target(
-    views: Views,
-    model: nn.Module,
-    config: FederateConfig,
-    agreement: AgreementConfig,
-    state: AgreementState,
-) -> tuple[_Target, AgreementState, AgreementStatistics]:
-    """The method's target for an unlabelled batch."""
-    counted = AgreementStatistics()
-    if config.method == "oracle":
-        assert views.masks is not None
-        return _Target(views.masks, torch.ones(views.masks.shape)), state, counted
-    if config.method == "semifl":
-        assert views.masks is not None
-        assert views.confidences is not None
-        weight = (views.confidences >= config.confidence_threshold).float()
-        return _Target(views.masks, weight), state, counted
-    model.eval()
-    with torch.inference_mode():
-        opinion = model(normalise(views.weak)).float().softmax(dim=1)
-    opinion = opinion.clone()  # a normal tensor, which the loss may use
-    if not METHODS[config.method].uses_sam:
-        confidence, label = opinion.max(dim=1)
-        weight = (confidence >= config.confidence_threshold).float()
-        return _Target(label, weight), state, counted
-    assert views.masks is not None
-    assert views.confidences is not None
-    rule = rule_of(config, agreement)
-    sources = Sources(views.masks, views.confidences, opinion)
-    result = agree(sources, config=rule, state=state)
-    state = update_state(state, sources, config=rule)
-    return _Target(result.target, result.weight), state, result.statistics
-
-
-def _losses(
-    model: nn.Module,
-    images: Tensor,
-    truth: Tensor,
-    views: Views | None,
-    target: _Target | None,
-    broadcast: nn.Module | None,
-    config: FederateConfig,
-    unlabelled_weight: float,
-) -> dict[str, Tensor]:
-    """The loss and its terms; labelled and strong images pass together, so batch norm sees both."""
-    model.train()
-    batch = images if views is None else torch.cat([images, views.strong])
-    logits = model(normalise(batch)).float()
-    count = len(images)
-    zero = logits.new_zeros(())
-    terms = {
-        "loss_sup": supervised_loss(logits[:count], truth),
-        "loss_agree": zero,
-        "loss_kd": zero,
-    }
-    total = terms["loss_sup"]
-    if views is not None and target is not None:
-        weight = target.weight.to(logits)
-        terms["loss_agree"] = agreement_loss(logits[count:], target.label, weight)
-        total = total + unlabelled_weight * terms["loss_agree"]
-        if broadcast is not None:
-            with torch.no_grad():
-                taught = broadcast(normalise(views.weak)).float()
-            terms["loss_kd"] = distillation_loss(
-                logits[count:], taught, temperature=config.kd_temperature
-            )
-            total = total + config.kd_weight * terms["loss_kd"]
-    return {"loss": total, **terms}
-
-
-def broadcast_model(model: nn.Module, config: FederateConfig) -> nn.Module | None:
-    """A frozen copy of ``model`` in evaluation mode, for clients to distil from, if they do."""
-    if not METHODS[config.method].distils_broadcast or config.kd_weight == 0:
-        return None
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def rule_of(config: FederateConfig, agreement: AgreementConfig) -> AgreementConfig:
-    """The agreement that the method uses: ``sam_only`` is a rule of its own."""
-    if config.method == "sam_only":
-        return agreement.model_copy(update={"rule": "sam_only"})
-    return agreement
-
-
-def measure_calibration(model: nn.Module, server: ServerData, config: Config) -> Calibration:
-    """Both sources on D_p's calibration part, with the model's weights as they are.
-
-    The identity for methods and rules that do not ask for it, and with ``agreement.calibrate`` off.
-    """
-    rule = config.agreement
-    adapts = METHODS[config.federate.method].uses_agreement and rule.rule == "adaptive"
-    if not (adapts and rule.calibrate):
-        return Calibration()
-    assert server.calibration_masks is not None
-    assert server.calibration_confidences is not None
-    sources = Sources(
-        server.calibration_masks.long(),
-        server.calibration_confidences.float() / 255,
-        predict_probabilities(model, server.calibration_images),
-    )
-    truth = server.calibration_labels.long()
-    return calibrate(sources, truth, groups=server.calibration_groups, config=rule)
-
-
 def _relative_change(model: nn.Module, before: State) -> float:
-    """``|w - w_0| / |w_0|`` over the trained parameters, Euclidean norms."""
+    """Return ``|w - w_0| / |w_0|`` over the trained parameters, Euclidean norms."""
     change = norm = 0.0
     for name, parameter in model.named_parameters():
         old = before[name].double()

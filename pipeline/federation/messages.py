@@ -1,127 +1,98 @@
-"""Plain data as bytes: tensors as safetensors, the rest as JSON; never pickle.
+"""Requests to a client and its replies: all that crosses between a client and its server.
 
-Whatever crosses between server and client, and whatever a run keeps on disk, is a dataclass (or a
-dict or tuple) of tensors, numbers, strings, and dataclasses, dicts and tuples of these.
+Tensors, numbers and strings only, so that ``plain_data.to_bytes`` takes every message anywhere. An
+engine brings a request to its client, calls ``Client.answer``, and brings back the reply.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import numpy as np
-import safetensors.torch
-import torch
-from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
-from pipeline.disk import write_bytes
-from pipeline.errors import CorruptStoreError
-
-State = dict[str, Tensor]
-
-_CONFIG = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+from pipeline.federation.agreement import Calibration
+from pipeline.federation.plain_data import Plain, State, tensors_of
+from pipeline.federation.schedule import Rates
 
 
-class Plain:
-    """Base of dataclasses with tensors that ``from_bytes`` can check."""
+@dataclass(frozen=True, kw_only=True)
+class Message(Plain):
+    """What every request and every reply says."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _CONFIG
+    client: str  # to whom, or from whom
+    round_number: int  # from 1
 
-
-def to_bytes(value: Any) -> bytes:
-    """Return plain data as bytes; equal data give equal bytes.
-
-    A tensor is named by its place, its parts joined by "/", so that any reader of safetensors finds
-    the weights of a network under their own names. No key contains a "/".
-    """
-    tensors: State = {}
-    text = json.dumps(_take_out(value, (), tensors), sort_keys=True)
-    # copies: two entries may share a tensor, which safetensors refuses
-    copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    metadata = {"value": text, "sha256": _digest(text, copies)}
-    # as one entry: safetensors writes several in random order
-    return safetensors.torch.save(copies, metadata={"samfed": json.dumps(metadata)})
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, uncompressed."""
+        return sum(value.nbytes for value in tensors_of(self).values())
 
 
-def from_bytes(content: bytes, kind: Any) -> Any:
-    """Return what ``to_bytes`` made of a value of type ``kind``.
+@dataclass(frozen=True, kw_only=True)
+class Reply(Message):
+    """A client's answer; which fields it fills, the request says."""
 
-    Raises:
-        ValueError: the bytes are not what was written, or the value is none of ``kind``.
-    """
-    try:
-        tensors = safetensors.torch.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = json.loads(header["__metadata__"]["samfed"])
-        whole = _digest(metadata["value"], tensors) == metadata["sha256"]
-        value = json.loads(metadata["value"])
-    except Exception as error:  # safetensors and json raise many kinds for damaged bytes
-        raise ValueError(f"damaged ({error})") from error
-    if not whole:
-        raise ValueError("damaged (sha256 differs)")
-    for place, tensor in tensors.items():
-        value = _put_in(value, place.split("/"), tensor)
-    return _adapter(kind).validate_python(value)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    images: int = 0  # behind the weights, or the metrics
+    weights: State | None = None
+    logits: Tensor | None = None  # (N, K+1, S, S) float16 on the round's noised copy of D_p
+    seconds: float = 0.0  # of the client's own work
+    fault: str = ""  # why there are no weights or logits; empty if nothing is wrong
 
 
-def save(path: Path, value: Any) -> None:
-    """Write plain data atomically."""
-    write_bytes(path, to_bytes(value))
+@dataclass(frozen=True, kw_only=True)
+class Request(Message):
+    """What every request says."""
+
+    state_round: int  # the last round whose private state counts; 0 if the client never took part
+
+    def reply(self, **content: Any) -> Reply:
+        """Return a reply to this request."""
+        return Reply(client=self.client, round_number=self.round_number, **content)
 
 
-def load(path: Path, kind: Any) -> Any:
-    """Read what ``save`` wrote of a value of type ``kind``.
+@dataclass(frozen=True, kw_only=True)
+class FitRequest(Request):
+    """Train on your own images. The reply has weights, unless they are of an own network."""
 
-    Raises:
-        CorruptStoreError: its bytes are not what was written.
-    """
-    try:
-        return from_bytes(path.read_bytes(), kind)
-    except ValueError as error:
-        raise CorruptStoreError(f"{path}: {error}; delete it and run again") from error
+    rates: Rates
+    weights: State | None = None  # of the broadcast model; None: start from your own
+    calibration: Calibration | None = None  # on D_p, of the broadcast model; None: measure yours
+    distilled: bool = False  # whether a ``DistilRequest`` of this round came before
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind) if is_dataclass(kind) else TypeAdapter(kind, config=_CONFIG)
+@dataclass(frozen=True, kw_only=True)
+class PredictRequest(Request):
+    """Predict on the round's noised copy of D_p with your own network. The reply has logits."""
 
 
-def _take_out(value: Any, place: tuple[str, ...], tensors: State) -> Any:
-    """Return ``value`` as JSON takes it; tensors go to ``tensors``, and None into their place."""
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
-    if isinstance(value, Tensor):
-        tensors["/".join(place)] = value
-        return None
-    if is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _take_out(each, (*place, key), tensors) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_take_out(each, (*place, str(i)), tensors) for i, each in enumerate(value)]
-    return value
+@dataclass(frozen=True, kw_only=True)
+class DistilRequest(Request):
+    """Train your own network on the server's logits. The reply has metrics."""
+
+    rates: Rates
+    logits: Tensor  # (N, K+1, S, S) float16 on the round's noised copy of D_p
 
 
-def _put_in(value: Any, place: list[str], tensor: Tensor) -> Any:
-    """Return ``value`` with ``tensor`` at its place."""
-    if not place:
-        return tensor
-    key: Any = int(place[0]) if isinstance(value, list) else place[0]
-    value[key] = _put_in(value[key], place[1:], tensor)
-    return value
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(Request):
+    """Score a part of your images. The reply has the metric ``dice``, a mean over its images."""
+
+    part: Literal["val", "test"] | None  # None: nothing is scored
+    weights: State | None = None  # of the global model; None: your own
+    calibration: Calibration | None = None  # as in ``FitRequest``, for examples alone
+    final: bool = False  # the run is over: keep your example images, and your own model
 
 
-def _digest(text: str, tensors: State) -> str:
-    """Return a sha256 over all that is said: safetensors has no checksum."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.numpy().data)
-    return digest.hexdigest()
+AnyRequest = FitRequest | PredictRequest | DistilRequest | EvaluateRequest
+
+
+@dataclass(frozen=True)
+class ClientEntry(Plain):
+    """What a client says of itself before the rounds: all that the server knows of it."""
+
+    name: str
+    images: int  # that it trains on
+    val_images: int
+    flip_dice: float | None = None  # SAM's consistency on its images, from stage one

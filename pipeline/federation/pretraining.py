@@ -1,61 +1,63 @@
-"""The server start: first models, trained on D_p alone, kept in ``cache/starts/``."""
+"""First models, trained on D_p alone before round 1 and kept in ``cache/starts/``."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 
-from torch import nn
-
 from pipeline.config import Config, NetworkConfig, deciding_settings, network_settings
-from pipeline.disk import file_sha256
 from pipeline.federation.inputs import RESULT_VERSION
-from pipeline.federation.local_update import cosine, train_on_server
-from pipeline.federation.runs import load_state, save_state
+from pipeline.federation.local_update import ServerTraining, cosine, train_on_server
+from pipeline.federation.plain_data import State, load, save
 from pipeline.federation.schedule import Progress
-from pipeline.federation.views import ServerData
-from pipeline.segmentation.networks import State
+from pipeline.federation.views import PublicSet
+from pipeline.runtime import resolve_device
+from pipeline.segmentation.networks import build_model
 
 
 def first_model(
     config: Config,
     network: NetworkConfig,
-    model: nn.Module,
-    server: ServerData,
+    public: PublicSet,
     *,
-    progress: Progress | None,
+    partition: str,
+    progress: Progress | None = None,
 ) -> State:
-    """``model``, a ``network``, after ``pretrain_steps`` steps on D_p's training part.
+    """Return the weights of ``network`` after ``pretrain_steps`` steps on D_p's training part.
 
-    It is trained once for all runs whose settings that decide it are equal, whatever the method.
+    It is trained once for all runs and clients whose settings that decide it are equal, whatever
+    the method.
+
+    Args:
+        partition: sha256 of the run's partition.json, which says what D_p is.
     """
     settings, steps = config.federate, config.federate.pretrain_steps
-    path = config.cache.root / "starts" / f"{start_key(config, network)}.safetensors"
+    path = config.cache.root / "starts" / f"{start_key(config, network, partition)}.safetensors"
     if path.is_file():
-        return load_state(path)
+        return load(path, State)
 
     def advance(step: int) -> None:
         if progress is not None:
             progress(f"server start: {network.architecture}, {network.encoder}", step, steps)
 
-    state = train_on_server(
-        model,
-        server,
-        config=settings,
+    training = ServerTraining(
         steps=steps,
         rate=lambda step: settings.learning_rate * cosine(step, steps),
         seed=config.seed,
         progress=advance,
     )
-    save_state(path, state)
-    return state
+    model = build_model(config, seed=config.seed, network=network)
+    device = resolve_device(settings.device)
+    weights = train_on_server(model.to(device), public, training, settings=settings)
+    save(path, weights)
+    return weights
 
 
-def start_key(config: Config, network: NetworkConfig) -> str:
-    """sha256 over what decides a first model, first 16 hexadecimal digits."""
+def start_key(config: Config, network: NetworkConfig, partition: str) -> str:
+    """Return a sha256 over what decides a first model, its first 16 hexadecimal digits."""
     chosen = deciding_settings(config, "first_model") | {
         "model": network_settings(network),
-        "partition": file_sha256(config.cache.root / "partition.json"),
+        "partition": partition,
         "version": RESULT_VERSION,
     }
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]

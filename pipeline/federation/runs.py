@@ -1,44 +1,83 @@
-"""A run's folder, ``cache/runs/<name>/``: parameters, history, checkpoints, models.
+"""A run's folder, ``cache/runs/<name>/``: parameters, history, checkpoints, models, examples.
 
 ``params.yaml`` as used, ``history.jsonl`` (one line a round), the last two of
 ``checkpoints/round_NNNN.safetensors``, and when the run is complete ``models/global.safetensors``,
-or ``models/<client>.safetensors`` where clients have networks of their own. ``metrics.json`` comes
-from ``samfed evaluate`` and ``report.html`` from ``samfed report``.
+or ``models/<client>.safetensors`` where clients have networks of their own, and
+``examples.safetensors``. What lies in ``clients/<client>/`` and a client's own model are written
+and read by that client alone. ``metrics.json`` comes from ``samfed evaluate`` and ``report.html``
+from ``samfed report``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
 import yaml
-from torch import Tensor
 
 from pipeline.config import Config, load_config
-from pipeline.disk import file_sha256, move, write_bytes
+from pipeline.disk import file_sha256, move, unused_name, write_bytes
 from pipeline.errors import ConfigError, CorruptStoreError, DataError, IdentityError, StageError
-from pipeline.federation.examples import Example, load_examples
+from pipeline.federation.examples import Example, load_examples, save_examples
+from pipeline.federation.plain_data import Plain, State, load, save
 
+EXAMPLES = "examples.safetensors"
 _KEPT_CHECKPOINTS = 2
-
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """Everything that the next round depends on."""
+class Checkpoint(Plain):
+    """Everything that the server's next round depends on."""
 
     round: int
-    weights: State  # of the global model; heterogeneous: of the server's
-    client_states: State  # each client's AgreementState.as_tensor(), by name
+    weights: State  # of the server's model: the global one, where clients share it
+    client_rounds: dict[str, int]  # of whom took part: the round whose private state counts
     partition: str  # sha256 of the partition.json that the run was made on
-    client_weights: dict[str, State] = field(default_factory=dict)  # heterogeneous: by name
+    fingerprint: str  # of all that decides the run's result
+
+    def address(self, client: str, number: int) -> dict[str, Any]:
+        """Return what a request of round ``number`` to ``client`` says that builds on this one."""
+        state_round = self.client_rounds.get(client, 0)
+        return {"client": client, "round_number": number, "state_round": state_round}
+
+
+class RoundFiles:
+    """Plain data by round in a folder, ``round_NNNN.safetensors``; old rounds are dropped."""
+
+    def __init__(self, folder: Path, *, kept: int) -> None:
+        self.folder = folder
+        self._kept = kept
+
+    def path(self, number: int) -> Path:
+        """Return the file of round ``number``."""
+        return self.folder / f"round_{number:04d}.safetensors"
+
+    def last(self) -> Path | None:
+        """Return the file of the last round, or None."""
+        return max(self._saved(), key=_by_round, default=None)
+
+    def save(self, number: int, value: Any) -> None:
+        """Write a round's data atomically, and drop all but the last ``kept`` rounds.
+
+        Later rounds go too: a run that begins again would otherwise resume from the old ones.
+        """
+        path = self.path(number)
+        save(path, value)
+        saved = sorted(self._saved(), key=_by_round)
+        end = saved.index(path) + 1
+        for old in (*saved[end:], *saved[: max(0, end - self._kept)]):
+            old.unlink()
+
+    def _saved(self) -> list[Path]:
+        return list(self.folder.glob("round_*.safetensors"))
+
+
+def _by_round(path: Path) -> tuple[int, str]:
+    """Order files by their rounds, of any number of digits."""
+    return len(path.name), path.name
 
 
 class RunFolder:
@@ -46,17 +85,18 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._checkpoints = RoundFiles(path / "checkpoints", kept=_KEPT_CHECKPOINTS)
 
     @property
     def model_path(self) -> Path:
-        """Weights of the final global model."""
-        return self._model_path("global")
+        """The file of the final global model."""
+        return self._model("global")
 
-    def _model_path(self, name: str) -> Path:
+    def _model(self, name: str) -> Path:
         return self.path / "models" / f"{name}.safetensors"
 
     def begin(self, config: Config, fingerprint: str, *, mode: str, archive: Path) -> str | None:
-        """Prepare the folder for a run with ``fingerprint``; returns a sentence for the user.
+        """Prepare the folder for a run with ``fingerprint``; return a sentence for the user.
 
         A run with the same fingerprint continues. Another run of this name is moved to ``archive``,
         or is an error if ``mode`` is ``resume``; ``restart`` moves it in any case.
@@ -65,7 +105,8 @@ class RunFolder:
             ConfigError: ``resume`` was asked for, but there is nothing that it may continue.
         """
         try:
-            found = self._fingerprint()
+            checkpoint = self.load_checkpoint()
+            found = None if checkpoint is None else checkpoint.fingerprint
         except CorruptStoreError:
             if mode != "restart":
                 raise
@@ -75,7 +116,7 @@ class RunFolder:
             state = "no checkpoint" if found is None else "a run with other parameters or data"
             raise ConfigError(f"--resume: found {state} in {self.path}; leave --resume out")
         if found is not None and (found != fingerprint or mode == "restart"):
-            target = _free(archive, f"{self.path.name}-{found[:12]}")
+            target = unused_name(archive / f"{self.path.name}-{found[:12]}")
             move(self.path, target)
             notice = f"{self.path}: moved the earlier run to {target}"
         self.path.mkdir(parents=True, exist_ok=True)
@@ -94,48 +135,27 @@ class RunFolder:
             raise StageError(f"{path}: not found; run `samfed federate` first")
         return load_config(path)
 
-    def save_checkpoint(self, checkpoint: Checkpoint, fingerprint: str) -> None:
-        """Write a round's checkpoint atomically and drop all but the last two.
-
-        Later rounds' checkpoints go too: a run that begins again would resume from the old ones.
-        """
-        tensors = {f"weights/{name}": value for name, value in checkpoint.weights.items()}
-        tensors |= {f"clients/{name}": value for name, value in checkpoint.client_states.items()}
-        for client, state in checkpoint.client_weights.items():
-            tensors |= {f"models/{client}/{name}": value for name, value in state.items()}
-        meta = {
-            "round": str(checkpoint.round),
-            "fingerprint": fingerprint,
-            "partition": checkpoint.partition,
-        }
-        path = self._checkpoints() / f"round_{checkpoint.round:04d}.safetensors"
-        _save(path, meta, tensors)
-        saved = self._saved()
-        end = saved.index(path) + 1
-        for old in (*saved[end:], *saved[: max(0, end - _KEPT_CHECKPOINTS)]):
-            old.unlink()
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Write a round's checkpoint atomically and drop all but the last two."""
+        self._checkpoints.save(checkpoint.round, checkpoint)
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """The last round's checkpoint, or None.
+        """Return the last round's checkpoint, or None.
 
         Raises:
             CorruptStoreError: its bytes are not what was written.
         """
-        path = self._last()
-        if path is None:
-            return None
-        meta, tensors = _load(path)
-        models: dict[str, State] = {}
-        for name, value in _under(tensors, "models/").items():
-            client, _, entry = name.partition("/")
-            models.setdefault(client, {})[entry] = value
-        return Checkpoint(
-            round=int(meta["round"]),
-            weights=_under(tensors, "weights/"),
-            client_states=_under(tensors, "clients/"),
-            partition=meta["partition"],
-            client_weights=models,
-        )
+        path = self._checkpoints.last()
+        return None if path is None else load(path, Checkpoint)
+
+    def save_examples(self, examples: Sequence[Example], client: str | None = None) -> None:
+        """Keep example images: of D_p, or a client's, which go into its own folder."""
+        folder = self.path if client is None else self.private(client)
+        save_examples(folder / EXAMPLES, examples)
+
+    def private(self, client: str) -> Path:
+        """Return the folder that ``client`` alone writes to."""
+        return self.path / "clients" / client
 
     def examples(self) -> list[Example]:
         """Return the example images of the last round: of the public set, then of each client.
@@ -143,8 +163,7 @@ class RunFolder:
         Raises:
             StageError: the run is not complete, or was made before samfed kept any.
         """
-        own = sorted(self.path.glob("clients/*/examples.safetensors"))
-        found = [path for path in (self.path / "examples.safetensors", *own) if path.is_file()]
+        found = [*self.path.glob(EXAMPLES), *sorted(self.path.glob(f"clients/*/{EXAMPLES}"))]
         if not found:
             raise StageError(f"{self.path}: no example images; run `samfed federate` first")
         return [example for path in found for example in load_examples(path)]
@@ -186,24 +205,23 @@ class RunFolder:
         dice = "" if found["val_dice"] is None else f", validation Dice {found['val_dice']:.3f}"
         return f"{found['rounds']} rounds{dice}; {self.path}"
 
-    def finish(self, models: dict[str, State]) -> None:
-        """Write the final models by name: ``global``, or each client's own."""
-        for name, weights in models.items():
-            save_state(self._model_path(name), weights)
+    def save_model(self, weights: State, name: str = "global") -> None:
+        """Write a final model atomically; the same weights give the same bytes."""
+        save(self._model(name), weights)
 
     def load_model(self, name: str = "global") -> State:
-        """Weights of a final model: the global one, or a client's own by its name.
+        """Return the weights of a final model: the global one, or a client's own by its name.
 
         Raises:
-            StageError: the run is missing or not complete.
+            StageError: the run is missing or not complete. CorruptStoreError: it is damaged.
         """
-        path = self._model_path(name)
+        path = self._model(name)
         if not path.is_file():
             raise StageError(f"{path}: not found; run `samfed federate` first")
-        return load_state(path)
+        return load(path, State)
 
     def partition_sha256(self) -> str:
-        """sha256 of the ``partition.json`` that the run was made on.
+        """Return the sha256 of the ``partition.json`` that the run was made on.
 
         Raises:
             StageError: no checkpoint. CorruptStoreError: a damaged one.
@@ -227,81 +245,3 @@ class RunFolder:
                 f"{self.path}: made on another partition than {partition_file}; "
                 "run `samfed federate` again"
             )
-
-    def _checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    def _last(self) -> Path | None:
-        found = self._saved()
-        return found[-1] if found else None
-
-    def _saved(self) -> list[Path]:
-        """Checkpoints in the order of their rounds, of any number of digits."""
-        found = self._checkpoints().glob("round_*.safetensors")
-        return sorted(found, key=lambda path: (len(path.name), path.name))
-
-    def _fingerprint(self) -> str | None:
-        path = self._last()
-        return None if path is None else _load(path)[0]["fingerprint"]
-
-
-def save_state(path: Path, state: State) -> None:
-    """Write a network's weights atomically; the same weights give the same bytes."""
-    _save(path, {}, state)
-
-
-def load_state(path: Path) -> State:
-    """Read a network's weights as ``save_state`` wrote them.
-
-    Raises:
-        CorruptStoreError: its bytes are not what was written.
-    """
-    return _load(path)[1]
-
-
-def _save(path: Path, meta: dict[str, str], tensors: State) -> None:
-    whole = meta | {"sha256": _digest(meta, tensors)}
-    content = safetensors.torch.save(
-        # copies: clients may share a tensor, which safetensors refuses
-        {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()},
-        # one entry: safetensors writes several in random order
-        metadata={"samfed": json.dumps(whole, sort_keys=True)},
-    )
-    write_bytes(path, content)
-
-
-def _load(path: Path) -> tuple[dict[str, str], State]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            meta = json.loads(file.metadata()["samfed"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        whole = _digest(meta, tensors) == meta["sha256"]
-    except Exception as error:  # safetensors and json raise many kinds for damaged bytes
-        raise CorruptStoreError(f"{path}: damaged ({error}); delete it and run again") from error
-    if not whole:
-        raise CorruptStoreError(f"{path}: damaged (sha256 differs); delete it and run again")
-    return meta, tensors
-
-
-def _digest(meta: dict[str, str], tensors: State) -> str:
-    """sha256 over what a checkpoint says of itself, and tensors: safetensors has no checksum."""
-    own = [meta[key] for key in ("round", "fingerprint", "partition") if key in meta]
-    digest = hashlib.sha256(json.dumps(own).encode())
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _under(tensors: State, prefix: str) -> State:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _free(folder: Path, name: str) -> Path:
-    """A path that does not exist yet."""
-    candidate, number = folder / name, 1
-    while candidate.exists():
-        number += 1
-        candidate = folder / f"{name}-{number}"
-    return candidate

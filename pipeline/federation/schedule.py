@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,44 +19,54 @@ class Progress(Protocol):
         """Show it."""
 
 
-def learning_rate(config: Config, number: int) -> float:
-    """Of round ``number`` (from 1): a cosine over the rounds."""
-    return config.federate.learning_rate * cosine(number - 1, config.federate.rounds)
+@dataclass(frozen=True)
+class Rates:
+    """The numbers that change from round to round."""
+
+    learning_rate: float
+    unlabelled_weight: float  # lambda_u
+    kl_weight: float  # of RC and RF; 0 while it warms up
+
+    @classmethod
+    def of(cls, config: Config, number: int) -> Rates:
+        """Return those of round ``number`` (from 1).
+
+        The learning rate follows a cosine over the rounds; lambda_u is linear over
+        ``ramp_rounds``, then constant.
+        """
+        settings = config.federate
+        ramp = min(1.0, number / settings.ramp_rounds) if settings.ramp_rounds else 1.0
+        return cls(
+            learning_rate=settings.learning_rate * cosine(number - 1, settings.rounds),
+            unlabelled_weight=settings.unlabelled_weight * ramp,
+            kl_weight=settings.fusion_weight if number > settings.fusion_warmup_rounds else 0.0,
+        )
 
 
-def unlabelled_weight(config: Config, number: int) -> float:
-    """lambda_u of round ``number``: linear over ``ramp_rounds``, then constant."""
-    ramp = config.federate.ramp_rounds
-    return config.federate.unlabelled_weight * (min(1.0, number / ramp) if ramp else 1.0)
-
-
-def participants(config: Config, count: int, number: int) -> Sequence[int]:
-    """Indices, ascending, of the clients that take part in round ``number``."""
-    wanted = config.federate.clients_per_round
+def participants(config: Config, names: Sequence[str], number: int) -> Sequence[str]:
+    """Return the clients, in their order, that take part in round ``number``."""
+    wanted, count = config.federate.clients_per_round, len(names)
     if wanted is None or wanted >= count:
-        return range(count)
-    drawn = _generator(config.seed, 4, number).choice(count, size=wanted, replace=False)
-    return sorted(int(index) for index in drawn)
+        return names
+    words = np.random.SeedSequence((config.seed, 4, number))
+    drawn = np.random.default_rng(words).choice(count, size=wanted, replace=False)
+    return [names[int(index)] for index in sorted(drawn)]
 
 
 def client_seed(seed: int, number: int, index: int) -> int:
-    """Seed of a client's round: independent streams, whatever order clients run in."""
+    """Return the seed of a client's round: independent streams, whatever order clients run in."""
     return _seed(seed, 3, number, index)
 
 
 def server_seed(seed: int, number: int) -> int:
-    """Seed of the server's own work in a round."""
+    """Return the seed of the server's own work in a round."""
     return _seed(seed, 5, number)
 
 
 def exchange_seed(seed: int, number: int) -> int:
-    """Seed of the noise on a round's public images; it is sent to every client."""
+    """Return the seed of the noise on a round's public images, which everybody can derive."""
     return _seed(seed, 6, number)
 
 
 def _seed(*words: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1)[0])
-
-
-def _generator(*words: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(words))

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.disk import writer_lock
 from pipeline.federation.averaging import Averaging
-from pipeline.federation.diagnostics import round_note
+from pipeline.federation.diagnostics import (
+    client_warnings,
+    quality_warnings,
+    round_note,
+    round_warnings,
+)
+from pipeline.federation.engines import in_process
 from pipeline.federation.exchange import Exchange
-from pipeline.federation.inputs import RunInputs, load_inputs
-from pipeline.federation.runs import Checkpoint, RunFolder, State
-from pipeline.federation.schedule import Progress
+from pipeline.federation.inputs import ClientContext, RunInputs, load_inputs
+from pipeline.federation.messages import EvaluateRequest, Reply
+from pipeline.federation.pretraining import first_model
+from pipeline.federation.rounds import Engine, Round, Strategy
+from pipeline.federation.runs import Checkpoint, RunFolder
+from pipeline.federation.schedule import Progress, Rates, participants
+from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.runtime import resolve_device, torch_threads
 
 log = logging.getLogger("samfed.federation")
 
-
-class Rounds(Protocol):
-    """What a round is: ``Averaging`` of weights, or an ``Exchange`` of predictions."""
-
-    def start(self, progress: Progress | None) -> Checkpoint:
-        """Round 0: the first models, trained on the server's set."""
-
-    def play(self, before: Checkpoint, number: int) -> tuple[Checkpoint, dict[str, Any]]:
-        """One round: what it ends with, and its entry of the history."""
-
-    def validate(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Mean Dice on the validation parts: for reports, never for choices."""
-
-    def models(self, checkpoint: Checkpoint) -> dict[str, State]:
-        """The final models by file name: ``global``, or each client's own."""
+Connect = Callable[[Sequence[ClientContext], Workplace], Engine]
 
 
-def federate(config: Config, *, mode: str = "auto", progress: Progress | None = None) -> RunFolder:
+def federate(
+    config: Config,
+    *,
+    mode: str = "auto",
+    progress: Progress | None = None,
+    connect: Connect = in_process,
+) -> RunFolder:
     """Run all rounds of ``config.federate.method`` and write ``cache/runs/<name>/``.
 
     A run with the same parameters and data continues after its last finished round, and ends with
@@ -43,55 +47,127 @@ def federate(config: Config, *, mode: str = "auto", progress: Progress | None = 
 
     Args:
         mode: ``auto`` (continue or begin), ``resume`` (only continue) or ``restart``.
+        connect: how the run's clients are reached.
 
     Raises:
         StageError: an earlier stage is missing. LockedStoreError: the run is being made already.
         SamfedError: no client sent a usable update.
     """
-    device = resolve_device(config.federate.device)
-    kind = Exchange if config.heterogeneous else Averaging
-    kind.check(config)  # before anything is read or written
-    data = load_inputs(config)
-    rounds: Rounds = kind(config, data, device)
+    # before anything is read or written
+    networks = build_networks(config, resolve_device(config.federate.device))
+    inputs = load_inputs(config)
+    workplace = Workplace(config, inputs.public, networks)
+    engine = connect(inputs.contexts, workplace)
     cache, name = config.cache.root, config.federate.name
     run = RunFolder(cache / "runs" / name)
+    strategy: Strategy = (
+        Exchange(config, workplace, len(engine.entries))
+        if config.heterogeneous
+        else Averaging(config, workplace, run.path / "updates")
+    )
+    server = Server(config, inputs, strategy, engine, run)
     with writer_lock(cache / "locks" / f"run-{name}.lock"), torch_threads(config.federate.threads):
-        notice = run.begin(config, data.fingerprint, mode=mode, archive=cache / "archive" / "runs")
+        notice = run.begin(config, inputs.fingerprint, mode=mode, archive=cache / "archive/runs")
         if notice:
             log.warning(notice)
-        _run(config, data, rounds, run, progress)
+        server.run_all(progress)
     return run
 
 
-def _run(
-    config: Config, data: RunInputs, rounds: Rounds, run: RunFolder, progress: Progress | None
-) -> None:
-    settings = config.federate
-    checkpoint = _last(run)
-    if checkpoint is None:
-        checkpoint = rounds.start(progress)
-        run.save_checkpoint(checkpoint, data.fingerprint)
-    for number in range(checkpoint.round + 1, settings.rounds + 1):
-        began = time.perf_counter()
-        checkpoint, entry = rounds.play(checkpoint, number)
-        if number == 1:
-            entry["warnings"] = [*data.doubts, *entry["warnings"]]
-        entry["val"] = rounds.validate(checkpoint)
-        entry["seconds"] = round(time.perf_counter() - began, 3)
-        run.append_history(entry)
-        run.save_checkpoint(checkpoint, data.fingerprint)
-        for warning in entry["warnings"]:
-            log.warning("round %d: %s", number, warning)
-        if progress is not None:
-            progress(f"{settings.method}: rounds", number, settings.rounds, round_note(entry))
-    run.finish(rounds.models(checkpoint))
+@dataclass(frozen=True)
+class Server:
+    """The rounds of one run. It knows its clients by their entries and by messages alone."""
 
+    config: Config
+    inputs: RunInputs
+    strategy: Strategy
+    engine: Engine
+    run: RunFolder
 
-def _last(run: RunFolder) -> Checkpoint | None:
-    """The checkpoint to go on from; None where there is none, or its history is not whole."""
-    checkpoint = run.load_checkpoint()
-    rounds = [entry["round"] for entry in run.history()]
-    if checkpoint is not None and rounds[: checkpoint.round] != [*range(1, checkpoint.round + 1)]:
-        log.warning("%s: history.jsonl lacks rounds; starting again", run.path)
+    def run_all(self, progress: Progress | None) -> None:
+        """Run the rounds that are left, and keep what the run leaves behind."""
+        settings, checkpoint = self.config.federate, self._last()
+        if checkpoint is None:
+            checkpoint = self._first(progress)
+            self.run.save_checkpoint(checkpoint)
+        for number in range(checkpoint.round + 1, settings.rounds + 1):
+            began = time.perf_counter()
+            checkpoint, entry = self._play(checkpoint)
+            entry["val"] = self._validate(checkpoint)
+            entry["seconds"] = round(time.perf_counter() - began, 3)
+            self.run.append_history(entry)
+            self.run.save_checkpoint(checkpoint)
+            for warning in entry["warnings"]:
+                log.warning("round %d: %s", number, warning)
+            if progress is not None:
+                progress(f"{settings.method}: rounds", number, settings.rounds, round_note(entry))
+        self._conclude(checkpoint)
+
+    def _last(self) -> Checkpoint | None:
+        """Return the checkpoint to go on from; None if there is none, or its history has gaps."""
+        checkpoint = self.run.load_checkpoint()
+        rounds = [entry["round"] for entry in self.run.history()]
+        if checkpoint is None or rounds[: checkpoint.round] == [*range(1, checkpoint.round + 1)]:
+            return checkpoint
+        log.warning("%s: history.jsonl lacks rounds; starting again", self.run.path)
         return None
-    return checkpoint
+
+    def _first(self, progress: Progress | None) -> Checkpoint:
+        """Train every kind of network on D_p; return round 0 with the server's."""
+        for network in (*self.config.model.clients, self.config.model):
+            weights = first_model(
+                self.config,
+                network,
+                self.inputs.public,
+                partition=self.inputs.partition,
+                progress=progress,
+            )
+        return Checkpoint(0, weights, {}, self.inputs.partition, self.inputs.fingerprint)
+
+    def _play(self, before: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
+        """Play the next round; return what it ends with, and its entry of the history."""
+        config, entries, number = self.config, self.engine.entries, before.round + 1
+        chosen = participants(config, [entry.name for entry in entries], number)
+        this = Round(before, chosen, Rates.of(config, number), self.engine)
+        if number == 1:
+            this.warnings += quality_warnings(config, entries)
+        self.strategy.begin(this)
+        for reply in this.ask([self.strategy.fit_request(this, client) for client in chosen]):
+            reason = reply.fault or self.strategy.accept(this, reply)
+            if reason:
+                this.reject_update(reply.client, reason)
+        if len(this.rejected) == len(chosen):
+            raise this.nobody("a usable update")
+        weights = self.strategy.finish(this)
+        usable = [client for client in chosen if client not in this.rejected]
+        for client in usable:
+            this.warnings += client_warnings(config, client, this.reports[client])
+        this.warnings += round_warnings(config, this.reports)
+        rounds = before.client_rounds | dict.fromkeys(usable, number)
+        after = replace(before, round=number, weights=weights, client_rounds=rounds)
+        return after, this.entry()
+
+    def _evaluate(self, after: Checkpoint, names: Sequence[str], **ask: Any) -> Iterator[Reply]:
+        """Ask clients to score the models as they are after a round."""
+        weights = self.strategy.shared(after.weights)
+        return self.engine.run(
+            EvaluateRequest(**after.address(name, after.round), weights=weights, **ask)
+            for name in names
+        )
+
+    def _validate(self, after: Checkpoint) -> dict[str, Any]:
+        """Return the mean Dice over all validation images, and each client's."""
+        asked = [entry.name for entry in self.engine.entries if entry.val_images]
+        scores: dict[str, float] = {}
+        images = total = 0.0
+        for reply in self._evaluate(after, asked, part="val"):
+            scores[reply.client] = dice = reply.metrics["dice"] or 0.0
+            images, total = images + reply.images, total + dice * reply.images
+        return {"dice": total / images if images else None, "clients": scores}
+
+    def _conclude(self, after: Checkpoint) -> None:
+        """Keep models and examples, each where it belongs; doing it again changes nothing."""
+        calibration = self.strategy.conclude(self.run, after.weights)
+        names = [entry.name for entry in self.engine.entries]
+        for _ in self._evaluate(after, names, part=None, calibration=calibration, final=True):
+            pass  # each client keeps its own

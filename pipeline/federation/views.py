@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pipeline.segmentation.augmentation import (
     LIGHT,
@@ -21,7 +21,7 @@ from pipeline.stores.image_store import ImageSet
 
 
 @dataclass(frozen=True)
-class ServerData:
+class PublicSet:
     """D_p, which every client holds. Images (N, 3, S, S) uint8, labels (N, S, S) uint8.
 
     The calibration part carries the teacher's labels too where the method uses SAM.
@@ -40,7 +40,7 @@ class ServerData:
 class ClientData:
     """A client's unlabelled images (N, 3, S, S) uint8 and what labels them, (N, S, S) uint8.
 
-    ``masks`` and ``confidences`` come from the label cache (SAM methods); for ``oracle`` the masks
+    ``masks`` and ``confidences`` come from the label store (SAM methods); for ``oracle`` the masks
     are the truth. Both are None where the method uses neither. ``truth`` is there for an audit
     alone: it scores pseudo-labels and never trains anything.
     """
@@ -53,7 +53,7 @@ class ClientData:
 
 
 def as_tensor(stored: ImageSet) -> Tensor:
-    """Stored images as (N, 3, S, S) uint8."""
+    """Return stored images as (N, 3, S, S) uint8."""
     return torch.from_numpy(stored.images).permute(0, 3, 1, 2).contiguous()
 
 
@@ -69,21 +69,19 @@ class Views:
 
 
 def labelled_batch(
-    server: ServerData, size: int, generator: torch.Generator, device: torch.device
+    public: PublicSet, size: int, generator: Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """An augmented labelled batch: images (B, 3, S, S) float 0..1, truth (B, S, S) int64."""
-    chosen = _choose(len(server.images), size, generator)
-    grid = sampling_grid(random_affine(len(chosen), Geometry(), generator), server.images)
-    images = warp_images(server.images[chosen].float() / 255, grid)
+    """Draw an augmented labelled batch: images (B, 3, S, S) float 0..1, truth (B, S, S) int64."""
+    chosen = _choose(len(public.images), size, generator)
+    grid = sampling_grid(random_affine(len(chosen), Geometry(), generator), public.images)
+    images = warp_images(public.images[chosen].float() / 255, grid)
     images = change_appearance(images, STRONG, generator)
-    truth = warp_labels(server.labels[chosen], grid).long()
+    truth = warp_labels(public.labels[chosen], grid).long()
     return images.to(device), truth.to(device)
 
 
-def draw_views(
-    client: ClientData, size: int, generator: torch.Generator, device: torch.device
-) -> Views:
-    """A weak and a strong view of ``size`` of the client's images."""
+def draw_views(client: ClientData, size: int, generator: Generator, device: torch.device) -> Views:
+    """Draw a weak and a strong view of ``size`` of the client's images."""
     chosen = _choose(len(client.images), size, generator)
     grid = sampling_grid(random_affine(len(chosen), Geometry(), generator), client.images)
     base = warp_images(client.images[chosen].float() / 255, grid)
@@ -104,8 +102,8 @@ def draw_views(
     )
 
 
-def _choose(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """``size`` rows of ``count``, without repetition where there are enough."""
+def _choose(count: int, size: int, generator: Generator) -> Tensor:
+    """Draw ``size`` rows of ``count``, without repetition where there are enough."""
     rounds = -(-size // count)
     orders = [torch.randperm(count, generator=generator) for _ in range(rounds)]
     return torch.cat(orders)[:size]

@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pytest
-import torch
-
 from pipeline.config import Config, parse_config
-from pipeline.federation.agreement import AgreementState
 from pipeline.federation.diagnostics import (
     client_warnings,
-    finite,
-    report,
+    quality_warnings,
     round_note,
     round_warnings,
 )
-from pipeline.federation.local_update import LocalResult, _Audit, _Target
-from pipeline.federation.schedule import client_seed, participants, unlabelled_weight
+from pipeline.federation.messages import ClientEntry
+from pipeline.federation.rounds import finite
+from pipeline.federation.schedule import Rates, client_seed, participants
 
 
 def settings(**federate: Any) -> Config:
@@ -68,6 +64,13 @@ def test_a_client_that_drifts_is_named() -> None:
     assert round_warnings(settings(), broken) == []
 
 
+def test_inconsistent_sam_names_the_client() -> None:
+    entries = [ClientEntry("a", 9, 2, 0.6), ClientEntry("b", 9, 2, 0.8), ClientEntry("c", 9, 0)]
+    assert quality_warnings(settings(), entries) == [
+        "a: SAM is inconsistent, its labels of mirrored images have Dice 0.60, below 0.70"
+    ]
+
+
 def test_what_is_not_finite_becomes_null() -> None:
     assert finite({"a": math.nan, "b": math.inf, "c": 1.5, "d": None, "e": 7}) == {
         "a": None,
@@ -78,44 +81,25 @@ def test_what_is_not_finite_becomes_null() -> None:
     }
 
 
-def test_a_report_holds_what_the_client_says() -> None:
-    result = LocalResult({}, AgreementState.initial(1), 12, {"loss": 0.5})
-    assert report(result, seconds=1.23456, bytes_up=3, bytes_down=4) == {
-        "images": 12,
-        "loss": 0.5,
-        "seconds": 1.235,
-        "bytes_up": 3,
-        "bytes_down": 4,
-    }
-
-
-def test_an_audit_by_hand() -> None:
-    """Kept: 1|1, 1|0, 0|1, 0|0 (target|truth); dropped: 1|1. Dice = 2*1 / (2 + 2)."""
-    audit = _Audit()
-    assert audit.dice() is None
-    label, truth = torch.tensor([[[1, 1, 0, 0, 1]]]), torch.tensor([[[1, 0, 1, 0, 1]]])
-    audit.add(_Target(label, torch.tensor([[[1.0, 0.5, 0.1, 1.0, 0.0]]])), truth)
-    assert audit.dice() == 0.5
-    classes = torch.tensor([[[2]]])  # foreground in both, but another class
-    audit.add(_Target(classes, torch.ones(1, 1, 1)), torch.tensor([[[1]]]))
-    assert audit.dice() == pytest.approx(2 / 6)
-
-
 def test_participants_are_drawn_anew_and_repeatably() -> None:
     config = settings(clients_per_round=3)
-    drawn = [participants(config, 10, number) for number in range(1, 40)]
-    assert drawn == [participants(config, 10, number) for number in range(1, 40)]
+    names = [f"client_{index}" for index in range(10)]
+    drawn = [participants(config, names, number) for number in range(1, 40)]
+    assert drawn == [participants(config, names, number) for number in range(1, 40)]
     assert all(len(set(each)) == 3 and list(each) == sorted(each) for each in drawn)
-    assert {index for each in drawn for index in each} == set(range(10))
+    assert {name for each in drawn for name in each} == set(names)
     assert len({tuple(each) for each in drawn}) > 20
-    assert list(participants(settings(), 4, 1)) == [0, 1, 2, 3]
-    assert list(participants(config, 2, 1)) == [0, 1]
+    assert list(participants(settings(), names, 1)) == names
+    assert list(participants(config, names[:2], 1)) == names[:2]
 
 
 def test_schedules_by_hand() -> None:
     config = settings(ramp_rounds=4, unlabelled_weight=2.0)
-    assert [unlabelled_weight(config, n) for n in (1, 2, 4, 9)] == [0.5, 1.0, 2.0, 2.0]
-    assert unlabelled_weight(settings(ramp_rounds=0), 1) == 1.0
+    rates = [Rates.of(config, number) for number in (1, 2, 4, 9)]
+    assert [rate.unlabelled_weight for rate in rates] == [0.5, 1.0, 2.0, 2.0]
+    assert Rates.of(settings(ramp_rounds=0), 1).unlabelled_weight == 1.0
+    warm = settings(fusion_warmup_rounds=2, fusion_weight=7.0)
+    assert [Rates.of(warm, number).kl_weight for number in (1, 2, 3)] == [0.0, 0.0, 7.0]
     assert len({client_seed(0, n, i) for n in range(20) for i in range(20)}) == 400
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,19 @@ PRINT = "f" * 64
 OTHER = "e" * 64
 
 
-def checkpoint(number: int) -> Checkpoint:
+def checkpoint(number: int, fingerprint: str = PRINT) -> Checkpoint:
     values = torch.arange(6, dtype=torch.float32).reshape(2, 3) + number
     weights = {"conv.weight": values.t(), "bn.count": torch.tensor(number)}  # t(): not contiguous
-    states = {"site_a": torch.tensor([0.5, float(number)])}
-    return Checkpoint(number, weights, states, partition="p" * 64)
+    return Checkpoint(number, weights, {"site_a": number}, "p" * 64, fingerprint)
 
 
 def equal(found: Checkpoint | None, expected: Checkpoint) -> None:
     assert found is not None
-    assert found.round == expected.round
-    assert found.partition == expected.partition
-    for name in ("weights", "client_states"):
-        one, two = getattr(found, name), getattr(expected, name)
-        assert list(one) == sorted(two)
-        for key, value in two.items():
-            assert one[key].dtype == value.dtype
-            assert torch.equal(one[key], value)
+    assert replace(found, weights={}) == replace(expected, weights={})
+    assert list(found.weights) == sorted(expected.weights)
+    for name, value in expected.weights.items():
+        assert found.weights[name].dtype == value.dtype
+        assert torch.equal(found.weights[name], value)
 
 
 @pytest.fixture
@@ -59,34 +56,34 @@ def files(run: RunFolder) -> list[str]:
 
 def test_checkpoint_round_trip(run: RunFolder) -> None:
     assert run.load_checkpoint() is None
-    run.save_checkpoint(checkpoint(3), PRINT)
+    run.save_checkpoint(checkpoint(3))
     equal(run.load_checkpoint(), checkpoint(3))
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(run: RunFolder) -> None:
     path = run.path / "checkpoints" / "round_0003.safetensors"
-    run.save_checkpoint(checkpoint(3), PRINT)
+    run.save_checkpoint(checkpoint(3))
     before = path.read_bytes()
-    run.save_checkpoint(checkpoint(3), PRINT)
+    run.save_checkpoint(checkpoint(3))
     assert path.read_bytes() == before
 
 
 def test_only_the_last_two_are_kept(run: RunFolder) -> None:
     for number in range(12):
-        run.save_checkpoint(checkpoint(number), PRINT)
+        run.save_checkpoint(checkpoint(number))
     assert files(run) == ["round_0010.safetensors", "round_0011.safetensors"]
     equal(run.load_checkpoint(), checkpoint(11))
 
 
 def test_the_last_is_the_highest_round_beyond_four_digits(run: RunFolder) -> None:
     for number in (9998, 9999, 10000, 10001):
-        run.save_checkpoint(checkpoint(number), PRINT)
+        run.save_checkpoint(checkpoint(number))
     assert files(run) == ["round_10000.safetensors", "round_10001.safetensors"]
     equal(run.load_checkpoint(), checkpoint(10001))
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_found(run: RunFolder) -> None:
-    run.save_checkpoint(checkpoint(2), PRINT)
+    run.save_checkpoint(checkpoint(2))
     path = run.path / "checkpoints" / "round_0002.safetensors"
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -105,11 +102,11 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(run: RunFolder) -> None:
 
 def test_a_flipped_byte_of_a_models_weights_is_found(run: RunFolder) -> None:
     weights = {"layer.weight": torch.arange(12.0).reshape(3, 4).t()}
-    run.finish({"global": weights})
+    run.save_model(weights)
     assert torch.equal(run.load_model()["layer.weight"], weights["layer.weight"])
     path = run.path / "models" / "global.safetensors"
     whole = path.read_bytes()
-    run.finish({"global": weights})
+    run.save_model(weights)
     assert path.read_bytes() == whole
     damaged = bytearray(whole)
     damaged[-3] ^= 1
@@ -119,8 +116,8 @@ def test_a_flipped_byte_of_a_models_weights_is_found(run: RunFolder) -> None:
 
 
 def test_a_flipped_byte_in_the_data_names_the_file(run: RunFolder) -> None:
-    run.save_checkpoint(checkpoint(1), PRINT)
-    run.save_checkpoint(checkpoint(2), PRINT)
+    run.save_checkpoint(checkpoint(1))
+    run.save_checkpoint(checkpoint(2))
     path = run.path / "checkpoints" / "round_0002.safetensors"
     damaged = bytearray(path.read_bytes())
     damaged[-3] ^= 1
@@ -135,7 +132,7 @@ def test_a_flipped_byte_in_the_data_names_the_file(run: RunFolder) -> None:
 @pytest.mark.parametrize("size", [0, 5, 100])
 def test_a_truncated_checkpoint(run: RunFolder, settings: Config, size: int) -> None:
     begin(run, settings)
-    run.save_checkpoint(checkpoint(2), PRINT)
+    run.save_checkpoint(checkpoint(2))
     path = run.path / "checkpoints" / "round_0002.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(CorruptStoreError, match=r"delete it and run again$"):
@@ -148,7 +145,7 @@ def test_a_truncated_checkpoint(run: RunFolder, settings: Config, size: int) -> 
 
 def test_the_same_run_continues(run: RunFolder, settings: Config) -> None:
     assert begin(run, settings) == ""
-    run.save_checkpoint(checkpoint(1), PRINT)
+    run.save_checkpoint(checkpoint(1))
     assert begin(run, settings) == ""
     assert begin(run, settings, mode="resume") == ""
     equal(run.load_checkpoint(), checkpoint(1))
@@ -158,7 +155,7 @@ def test_the_same_run_continues(run: RunFolder, settings: Config) -> None:
 def test_another_run_is_moved_aside(run: RunFolder, settings: Config, tmp_path: Path) -> None:
     for number in (1, 2):
         begin(run, settings, PRINT)
-        run.save_checkpoint(checkpoint(number), PRINT)
+        run.save_checkpoint(checkpoint(number))
         notice = begin(run, settings, OTHER)
         suffix = "" if number == 1 else f"-{number}"
         target = tmp_path / "archive" / f"sam_fed-{PRINT[:12]}{suffix}"
@@ -169,7 +166,7 @@ def test_another_run_is_moved_aside(run: RunFolder, settings: Config, tmp_path: 
 
 def test_restart_moves_the_same_run_aside(run: RunFolder, settings: Config, tmp_path: Path) -> None:
     assert begin(run, settings, mode="restart") == ""  # nothing there yet
-    run.save_checkpoint(checkpoint(1), PRINT)
+    run.save_checkpoint(checkpoint(1))
     assert "moved the earlier run to" in begin(run, settings, mode="restart")
     assert run.load_checkpoint() is None
     assert len(list((tmp_path / "archive").iterdir())) == 1
@@ -184,7 +181,7 @@ def test_resume_without_a_run(run: RunFolder, settings: Config) -> None:
 
 def test_resume_of_another_run(run: RunFolder, settings: Config) -> None:
     begin(run, settings)
-    run.save_checkpoint(checkpoint(1), PRINT)
+    run.save_checkpoint(checkpoint(1))
     with pytest.raises(ConfigError) as caught:
         begin(run, settings, OTHER, mode="resume")
     assert str(caught.value) == (
@@ -239,7 +236,7 @@ def test_the_final_model(run: RunFolder) -> None:
     with pytest.raises(StageError) as caught:
         run.load_model()
     assert str(caught.value) == f"{run.model_path}: not found; run `samfed federate` first"
-    run.finish({"global": checkpoint(2).weights})
+    run.save_model(checkpoint(2).weights)
     found = run.load_model()
     assert torch.equal(found["conv.weight"], checkpoint(2).weights["conv.weight"])
 
@@ -255,8 +252,8 @@ def test_settings_of_a_run_that_is_not_there(run: RunFolder) -> None:
 def test_a_run_that_begins_again_outlives_its_old_checkpoints(run: RunFolder) -> None:
     """Old later rounds would hide the new ones, and a second kill would lose them."""
     for number in (14, 15):
-        run.save_checkpoint(checkpoint(number), PRINT)
-    run.save_checkpoint(checkpoint(0), PRINT)
+        run.save_checkpoint(checkpoint(number))
+    run.save_checkpoint(checkpoint(0))
     assert files(run) == ["round_0000.safetensors"]
-    run.save_checkpoint(checkpoint(1), PRINT)
+    run.save_checkpoint(checkpoint(1))
     equal(run.load_checkpoint(), checkpoint(1))

@@ -6,14 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.config import AgreementConfig, FederateConfig, parse_config
+from pipeline.config import Config, parse_config
 from pipeline.errors import ConfigError
 from pipeline.federation import local_update as training
 from pipeline.federation.agreement import AgreementState
-from pipeline.federation.local_update import LocalResult, broadcast_model, cosine, local_update
-from pipeline.federation.views import ClientData, ServerData
+from pipeline.federation.local_update import (
+    Audit,
+    LocalResult,
+    LocalTask,
+    ServerTraining,
+    cosine,
+    local_update,
+    train_on_server,
+)
+from pipeline.federation.targets import PseudoLabel
+from pipeline.federation.views import ClientData, PublicSet
+from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.segmentation.augmentation import (
     LIGHT,
     STRONG,
@@ -27,13 +37,16 @@ from pipeline.segmentation.augmentation import (
 from pipeline.segmentation.losses import IGNORE
 from pipeline.segmentation.networks import build_model, get_state, predict_probabilities
 
-SETTINGS = parse_config(
-    {
+
+def settings(**federate: Any) -> Config:
+    """Return settings under which an update takes two steps."""
+    steps = {"local_steps": 2, "labelled_batch": 3, "unlabelled_batch": 3, "threads": 1}
+    raw = {
         "data": {"image_size": 32},
         "model": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]},
-    },
-    source="test",
-)
+        "federate": steps | federate,
+    }
+    return parse_config(raw, source="test")
 
 
 def blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -46,70 +59,56 @@ def blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return (mask[:, None] * 150 + noise).to(torch.uint8), mask
 
 
-def make_data() -> tuple[ServerData, ClientData]:
+def make_data() -> tuple[PublicSet, ClientData]:
     images, labels = blobs(6, 0)
     calibration, truth = blobs(6, 1)
-    server = ServerData(
-        images,
-        labels,
-        calibration,
-        truth,
-        tuple("abcdef"),
-        truth,
-        torch.full(truth.shape, 240, dtype=torch.uint8),
-    )
+    sure = torch.full(truth.shape, 240, dtype=torch.uint8)
+    public = PublicSet(images, labels, calibration, truth, tuple("abcdef"), truth, sure)
     own, masks = blobs(8, 2)
-    return server, ClientData("one", own, masks, torch.full(masks.shape, 240, dtype=torch.uint8))
+    return public, ClientData("one", own, masks, torch.full(masks.shape, 240, dtype=torch.uint8))
 
 
 def update(
-    method: str, *, seed: int = 5, broadcast: nn.Module | None = None, **settings: Any
+    method: str, *, seed: int = 5, client: ClientData | None = None, **federate: Any
 ) -> LocalResult:
-    server, client = make_data()
-    config = FederateConfig(
-        method=method,  # type: ignore[arg-type]
-        local_steps=2,
-        labelled_batch=3,
-        unlabelled_batch=3,
-        threads=1,
-        **settings,
-    )
-    model = build_model(SETTINGS, seed=0)
-    return local_update(
-        model,
-        get_state(model),
-        client,
-        server,
-        AgreementState.initial(1),
-        config=config,
-        agreement=AgreementConfig(),
+    """Return an update of a first model, which is the broadcast one too."""
+    config = settings(method=method, **federate)
+    public, data = make_data()
+    workplace = Workplace(config, public, build_networks(config, torch.device("cpu")))
+    weights = get_state(build_model(config, seed=0))
+    task = LocalTask(
+        weights=weights,
+        state=AgreementState.initial(1),
         learning_rate=1e-3,
         unlabelled_weight=1.0,
         seed=seed,
-        broadcast=broadcast,
+        broadcast=workplace.frozen(config.model, weights),
     )
+    model = workplace.loaded(config.model, weights)
+    return local_update(model, public, client or data, task, config=config)
 
 
-def test_one_broadcast_model_serves_many_clients() -> None:
-    """It is neither trained nor changed, and the update is that of a copy made for the client."""
-    model = build_model(SETTINGS, seed=0)
-    broadcast = broadcast_model(model, FederateConfig(method="sam_fed"))
-    assert broadcast is not None
-    before = get_state(broadcast)
-    alone = update("sam_fed")
-    for _ in range(2):
-        shared = update("sam_fed", broadcast=broadcast)
-        assert all(torch.equal(shared.weights[name], alone.weights[name]) for name in alone.weights)
-    assert all(torch.equal(value, before[name]) for name, value in get_state(broadcast).items())
-    assert alone.diagnostics["loss_kd"]
-    assert broadcast_model(model, FederateConfig(method="oracle")) is None
-    assert broadcast_model(model, FederateConfig(method="sam_fed", kd_weight=0)) is None
+def test_a_frozen_network_serves_many_clients() -> None:
+    """It is loaded once for the same weights, is never trained, and is not the one that is."""
+    config = settings()
+    workplace = Workplace(config, make_data()[0], build_networks(config, torch.device("cpu")))
+    weights = get_state(build_model(config, seed=1))
+    frozen = workplace.frozen(config.model, weights)
+    trained = workplace.loaded(config.model, get_state(build_model(config, seed=2)))
+    assert workplace.frozen(config.model, weights) is frozen is not trained
+    assert not frozen.training
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    for name, value in get_state(frozen).items():
+        assert torch.equal(value, weights[name])
+    other = get_state(build_model(config, seed=3))
+    assert workplace.frozen(config.model, other) is frozen
+    assert torch.equal(next(iter(get_state(frozen).values())), next(iter(other.values())))
 
 
 @pytest.mark.parametrize("architecture", ["unet", "fpn", "linknet", "deeplabv3plus"])
 def test_the_same_bytes_whatever_was_drawn_before(architecture: str) -> None:
     """Some architectures have dropout, which draws from torch's global generator."""
-    settings = parse_config(
+    config = parse_config(
         {
             "data": {"image_size": 64},
             "model": {
@@ -117,28 +116,23 @@ def test_the_same_bytes_whatever_was_drawn_before(architecture: str) -> None:
                 "encoder_depth": 5,
                 "decoder_channels": [16, 16, 8, 8, 8],
             },
+            "federate": {
+                "method": "supervised",
+                "local_steps": 1,
+                "labelled_batch": 2,
+                "unlabelled_batch": 2,
+                "threads": 1,
+            },
         },
         source="test",
     )
-    server, client = make_data()
+    public, client = make_data()
     states = []
     for drawn in (0, 7):
         torch.rand(drawn)
-        model = build_model(settings, seed=0)
-        config = FederateConfig(local_steps=1, labelled_batch=2, unlabelled_batch=2, threads=1)
-        result = local_update(
-            model,
-            get_state(model),
-            client,
-            server,
-            AgreementState.initial(1),
-            config=config.model_copy(update={"method": "supervised"}),
-            agreement=AgreementConfig(),
-            learning_rate=1e-3,
-            unlabelled_weight=1.0,
-            seed=5,
-        )
-        states.append(result.weights)
+        model = build_model(config, seed=0)
+        task = LocalTask(get_state(model), AgreementState.initial(1), 1e-3, 1.0, 5)
+        states.append(local_update(model, public, client, task, config=config).weights)
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
@@ -152,9 +146,9 @@ def test_the_same_bytes_whatever_was_drawn_before(architecture: str) -> None:
     ],
 )
 def test_models_that_do_not_fit_are_named(model: dict[str, Any], size: int, message: str) -> None:
-    settings = parse_config({"data": {"image_size": size}, "model": model}, source="test")
+    config = parse_config({"data": {"image_size": size}, "model": model}, source="test")
     with pytest.raises(ConfigError) as error:
-        build_model(settings, seed=0)
+        build_model(config, seed=0)
     assert message in str(error.value)
 
 
@@ -166,7 +160,7 @@ def test_a_pure_function_of_its_arguments() -> None:
     for name, value in first.weights.items():
         assert torch.equal(value, again.weights[name])
     assert any(not torch.equal(v, other.weights[n]) for n, v in first.weights.items())
-    assert first.diagnostics == again.diagnostics
+    assert first.metrics == again.metrics
 
 
 def test_every_method_sees_the_same_labelled_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,45 +203,37 @@ def test_every_unlabelled_method_sees_the_same_views(monkeypatch: pytest.MonkeyP
             assert torch.equal(mine, reference)
 
 
-def test_only_sam_fed_distils() -> None:
-    assert update("sam_fed").diagnostics["loss_kd"] != 0
-    assert update("sam_fed", kd_weight=0.0).diagnostics["loss_kd"] == 0
-    assert update("sam_only").diagnostics["loss_kd"] == 0
-
-
 def test_supervised_never_touches_the_clients_images() -> None:
-    server, client = make_data()
-    model = build_model(SETTINGS, seed=0)
-    config = FederateConfig(method="supervised", local_steps=2, labelled_batch=3)
-    results = [
-        local_update(
-            model,
-            get_state(build_model(SETTINGS, seed=0)),
-            ClientData("one", images),
-            server,
-            AgreementState.initial(1),
-            config=config,
-            agreement=AgreementConfig(),
-            learning_rate=1e-3,
-            unlabelled_weight=1.0,
-            seed=5,
-        ).weights
+    _, client = make_data()
+    both = [
+        update("supervised", client=ClientData("one", images)).weights
         for images in (client.images, 255 - client.images)
     ]
-    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    assert all(torch.equal(value, both[1][name]) for name, value in both[0].items())
 
 
 def test_training_learns() -> None:
-    server, _ = make_data()
-    model = build_model(SETTINGS, seed=0)
-    config = FederateConfig(labelled_batch=6)
-    training.train_on_server(
-        model, server, config=config, steps=60, rate=lambda step: 5e-3 * cosine(step, 60), seed=0
-    )
+    public, _ = make_data()
+    config = settings(labelled_batch=6)
+    model = build_model(config, seed=0)
+    training = ServerTraining(steps=60, rate=lambda step: 5e-3 * cosine(step, 60), seed=0)
+    train_on_server(model, public, training, settings=config.federate)
     images, truth = blobs(8, 9)
     predicted = predict_probabilities(model, images).argmax(dim=1)
     overlap = 2 * (predicted * truth).sum() / (predicted.sum() + truth.sum())
     assert float(overlap) > 0.8
+
+
+def test_an_audit_by_hand() -> None:
+    """Kept: 1|1, 1|0, 0|1, 0|0 (target|truth); dropped: 1|1. Dice = 2*1 / (2 + 2)."""
+    audit = Audit()
+    assert audit.dice() is None
+    label, truth = torch.tensor([[[1, 1, 0, 0, 1]]]), torch.tensor([[[1, 0, 1, 0, 1]]])
+    audit.add(PseudoLabel(label, torch.tensor([[[1.0, 0.5, 0.1, 1.0, 0.0]]])), truth)
+    assert audit.dice() == 0.5
+    classes = torch.tensor([[[2]]])  # foreground in both, but another class
+    audit.add(PseudoLabel(classes, torch.ones(1, 1, 1)), torch.tensor([[[1]]]))
+    assert audit.dice() == pytest.approx(2 / 6)
 
 
 def test_geometry_is_shared() -> None:

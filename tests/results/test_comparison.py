@@ -86,7 +86,7 @@ def write(
     config = run(name, scores, method=method, seed=seed, **sections).config
     folder = RunFolder(runs / name)
     folder.begin(config, "f" * 64, mode="auto", archive=runs.parent / "archive")
-    folder.save_checkpoint(Checkpoint(1, {"w": torch.zeros(2)}, {}, partition), "f" * 64)
+    folder.save_checkpoint(Checkpoint(1, {"w": torch.zeros(2)}, {}, partition, "f" * 64))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["client", "image_id", "group", "dice", "iou", "hd95", "assd", "hd95_defined"])

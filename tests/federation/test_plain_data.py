@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from pipeline.errors import CorruptStoreError
 from pipeline.federation.examples import Example, load_examples, save_examples
-from pipeline.federation.messages import Plain, State, from_bytes, load, save, to_bytes
+from pipeline.federation.plain_data import Plain, State, from_bytes, load, save, to_bytes
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Outer(Plain):
     weights: State | None
     inner: Inner
     metrics: dict[str, float | None]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Other(Plain):
     logits: Tensor
 
 
@@ -55,8 +61,6 @@ def test_what_is_read_is_what_was_written() -> None:
 
 
 def test_a_networks_weights_keep_their_names_for_any_reader() -> None:
-    import safetensors.torch
-
     weights = {"conv.weight": torch.ones(2)}
     assert list(safetensors.torch.load(to_bytes(weights))) == ["conv.weight"]
     assert torch.equal(from_bytes(to_bytes(weights), State)["conv.weight"], torch.ones(2))
@@ -65,8 +69,12 @@ def test_a_networks_weights_keep_their_names_for_any_reader() -> None:
 def test_what_is_not_plain_is_refused() -> None:
     with pytest.raises(TypeError, match="not JSON serializable"):
         to_bytes({"path": Path("x")})
-    with pytest.raises(ValueError, match="metrics"):
+    with pytest.raises(ValueError, match="found dict, expected"):
         from_bytes(to_bytes({"metrics": 1}), Outer)
+    with pytest.raises(ValueError, match="found Inner, expected"):
+        from_bytes(to_bytes(outer(None).inner), Outer | Other)
+    with pytest.raises(ValueError, match="rate"):
+        from_bytes(to_bytes(Inner("fast", ())), Inner)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="damaged"):
         from_bytes(b"\x80\x04K\x01.", Outer)  # a pickle
 

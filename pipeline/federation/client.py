@@ -1,0 +1,245 @@
+"""One client: it owns its images, its labels and its private state, and answers requests."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from pipeline.errors import StageError
+from pipeline.federation.aggregation import check_update
+from pipeline.federation.agreement import AgreementState
+from pipeline.federation.codistillation import distil, public_logits
+from pipeline.federation.exchange import EXCHANGES
+from pipeline.federation.inputs import ClientContext, flip_dice, load_client, load_part
+from pipeline.federation.local_update import LocalResult, LocalTask, local_update
+from pipeline.federation.messages import (
+    AnyRequest,
+    ClientEntry,
+    DistilRequest,
+    EvaluateRequest,
+    FitRequest,
+    PredictRequest,
+    Reply,
+    Request,
+)
+from pipeline.federation.panels import client_examples, public_examples
+from pipeline.federation.plain_data import Plain, State, load, save
+from pipeline.federation.pretraining import first_model
+from pipeline.federation.runs import RoundFiles, RunFolder
+from pipeline.federation.schedule import client_seed
+from pipeline.federation.targets import measure_calibration
+from pipeline.federation.views import as_tensor
+from pipeline.federation.workplace import Workplace
+from pipeline.methods import METHODS
+from pipeline.segmentation.metrics import dice_score
+from pipeline.segmentation.networks import get_state, predict_masks
+from pipeline.stores.image_store import ImageSet
+
+# of the round at hand, and of the two before it, from which a server may repeat rounds: it keeps
+# two checkpoints
+_KEPT_ROUNDS = 3
+_DISTILLED = "distilled.safetensors"  # the state between distillation and local update
+
+
+@dataclass(frozen=True)
+class PrivateState(Plain):
+    """What a client keeps of a round for itself."""
+
+    round: int
+    class_confidence: Tensor  # (K+1,) float32, ``AgreementState.class_confidence``
+    weights: State | None  # of its own network, where it has one
+
+
+class Client:
+    """Answers requests from its own data; nothing else of it can be seen."""
+
+    def __init__(self, context: ClientContext, workplace: Workplace) -> None:
+        """Read the client's stores.
+
+        Args:
+            workplace: what the clients of this process share.
+        """
+        self._context, self._config = context, context.config
+        self._workplace, self._public = workplace, workplace.public
+        self._network = context.config.network_of(context.index)
+        self._data = load_client(context)
+        self._parts = {"val": load_part(context, "val")} if context.val else {}
+        self._run = RunFolder(context.run)
+        self._private = self._run.private(context.name)
+        self._states = RoundFiles(self._private, kept=_KEPT_ROUNDS)
+
+    @property
+    def entry(self) -> ClientEntry:
+        """What the server knows of it."""
+        context = self._context
+        counts = len(self._data.images), len(context.val)
+        return ClientEntry(context.name, *counts, flip_dice=flip_dice(context))
+
+    def answer(self, request: AnyRequest) -> Reply:
+        """Return the reply to any request; the same request gives the same reply.
+
+        Raises:
+            StageError: the private state of the round that the request names is gone.
+        """
+        began, reply = time.perf_counter(), self._answer(request)
+        return replace(reply, seconds=time.perf_counter() - began)
+
+    def _answer(self, request: AnyRequest) -> Reply:
+        match request:
+            case FitRequest():
+                return self._fit(request)
+            case PredictRequest():
+                return self._predict(request)
+            case DistilRequest():
+                return self._distil(request)
+            case EvaluateRequest():
+                return self._evaluate(request)
+
+    def _fit(self, request: FitRequest) -> Reply:
+        """Train on its own images, from the broadcast weights or from its own."""
+        before = self._distilled(request) if request.distilled else self._before(request)
+        weights, broadcast = request.weights, None
+        traits, settings = METHODS[self._config.federate.method], self._config.federate
+        if weights is not None and traits.distils_broadcast and settings.kd_weight:
+            broadcast = self._workplace.frozen(self._network, weights)
+        start = _present(before.weights if weights is None else weights)
+        model = self._workplace.loaded(self._network, start)
+        task = LocalTask(
+            weights=start,
+            state=self._agreement(before, request, model),
+            learning_rate=request.rates.learning_rate,
+            unlabelled_weight=request.rates.unlabelled_weight,
+            seed=self._seed(request),
+            broadcast=broadcast,
+        )
+        result = local_update(model, self._public, self._data, task, config=self._config)
+        fault = check_update(result.weights, start)
+        if fault is None:
+            self._keep(request, result)
+        return request.reply(
+            metrics=result.metrics,
+            fault=fault or "",
+            images=len(self._data.images),
+            weights=None if weights is None or fault else result.weights,
+        )
+
+    def _predict(self, request: PredictRequest) -> Reply:
+        """Predict on the round's noised copy of D_p."""
+        weights = _present(self._before(request).weights)
+        model = self._workplace.loaded(self._network, weights)
+        try:
+            logits = public_logits(model, self._workplace.noised(request.round_number))
+        except ValueError as error:
+            return request.reply(fault=str(error))
+        return request.reply(logits=logits)
+
+    def _distil(self, request: DistilRequest) -> Reply:
+        """Train its own network on the server's logits, by RF or as FedMD does."""
+        before = self._before(request)
+        model = self._workplace.loaded(self._network, _present(before.weights))
+        training = self._workplace.public_training(
+            model, request.rates, round_number=request.round_number, seed=self._seed(request) + 2
+        )
+        rule = EXCHANGES[METHODS[self._config.federate.method].exchange]
+        teacher = rule.teacher(request.logits, self._public.labels, request.rates)
+        terms = distil(model, teacher, training=training)
+        after = replace(before, round=request.round_number, weights=get_state(model))
+        save(self._private / _DISTILLED, after)
+        metrics = {f"fusion_{name}": value for name, value in terms.items()}
+        return request.reply(metrics=metrics)
+
+    def _evaluate(self, request: EvaluateRequest) -> Reply:
+        """Score the model that answers for its images; keep what the run leaves behind."""
+        state = self._before(request)
+        weights = _present(state.weights if request.weights is None else request.weights)
+        model = self._workplace.frozen(self._network, weights)
+        if request.final:
+            self._conclude(request, state, model)
+        if request.part is None:
+            return request.reply()
+        if request.part not in self._parts:
+            self._parts[request.part] = load_part(self._context, request.part)
+        part = self._parts[request.part]
+        dice = mean_dice(model, part, num_classes=self._config.data.num_classes)
+        return request.reply(metrics={"dice": dice}, images=len(part))
+
+    def _conclude(self, request: EvaluateRequest, state: PrivateState, model: nn.Module) -> None:
+        """Keep example images; where its network is its own, keep the model too.
+
+        D_p's examples are the first client's where no model is shared: the server has none of them.
+        """
+        agreement = self._agreement(state, request, model)
+        examples = client_examples(model, self._data, agreement, config=self._config)
+        if request.weights is None:
+            self._run.save_model(_present(state.weights), self._context.name)
+            if self._context.index == 0:
+                calibration = agreement.calibration
+                examples = [
+                    *public_examples(model, self._public, calibration, config=self._config),
+                    *examples,
+                ]
+        self._run.save_examples(examples, self._context.name)
+
+    def _agreement(
+        self, state: PrivateState, request: FitRequest | EvaluateRequest, model: nn.Module
+    ) -> AgreementState:
+        """Return the agreement's state with the calibration of the model's weights."""
+        calibration = request.calibration
+        if calibration is None:
+            calibration = measure_calibration(model, self._public, self._config)
+        return AgreementState(state.class_confidence, calibration)
+
+    def _seed(self, request: Request) -> int:
+        return client_seed(self._config.seed, request.round_number, self._context.index)
+
+    # ----------------------------------------------------------------------- private state
+
+    def _before(self, request: Request) -> PrivateState:
+        """Return the state that the request builds on; the first model's before any round."""
+        if request.state_round:
+            return self._load(self._states.path(request.state_round), request.state_round)
+        weights, context = None, self._context
+        if self._config.heterogeneous:
+            weights = first_model(
+                self._config, self._network, self._public, partition=context.partition
+            )
+        initial = AgreementState.initial(self._config.data.num_classes)
+        return PrivateState(0, initial.class_confidence, weights)
+
+    def _distilled(self, request: FitRequest) -> PrivateState:
+        """Return the state after the distillation of the request's round."""
+        return self._load(self._private / _DISTILLED, request.round_number)
+
+    def _load(self, path: Path, number: int) -> PrivateState:
+        state = load(path, PrivateState) if path.is_file() else None
+        if state is None or state.round != number:
+            raise StageError(
+                f"{path}: found {'nothing' if state is None else f'round {state.round}'}, expected "
+                f"the client's own state of round {number}; run `samfed federate --restart`"
+            )
+        return state
+
+    def _keep(self, request: FitRequest, result: LocalResult) -> None:
+        """Keep the state after a round, its own network's weights included."""
+        own = result.weights if request.weights is None else None
+        state = PrivateState(request.round_number, result.state.class_confidence, own)
+        self._states.save(request.round_number, state)
+
+
+def mean_dice(model: nn.Module, part: ImageSet, *, num_classes: int) -> float:
+    """Return the mean Dice over a part's images, all of which have labels."""
+    if part.labels is None:
+        raise StageError("a part to score has no labels in its store; run `samfed prepare` again")
+    predicted = predict_masks(model, as_tensor(part)).numpy()
+    pairs = zip(predicted, part.labels, strict=True)
+    return float(np.mean([dice_score(mask, true, num_classes=num_classes) for mask, true in pairs]))
+
+
+def _present(weights: State | None) -> State:
+    if weights is None:
+        raise ValueError("the request brings no weights, and the client has no network of its own")
+    return weights

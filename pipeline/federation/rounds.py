@@ -1,0 +1,124 @@
+"""A round at hand, and what differs between the two kinds of rounds."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pipeline.errors import SamfedError
+from pipeline.federation.agreement import Calibration
+from pipeline.federation.messages import AnyRequest, ClientEntry, FitRequest, Reply
+from pipeline.federation.plain_data import State
+from pipeline.federation.runs import Checkpoint, RunFolder
+from pipeline.federation.schedule import Rates
+
+
+class Engine(Protocol):
+    """Where clients run. It brings each request to its client, and the replies back in order.
+
+    All engines call ``Client.answer`` and nothing else, so that they change where a client runs and
+    never what it computes.
+    """
+
+    entries: Sequence[ClientEntry]  # what each client says of itself, in the clients' order
+
+    def run(self, requests: Iterable[AnyRequest]) -> Iterator[Reply]:
+        """Yield the reply to each request, in the order of the requests."""
+
+
+@dataclass
+class Round:
+    """What is known when a round begins, and what its clients have reported so far."""
+
+    before: Checkpoint
+    clients: Sequence[str]  # who takes part, in the clients' order
+    rates: Rates
+    engine: Engine
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)  # by client
+    server_terms: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    rejected: set[str] = field(default_factory=set)  # clients whose update does not count
+
+    @property
+    def number(self) -> int:
+        """The round's number, from 1."""
+        return self.before.round + 1
+
+    def address(self, client: str) -> dict[str, Any]:
+        """Return what every request of the round to ``client`` says."""
+        return self.before.address(client, self.number)
+
+    def ask(self, requests: Sequence[AnyRequest]) -> Iterator[Reply]:
+        """Yield the reply to each request, in order.
+
+        Its metrics, the client's seconds, and the tensors' bytes either way go to the reports.
+        """
+        for request, reply in zip(requests, self.engine.run(requests), strict=True):
+            new = {"images": 0, "seconds": 0.0, "bytes_up": 0, "bytes_down": 0}
+            report = self.reports.setdefault(reply.client, new)
+            report |= reply.metrics
+            report["images"] = reply.images
+            report["seconds"] = round(report["seconds"] + reply.seconds, 3)
+            report["bytes_up"] += reply.nbytes
+            report["bytes_down"] += request.nbytes
+            yield reply
+
+    def reject_update(self, client: str, reason: str) -> None:
+        """Go on without a client's update, and say why."""
+        self.rejected.add(client)
+        self.warnings.append(f"{client}: update rejected, {reason}")
+
+    def nobody(self, what: str) -> SamfedError:
+        """Return the error of a round that nobody is left in."""
+        reason, advice = self.warnings[-1], "lower federate.learning_rate"
+        return SamfedError(f"round {self.number}: no client sent {what} ({reason}); {advice}")
+
+    def entry(self) -> dict[str, Any]:
+        """Return the round's entry of the history."""
+        return {
+            "round": self.number,
+            "unlabelled_weight": self.rates.unlabelled_weight,
+            "learning_rate": self.rates.learning_rate,
+            "clients": {name: finite(report) for name, report in self.reports.items()},
+            "server": finite(self.server_terms),
+            "warnings": self.warnings,
+        }
+
+
+def finite(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Return ``numbers`` as JSON takes them: what is not finite becomes null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in numbers.items()
+    }
+
+
+class Strategy(ABC):
+    """What a round is: an average of weights, or an exchange of predictions."""
+
+    @abstractmethod
+    def begin(self, this: Round) -> None:
+        """Do what comes before the local updates."""
+
+    @abstractmethod
+    def fit_request(self, this: Round, client: str) -> FitRequest:
+        """Return the request for a client's local update."""
+
+    def accept(self, this: Round, reply: Reply) -> str | None:
+        """Take in an update without a fault; return why it cannot be used, or None if it can."""
+        return None
+
+    @abstractmethod
+    def finish(self, this: Round) -> State:
+        """Return the server's weights after the round; updates may still be rejected here."""
+
+    def shared(self, weights: State) -> State | None:
+        """Return the weights that clients are scored with; None where these are their own."""
+        return None
+
+    def conclude(self, run: RunFolder, weights: State) -> Calibration | None:
+        """Keep what the run leaves behind at the server; return its model's calibration."""
+        return None

@@ -1,0 +1,140 @@
+"""The target of the unlabelled term, as a table of functions by ``MethodTraits.target``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import AgreementConfig, Config
+from pipeline.federation.agreement import (
+    AgreementState,
+    AgreementStatistics,
+    Calibration,
+    Sources,
+    agree,
+    update_state,
+)
+from pipeline.federation.calibration import calibrate
+from pipeline.federation.views import ClientData, PublicSet, Views
+from pipeline.methods import METHODS, Target
+from pipeline.segmentation.networks import normalise, predict_probabilities
+
+
+@dataclass(frozen=True)
+class PseudoLabel:
+    """What the unlabelled term trains towards."""
+
+    label: Tensor  # (B, S, S) int64
+    weight: Tensor  # (B, S, S) float32 in 0..1
+
+
+@dataclass
+class Learner:
+    """A client's network in a round, and what agreement learns of it from step to step."""
+
+    model: nn.Module
+    config: Config
+    state: AgreementState
+    statistics: AgreementStatistics = field(default_factory=AgreementStatistics)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Return probabilities (B, K+1, S, S) on the weak view, in evaluation mode."""
+        self.model.eval()
+        with torch.inference_mode():
+            probabilities: Tensor = self.model(normalise(images)).float().softmax(dim=1)
+        return probabilities.clone()  # a normal tensor, which the loss may use
+
+
+@dataclass(frozen=True)
+class TargetRule:
+    """How a method labels unlabelled images: once before the steps, and at each step."""
+
+    label: Callable[[Learner, Views], PseudoLabel]
+    prepare: Callable[[Learner, ClientData], ClientData] = lambda learner, client: client
+
+
+def agreement_rule(config: Config) -> AgreementConfig:
+    """Return the agreement that the method uses: SAM alone is a rule of its own."""
+    if METHODS[config.federate.method].target == "sam":
+        return config.agreement.model_copy(update={"rule": "sam_only"})
+    return config.agreement
+
+
+def measure_calibration(model: nn.Module, public: PublicSet, config: Config) -> Calibration:
+    """Return both sources' calibration on D_p's calibration part, for the weights as they are.
+
+    It is the identity for methods and rules that do not use it, and with ``agreement.calibrate``
+    off.
+    """
+    rule, masks = config.agreement, public.calibration_masks
+    adapts = METHODS[config.federate.method].uses_agreement and rule.rule == "adaptive"
+    if not (adapts and rule.calibrate) or masks is None or public.calibration_confidences is None:
+        return Calibration()
+    sources = Sources(
+        masks.long(),
+        public.calibration_confidences.float() / 255,
+        predict_probabilities(model, public.calibration_images),
+    )
+    truth = public.calibration_labels.long()
+    return calibrate(sources, truth, groups=public.calibration_groups, config=rule)
+
+
+def _agree(learner: Learner, views: Views) -> PseudoLabel:
+    """Weigh SAM's label against the client's prediction, and learn from the batch."""
+    rule = agreement_rule(learner.config)
+    sources = Sources(_given(views.masks), _given(views.confidences), learner.predict(views.weak))
+    result = agree(sources, config=rule, state=learner.state)
+    learner.state = update_state(learner.state, sources, config=rule)
+    learner.statistics.add(result.statistics)
+    return PseudoLabel(result.target, result.weight)
+
+
+def _own_prediction(learner: Learner, views: Views) -> PseudoLabel:
+    """Take the client's own label where it is sure (FixMatch)."""
+    confidence, label = learner.predict(views.weak).max(dim=1)
+    return PseudoLabel(label, _sure(confidence, learner))
+
+
+def _label_with_received(learner: Learner, client: ClientData) -> ClientData:
+    """Fix pseudo-labels of the received model for the round (SemiFL, Diao et al., 2022)."""
+    parts = [predict_probabilities(learner.model, p).max(dim=1) for p in client.images.split(32)]
+    confidences = torch.cat([part.values for part in parts])
+    return replace(
+        client,
+        masks=torch.cat([part.indices for part in parts]).to(torch.uint8),
+        confidences=(confidences * 255).round().to(torch.uint8),
+    )
+
+
+def _received(learner: Learner, views: Views) -> PseudoLabel:
+    return PseudoLabel(_given(views.masks), _sure(_given(views.confidences), learner))
+
+
+def _truth(learner: Learner, views: Views) -> PseudoLabel:
+    return PseudoLabel(_given(views.masks), torch.ones(_given(views.masks).shape))
+
+
+def _sure(confidence: Tensor, learner: Learner) -> Tensor:
+    return (confidence >= learner.config.federate.confidence_threshold).float()
+
+
+def _given(values: Tensor | None) -> Tensor:
+    if values is None:
+        raise ValueError("the method needs labels that the client's data lack")
+    return values
+
+
+#: By ``MethodTraits.target``; "none" has no unlabelled term.
+TARGETS: Mapping[Target, TargetRule] = MappingProxyType(
+    {
+        "client": TargetRule(_own_prediction),
+        "received": TargetRule(_received, prepare=_label_with_received),
+        "sam": TargetRule(_agree),
+        "agreement": TargetRule(_agree),
+        "truth": TargetRule(_truth),
+    }
+)

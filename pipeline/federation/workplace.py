@@ -1,0 +1,83 @@
+"""What the clients and the server of one process share: D_p and built networks."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config, NetworkConfig
+from pipeline.federation.codistillation import PublicTraining, noised_public
+from pipeline.federation.local_update import make_optimizer
+from pipeline.federation.schedule import Rates, exchange_seed
+from pipeline.federation.views import PublicSet
+from pipeline.segmentation.networks import State, build_model
+
+Networks = dict[NetworkConfig, nn.Module]
+
+
+def build_networks(config: Config, device: torch.device) -> Networks:
+    """Build one network of each kind of the run: the server's, and the clients' own.
+
+    Raises:
+        ConfigError: one of them cannot be built.
+    """
+    return {
+        network: build_model(config, seed=config.seed, network=network).to(device)
+        for network in dict.fromkeys((config.model, *config.model.clients))
+    }
+
+
+class Workplace:
+    """D_p and one network of each kind; whoever uses a network gets it with their own weights.
+
+    A use ends before the next one begins, as clients of one process take turns.
+    """
+
+    def __init__(self, config: Config, public: PublicSet, networks: Networks) -> None:
+        self.public = public
+        self._config = config
+        self._networks = networks
+        self._frozen: Networks = {}
+        self._in_frozen: dict[NetworkConfig, State] = {}
+        self._noised: tuple[int, Tensor] = (0, torch.zeros(0))
+
+    def loaded(self, network: NetworkConfig, weights: State) -> nn.Module:
+        """Return a network with ``weights``, to be trained."""
+        model = self._networks[network]
+        model.load_state_dict(weights)
+        return model
+
+    def frozen(self, network: NetworkConfig, weights: State) -> nn.Module:
+        """Return another network with ``weights``, in evaluation mode, which nobody trains.
+
+        It is loaded once for all who ask for the same weights, as the clients of a round do.
+        """
+        if network not in self._frozen:
+            model = copy.deepcopy(self._networks[network])
+            self._frozen[network] = model.eval().requires_grad_(False)
+        if self._in_frozen.get(network) is not weights:
+            self._frozen[network].load_state_dict(weights)
+            self._in_frozen[network] = weights
+        return self._frozen[network]
+
+    def public_training(
+        self, model: nn.Module, rates: Rates, *, round_number: int, seed: int
+    ) -> PublicTraining:
+        """Return how ``model`` learns from logits on the round's noised copy of D_p."""
+        settings = self._config.federate
+        return PublicTraining(
+            inputs=self.noised(round_number),
+            optimizer=make_optimizer(model, rates.learning_rate, settings.weight_decay),
+            generator=torch.Generator().manual_seed(seed),
+            epochs=settings.fusion_epochs,
+            batch_size=settings.labelled_batch,
+        )
+
+    def noised(self, round_number: int) -> Tensor:
+        """Return the round's noised copy of D_p, made once a round; not to be changed."""
+        if self._noised[0] != round_number:
+            seed = exchange_seed(self._config.seed, round_number)
+            self._noised = round_number, noised_public(self.public.images, seed=seed)
+        return self._noised[1]

@@ -1,0 +1,121 @@
+"""Engines for tests: what crosses can be seen, changed, and sent through another process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from pipeline.federation.client import Client
+from pipeline.federation.engines import InProcess, in_process
+from pipeline.federation.inputs import ClientContext, load_public
+from pipeline.federation.messages import AnyRequest, ClientEntry, Reply
+from pipeline.federation.plain_data import from_bytes, to_bytes
+from pipeline.federation.workplace import Workplace, build_networks
+from pipeline.runtime import resolve_device
+
+Change = Callable[[AnyRequest, Reply], Reply]
+
+
+@dataclass
+class Watched:
+    """Clients of this process, whose requests are kept and whose replies may be changed."""
+
+    change: Change = lambda request, reply: reply
+    seen: list[tuple[AnyRequest, Reply]] = field(default_factory=list)
+
+    def connect(self, contexts: Sequence[ClientContext], workplace: Workplace) -> Watched:
+        """Load the clients; pass this as ``federate(..., connect=)``."""
+        self._inner = in_process(contexts, workplace)
+        self.entries: Sequence[ClientEntry] = self._inner.entries
+        return self
+
+    def run(self, requests: Iterable[AnyRequest]) -> Iterator[Reply]:
+        """Yield the replies, changed."""
+        for request in requests:
+            (reply,) = self._inner.run([request])
+            reply = self.change(request, reply)
+            self.seen.append((request, reply))
+            yield reply
+
+
+class Site:
+    """Another process in a folder of its own, which answers for one client."""
+
+    def __init__(self, folder: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def send(self, content: bytes) -> bytes:
+        """Return the process's answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        write_frame(self._process.stdin, content)
+        return read_frame(self._process.stdout)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+        assert self._process.returncode == 0
+
+
+class Remote:
+    """Every message as bytes; one client's cross to a ``Site``, the others' stay here."""
+
+    def __init__(self, site: Site, context: ClientContext, others: InProcess) -> None:
+        self._site, self._name, self._others = site, context.name, others
+        own: ClientEntry = from_bytes(site.send(context.to_json()), ClientEntry)
+        self.entries = [own if entry.name == own.name else entry for entry in others.entries]
+
+    def run(self, requests: Iterable[AnyRequest]) -> Iterator[Reply]:
+        """Yield what is read back of every reply."""
+        for request in requests:
+            content = to_bytes(request)
+            if request.client == self._name:
+                yield from_bytes(self._site.send(content), Reply)
+            else:
+                read = from_bytes(content, AnyRequest)
+                yield from (from_bytes(to_bytes(r), Reply) for r in self._others.run([read]))
+
+
+def write_frame(file: IO[bytes], content: bytes) -> None:
+    """Write ``content`` with its length before it."""
+    file.write(len(content).to_bytes(8, "little") + content)
+    file.flush()
+
+
+def read_frame(file: IO[bytes]) -> bytes:
+    """Read what ``write_frame`` wrote; nothing at the end of the file."""
+    return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def answer_all() -> None:
+    """Answer for one client: a context (JSON) begins a run, then come its requests."""
+    import torch
+
+    torch.set_num_threads(1)
+    client: Client | None = None
+    while content := read_frame(sys.stdin.buffer):
+        if content.startswith(b"{"):
+            context = ClientContext.from_json(content)
+            networks = build_networks(context.config, resolve_device("cpu"))
+            workplace = Workplace(context.config, load_public(context), networks)
+            client = Client(context, workplace)
+            reply = to_bytes(client.entry)
+        else:
+            assert client is not None
+            reply = to_bytes(client.answer(from_bytes(content, AnyRequest)))
+        write_frame(sys.stdout.buffer, reply)
+
+
+if __name__ == "__main__":
+    answer_all()

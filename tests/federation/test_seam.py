@@ -1,0 +1,276 @@
+"""What crosses between server and client, and that a client needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import Remote, Site, Watched
+from torch import Tensor
+
+from pipeline.config import Config, NetworkConfig
+from pipeline.data.partition import load_partition
+from pipeline.errors import SamfedError
+from pipeline.federation.engines import in_process
+from pipeline.federation.inputs import ClientContext
+from pipeline.federation.messages import AnyRequest, FitRequest, Reply
+from pipeline.federation.runs import RunFolder
+from pipeline.federation.server import federate
+from pipeline.federation.workplace import Workplace
+from pipeline.segmentation.networks import State
+
+CLIENT = "site_b"
+SMALL = {"encoder_depth": 3, "decoder_channels": (16, 8, 8)}
+NETWORKS = (NetworkConfig(**SMALL), NetworkConfig(encoder="tu-resnet10t", **SMALL))
+
+
+def changed(config: Config, name: str, *, own: bool = False, **federate: Any) -> Config:
+    """Return settings of a run called ``name``, with equal networks or two in turn."""
+    settings = {"name": name, "fusion_epochs": 1, **federate}
+    return config.model_copy(
+        update={
+            "federate": config.federate.model_copy(update=settings),
+            "model": config.model.model_copy(update={"clients": NETWORKS if own else ()}),
+        }
+    )
+
+
+def models(run: RunFolder) -> dict[str, bytes]:
+    """Return the final models that lie in a run's folder."""
+    return {path.name: path.read_bytes() for path in (run.path / "models").iterdir()}
+
+
+# ----------------------------------------------------------------------- another process
+
+
+@pytest.fixture(scope="module")
+def site(
+    shared_pipeline: Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Site, Path]]:
+    """A process that has one client's stores and D_p's, and where it runs."""
+    folder, cache = tmp_path_factory.mktemp("site"), shared_pipeline.cache.root
+    for store in ("images/server", f"images/{CLIENT}", "sam/server.zarr", f"sam/{CLIENT}.zarr"):
+        shutil.copytree(cache / store, folder / "cache" / store)
+    process = Site(folder)
+    yield process, folder
+    process.close()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_client_elsewhere_gives_the_same_bytes(
+    labelled: Config, site: tuple[Site, Path], own: bool
+) -> None:
+    process, folder = site
+    here = federate(changed(labelled, "here", own=own))
+
+    def connect(contexts: Sequence[ClientContext], workplace: Workplace) -> Remote:
+        (context,) = (each for each in contexts if each.name == CLIENT)
+        cache = context.config.cache.model_copy(update={"root": Path("cache")})
+        config = context.config.model_copy(update={"cache": cache})
+        return Remote(process, replace(context, config=config), in_process(contexts, workplace))
+
+    name = f"there_{own}"
+    there = federate(changed(labelled, name, own=own), connect=connect)
+    brought = folder / "cache" / "runs" / name
+    if own:
+        (there.path / "models").mkdir(exist_ok=True)
+        shutil.copy(brought / "models" / f"{CLIENT}.safetensors", there.path / "models")
+    assert not (there.path / "clients" / CLIENT).exists()
+    assert (brought / "clients" / CLIENT / "examples.safetensors").is_file()
+    assert models(there) == models(here)
+    scores = [[entry["val"]["dice"] for entry in run.history()] for run in (here, there)]
+    assert scores[0] == scores[1]
+
+
+def test_a_context_names_nobody_elses_images(labelled: Config) -> None:
+    partition = load_partition(labelled.cache.root / "partition.json")
+    contexts: list[ClientContext] = []
+
+    def connect(found: Sequence[ClientContext], workplace: Workplace) -> Any:
+        contexts.extend(found)
+        return in_process(found, workplace)
+
+    federate(changed(labelled, "contexts", rounds=1), connect=connect)
+    for context in contexts:
+        text = context.to_json().decode()
+        assert ClientContext.from_json(context.to_json()) == context
+        for name in partition.clients:
+            for image_id in (i for ids in partition.splits(name).values() for i in ids):
+                assert (json.dumps(image_id) in text) == (name == context.name)
+
+
+# ----------------------------------------------------------------------- what crosses
+
+
+@pytest.mark.parametrize("method", ["sam_fed", "fedmd"])
+def test_only_logits_on_the_public_set_cross_between_own_networks(
+    labelled: Config, method: str
+) -> None:
+    """No weights, and no tensor of another shape, ever leave a client or reach it."""
+    watched = Watched()
+    federate(changed(labelled, method, own=True, method=method), connect=watched.connect)
+    public = len(load_partition(labelled.cache.root / "partition.json").server.train)
+    tensors = [
+        value
+        for pair in watched.seen
+        for message in pair
+        for value in vars(message).values()
+        if isinstance(value, Tensor)
+    ]
+    assert len(tensors) == 2 * 4 * 2  # rounds, clients, ways
+    assert all(tensor.shape == (public, 2, 32, 32) for tensor in tensors)
+    assert all(tensor.dtype == torch.float16 for tensor in tensors)
+    assert all(getattr(m, "weights", None) is None for pair in watched.seen for m in pair)
+
+
+def test_the_servers_checkpoint_holds_no_clients_weights(labelled: Config) -> None:
+    run = federate(changed(labelled, "own", own=True))
+    checkpoint = run.load_checkpoint()
+    assert checkpoint is not None
+    assert [field.name for field in fields(checkpoint)] == [
+        "round",
+        "weights",
+        "client_rounds",
+        "partition",
+        "fingerprint",
+    ]
+    server = (run.path / "checkpoints" / "round_0002.safetensors").stat().st_size
+    private = sorted((run.path / "clients" / CLIENT).glob("round_*"))
+    assert [path.name for path in private] == ["round_0001.safetensors", "round_0002.safetensors"]
+    assert abs(private[0].stat().st_size - server) > 1000  # another network
+
+
+# ----------------------------------------------------------------------- crashes
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_server_that_stops_anywhere_repeats_the_round_to_the_same_bytes(
+    labelled: Config, own: bool
+) -> None:
+    whole = models(federate(changed(labelled, "whole", own=own)))
+    # among the first fits; among the second round's; while models are scored or kept
+    for stop in (6, 17, 31) if own else (2, 9, 15):
+        stopped = Watched()
+
+        def crash(request: AnyRequest, reply: Reply, stopped: Watched = stopped) -> Reply:
+            if len(stopped.seen) == stop:  # noqa: B023
+                raise KeyboardInterrupt  # the client has answered, and nobody heard
+            return reply
+
+        stopped.change = crash
+        config = changed(labelled, f"stopped_{stop}", own=own)
+        with pytest.raises(KeyboardInterrupt):
+            federate(config, connect=stopped.connect)
+        assert models(federate(config)) == whole
+
+
+def test_the_checkpoint_before_a_damaged_one_is_enough(labelled: Config) -> None:
+    config = changed(labelled, "damaged", own=True, rounds=4)
+    run = federate(config)
+    whole = models(run)
+    (run.path / "checkpoints" / "round_0004.safetensors").unlink()
+    shutil.rmtree(run.path / "models")
+    assert models(federate(config)) == whole
+    assert [entry["round"] for entry in run.history()] == [1, 2, 3, 4]
+
+
+def test_lost_private_state_is_named(labelled: Config) -> None:
+    config = changed(labelled, "lost", own=True)
+    run = federate(config)
+    path = run.path / "clients" / CLIENT / "round_0002.safetensors"
+    path.unlink()
+    with pytest.raises(SamfedError) as caught:
+        federate(config)
+    assert str(caught.value) == (
+        f"{path}: found nothing, expected the client's own state of round 2; "
+        "run `samfed federate --restart`"
+    )
+
+
+# ----------------------------------------------------------------------- updates that do not count
+
+
+def spoil(change: Any) -> Watched:
+    """Return clients of whom one sends other weights than its own, as ``change`` makes them."""
+
+    def spoilt(request: AnyRequest, reply: Reply) -> Reply:
+        if isinstance(request, FitRequest) and reply.client == CLIENT:
+            assert reply.weights is not None
+            return replace(reply, weights=change(dict(reply.weights)))
+        return reply
+
+    return Watched(spoilt)
+
+
+def first(weights: State, value: Any) -> State:
+    """Replace a network's first entry."""
+    return weights | {next(iter(weights)): value(next(iter(weights.values())))}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda w: first(w, lambda v: v[:1]), "has shape"),
+        (lambda w: first(w, lambda v: v.double()), "is torch.float64, expected torch.float32"),
+        (lambda w: dict(list(w.items())[1:]), "missing"),
+        (lambda w: w | {"more": torch.zeros(1)}, "'more' is unexpected"),
+        (lambda w: first(w, lambda v: v * torch.nan), "is not finite"),
+        (lambda w: first(w, lambda v: torch.full_like(v, 1e30)), "it changes the model by"),
+        (lambda w: first(w, lambda v: v + 2.0), "times the median of the round's, more than 20"),
+    ],
+)
+def test_an_update_that_does_not_fit_is_rejected_and_named(
+    labelled: Config, change: Any, reason: str
+) -> None:
+    """The round goes on as if the client had not taken part."""
+    run = federate(changed(labelled, "spoilt", rounds=1), connect=spoil(change).connect)
+    (warning,) = (w for w in run.history()[0]["warnings"] if "rejected" in w)
+    assert warning.startswith(f"{CLIENT}: update rejected, ")
+    assert reason in warning
+    silent = Watched(lambda request, reply: replace(reply, fault="-") if _is(reply) else reply)
+    without = federate(changed(labelled, "without", rounds=1), connect=silent.connect)
+    assert models(run) == models(without)
+    checkpoint = run.load_checkpoint()
+    assert checkpoint is not None
+    assert CLIENT not in checkpoint.client_rounds
+    assert not (run.path / "updates").exists()
+
+
+def _is(reply: Reply) -> bool:
+    return reply.client == CLIENT and reply.weights is not None
+
+
+def test_a_round_without_a_usable_update_ends_the_run(labelled: Config) -> None:
+    for own in (False, True):
+        config = changed(labelled, f"wild_{own}", own=own, method="sam_only", learning_rate=1e30)
+        with pytest.raises(SamfedError) as caught:
+            federate(config)
+        message = str(caught.value)
+        assert message.startswith("round 1: no client sent a usable update (site_")
+        assert message.endswith("is not finite); lower federate.learning_rate")
+
+
+def test_predictions_that_cannot_be_used_are_rejected_and_named(labelled: Config) -> None:
+    def broken(names: set[str]) -> Watched:
+        def change(request: AnyRequest, reply: Reply) -> Reply:
+            if reply.logits is None or reply.client not in names:
+                return reply
+            return replace(reply, logits=reply.logits * torch.nan)
+
+        return Watched(change)
+
+    config = changed(labelled, "nan", own=True, rounds=1)
+    entry = federate(config, connect=broken({CLIENT}).connect).history()[0]
+    rejected = f"{CLIENT}: predictions rejected, logits of public image 0 hold NaN"
+    assert rejected in entry["warnings"]
+    assert "fusion_loss" not in entry["clients"][CLIENT]
+    assert "fusion_loss" in entry["clients"]["site_a"]
+    names = {"site_a", "site_b", "site_c", "site_d"}
+    with pytest.raises(SamfedError, match="round 1: no client sent usable predictions"):
+        federate(changed(labelled, "all_nan", own=True), connect=broken(names).connect)
