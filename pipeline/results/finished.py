@@ -86,7 +86,8 @@ def read_run(run: RunFolder) -> FinishedRun:
     if pooled["n"] != len(scores) or abs(pooled["dice"] - scores[:, 0].mean()) >= 1e-5:
         # a file cut short, or left by a killed evaluation
         raise DataError(f"{path}: not the images of metrics.json; run `samfed evaluate` again")
-    own = [path.stem for path in run.path.glob("models/*") if config.heterogeneous]
+    own = [path.name for path in run.path.glob("clients/*")]
+    own += [path.stem for path in run.path.glob("models/*") if config.heterogeneous]
     took_part = [name for entry in history for name in entry["clients"]]
     return FinishedRun(
         name=run.path.name,
