@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,23 @@ ENTRIES = {
 }
 
 
-def modules(path: Path) -> set[Path]:
-    """Modules of this package that ``path`` imports, for type checking too."""
+@cache
+def imports(path: Path) -> set[str]:
+    """Every module that ``path`` imports, for type checking too, and what it takes from them."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("pipeline"):
-            continue
-        for name in (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)):
-            module = ROOT / (name.replace(".", "/") + ".py")
-            found |= {module} if module.is_file() else set()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
+
+
+@cache
+def modules(path: Path) -> set[Path]:
+    """Those of them that are files of this package."""
+    files = (ROOT / (name.replace(".", "/") + ".py") for name in imports(path))
+    return {file for file in files if PIPELINE in file.parents and file.is_file()}
 
 
 def room(path: Path) -> str:
@@ -86,9 +94,7 @@ def test_libraries_stay_in_their_room() -> None:
         users = {
             room(path)
             for path in PIPELINE.rglob("*.py")
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            and package == ast.unparse(node).split()[1].split(".")[0]
+            if package in {name.split(".")[0] for name in imports(path)}
         }
         assert users <= allowed, package
 
