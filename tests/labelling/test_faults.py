@@ -6,118 +6,32 @@ Each time the next run goes on where the last one stopped, and the stores end in
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from teachers import content, labelled_rows, teacher_of
-from teachers import run as run_with
-from test_maintenance import config, finished, settings, whole
+from kills import Forks, counting_steps, forks
+from noise_cache import config, finished, run, settings, whole
+from teachers import content, labelled_rows
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.labelling.maintenance import verify
-from pipeline.labelling.precompute import StageOneResult
 from pipeline.stores.label_store import LabelStore
 
-__all__ = ["config", "finished", "whole"]  # fixtures
+__all__ = ["config", "finished", "forks", "whole"]  # fixtures
 
 HERE = Path(__file__).parent
 KILLS = 20
 
 
-def run(config: Config, **changes: object) -> tuple[StageOneResult, int]:
-    """Stage one by a teacher with these changes; also the number of images that it labelled."""
-    teacher = teacher_of(config, **changes)
-    return run_with(config, teacher, measured=False), teacher.images
-
-
 def forget(config: Config) -> None:
     """Back to nothing labelled."""
     shutil.rmtree(config.cache.root / "sam", ignore_errors=True)
-
-
-# --------------------------------------------------------------------------- other processes
-
-_SERVER = """
-import json, os, sys
-sys.path[:0] = sys.argv[1:3]
-from pathlib import Path
-from test_faults import counting_steps, run, settings
-
-print("ready", flush=True)
-for line in sys.stdin:
-    order = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        if order["user"] is not None:
-            os.setuid(order["user"])
-        try:
-            with counting_steps(kill_at=order["kill_at"]):
-                run(settings(Path(order["root"]), Path(order["cache"])))
-        except OSError as error:
-            os._exit(error.errno)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
-
-
-@contextmanager
-def counting_steps(kill_at: int | None = None) -> Iterator[list[int]]:
-    """Count the flushes and renames of this process; kill it before one of them."""
-    steps: list[int] = []
-
-    def counted(step: Callable[..., None]) -> Callable[..., None]:
-        def take(*args: Any, **options: Any) -> None:
-            steps.append(len(steps))
-            if len(steps) == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            step(*args, **options)
-
-        return take
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("fsync", "replace"):
-            patch.setattr(os, name, counted(getattr(os, name)))
-        yield steps
-
-
-class Forks:
-    """Runs stage one in forks of a process that has imported everything and done nothing."""
-
-    def __init__(self, server: subprocess.Popen[str]) -> None:
-        self._server = server
-
-    def run(self, config: Config, *, kill_at: int | None = None, user: int | None = None) -> int:
-        """Return its exit code: of a kill at that step -9, of an OSError its number, else 0."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        order: dict[str, Any] = {"root": str(config.data.root), "cache": str(config.cache.root)}
-        print(json.dumps(order | {"kill_at": kill_at, "user": user}), file=self._server.stdin)
-        self._server.stdin.flush()
-        return int(self._server.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    command = [sys.executable, "-c", _SERVER, str(HERE.parent), str(HERE)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stdout is not None
-        assert server.stdout.readline() == "ready\n"
-        yield Forks(server)
 
 
 def test_kill_9_at_20_moments(config: Config, whole: dict[str, bytes], forks: Forks) -> None:

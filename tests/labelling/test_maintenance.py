@@ -14,11 +14,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
-from teachers import FakeTeacher, content, stand_in, teacher_of, write_noise
+from noise_cache import config, finished, settings, whole
+from teachers import FakeTeacher, content, stand_in, teacher_of
 
 from pipeline.config import Config
-from pipeline.data.prepare import prepare
 from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError, IdentityError, LockedStoreError, StageError
 from pipeline.labelling.maintenance import (
@@ -37,44 +36,9 @@ from pipeline.stores.arrays import read_sealed, write_sealed
 from pipeline.stores.integrity import Fault, check_store
 from pipeline.stores.label_store import LabelStore
 
+__all__ = ["config", "finished", "whole"]  # fixtures
+
 ROOT = Path(__file__).parents[2]
-COUNT = 110  # two shards of labels, the second one partly filled
-
-
-def settings(root: Path, cache: Path) -> Config:
-    return tiny_config(
-        root,
-        cache,
-        partition={"val_fraction": 0.02, "test_fraction": 0.02},
-        precompute={"batch_size": 16},
-        sam={"variant": "fake"},
-        data={"image_size": 16},
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A cache that is whole; tests only read it."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_noise(folder / "data", count=COUNT, size=32)
-    config = settings(folder / "data", folder / "cache")
-    prepare(config, with_oracle=True)
-    with pytest.MonkeyPatch.context() as patch:
-        stand_in(patch, teacher_of(config), measured=False)
-        precompute(config)
-    return config
-
-
-@pytest.fixture
-def config(finished: Config, tmp_path: Path) -> Config:
-    """A copy of the whole cache, to be damaged."""
-    shutil.copytree(finished.cache.root, tmp_path / "cache")
-    return settings(finished.data.root, tmp_path / "cache")
-
-
-@pytest.fixture
-def whole(finished: Config) -> dict[str, bytes]:
-    return content(finished.cache.root / "sam")
 
 
 @pytest.fixture

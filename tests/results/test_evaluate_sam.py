@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import copy_cache, tiny_config
-from test_report import Page, pictures
+from page_reader import Page, pictures
 
 from pipeline.config import Config, with_settings
 from pipeline.data.images import resize_mask
