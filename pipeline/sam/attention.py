@@ -26,7 +26,7 @@ _SLICE = 256  # queries: 256 x 4096 logits of 2 or 4 bytes
 
 
 class FoldedAttention(nn.Module):
-    """Drop-in for segment-anything's ``Attention``; owns the same submodules, hence state keys.
+    """Drop-in for segment-anything's ``Attention`` with relative positions; the same state names.
 
     ``slices`` says whether logits are made in slices; None means wherever that is faster.
     """
@@ -36,63 +36,55 @@ class FoldedAttention(nn.Module):
         self.slices = slices
         self.num_heads: int = stock.num_heads
         self.scale: float = stock.scale
-        self.use_rel_pos: bool = stock.use_rel_pos
-        self.qkv = stock.qkv
-        self.proj = stock.proj
-        if self.use_rel_pos:
-            self.rel_pos_h = stock.rel_pos_h
-            self.rel_pos_w = stock.rel_pos_w
+        self.qkv, self.proj = stock.qkv, stock.proj
+        self.rel_pos_h, self.rel_pos_w = stock.rel_pos_h, stock.rel_pos_w
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within ``x`` (B, H, W, C); returns the same shape and dtype."""
-        batch, height, width, channels = x.shape
-        head_dim = channels // self.num_heads
-        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, head_dim)
+        qkv = self.qkv(x).flatten(1, 2).unflatten(2, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, H*W, d)
-        if not self.use_rel_pos:
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        elif slices_pay(q) if self.slices is None else self.slices:
-            out = self._attend_in_slices(q, k, v, height, width)
-        else:
-            q, k = self._fold(q, k, height, width)
-            # fused kernels want one head size for query, key and value
-            v = F.pad(v, (0, height + width))
-            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :head_dim]
-        out = out.transpose(1, 2).reshape(batch, height, width, channels)
+        # q . Rh (B, heads, H*W, H) and q . Rw (B, heads, H*W, W)
+        height, width = x.shape[1:3]
+        grid = q.unflatten(2, (height, width))
+        rel_h = get_rel_pos(height, height, self.rel_pos_h).to(q.dtype)  # (H, H, d)
+        rel_w = get_rel_pos(width, width, self.rel_pos_w).to(q.dtype)  # (W, W, d)
+        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h).flatten(2, 3)
+        cols = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).flatten(2, 3)
+        sliced = slices_pay(q) if self.slices is None else self.slices
+        attend = _attend_in_slices if sliced else _attend_folded
+        out = attend(q * self.scale, k, v, rows, cols).transpose(1, 2).reshape(x.shape)
         projected: Tensor = self.proj(out)
         return projected
 
-    def _fold(self, q: Tensor, k: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Append the relative position's coordinates to ``q`` and ``k`` (B, heads, H*W, d)."""
-        batch, heads = q.shape[:2]
-        q_rows, q_cols = self._relative(q, height, width)
-        rows = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, dim=0)
-        cols = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
-        onehot = torch.cat([rows, cols], dim=1).expand(batch, heads, -1, -1)
-        return torch.cat([q * self.scale, q_rows, q_cols], dim=-1), torch.cat([k, onehot], dim=-1)
 
-    def _relative(self, q: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Return ``q . Rh`` (B, heads, H*W, H) and ``q . Rw`` (B, heads, H*W, W)."""
-        rel_h = get_rel_pos(height, height, self.rel_pos_h).to(q.dtype)  # (H, H, d)
-        rel_w = get_rel_pos(width, width, self.rel_pos_w).to(q.dtype)  # (W, W, d)
-        grid = q.unflatten(2, (height, width))
-        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h).flatten(2, 3)
-        cols = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).flatten(2, 3)
-        return rows, cols
+def _attend_folded(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Attend (B, heads, H*W, d) through the fused kernel, with positions folded into q and k."""
+    height, width = rows.shape[-1], cols.shape[-1]
+    of_row = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, dim=0)
+    of_col = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
+    onehot = torch.cat([of_row, of_col], dim=1).expand(*k.shape[:2], -1, -1)
+    out = F.scaled_dot_product_attention(
+        torch.cat([q, rows, cols], dim=-1),
+        torch.cat([k, onehot], dim=-1),
+        F.pad(v, (0, height + width)),  # fused kernels want one head size for all three
+        scale=1.0,
+    )
+    return out[..., : v.shape[-1]]
 
-    def _attend_in_slices(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
-        """Attend to (B, heads, H*W, d), one head and ``_SLICE`` queries at a time."""
-        rows, cols = (part.flatten(0, 1) for part in self._relative(q, height, width))
-        queries, values = (q * self.scale).flatten(0, 1), v.flatten(0, 1)
-        keys = k.flatten(0, 1).transpose(1, 2).contiguous()
-        out = torch.empty_like(values)
-        for head in range(len(queries)):
-            for start in range(0, height * width, _SLICE):
-                part = slice(start, start + _SLICE)
-                logits = (queries[head, part] @ keys[head]).unflatten(1, (height, width))
-                logits.add_(rows[head, part, :, None]).add_(cols[head, part, None, :])
-                out[head, part] = logits.flatten(1).softmax(dim=1).to(v.dtype) @ values[head]
-        return out.view_as(q)
+
+def _attend_in_slices(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Attend (B, heads, H*W, d), one head and ``_SLICE`` queries at a time."""
+    grid = (rows.shape[-1], cols.shape[-1])
+    queries, values, rows, cols = (part.flatten(0, 1) for part in (q, v, rows, cols))
+    keys = k.flatten(0, 1).transpose(1, 2).contiguous()
+    out = torch.empty_like(values)
+    for head in range(len(queries)):
+        for start in range(0, queries.shape[1], _SLICE):
+            part = slice(start, start + _SLICE)
+            logits = (queries[head, part] @ keys[head]).unflatten(1, grid)
+            logits.add_(rows[head, part, :, None]).add_(cols[head, part, None, :])
+            out[head, part] = logits.flatten(1).softmax(dim=1).to(v.dtype) @ values[head]
+    return out.view_as(q)
 
 
 def slices_pay(q: Tensor) -> bool:
@@ -100,12 +92,8 @@ def slices_pay(q: Tensor) -> bool:
 
     They are never used where a gradient or an exported graph is wanted.
     """
-    return (
-        q.device.type == "cpu"
-        and q.shape[2] >= _SLICED_TOKENS
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
-    )
+    wanted = torch.is_grad_enabled() or torch.compiler.is_exporting()
+    return q.device.type == "cpu" and q.shape[2] >= _SLICED_TOKENS and not wanted
 
 
 def fold_attention(encoder: ImageEncoderViT) -> ImageEncoderViT:

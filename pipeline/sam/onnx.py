@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,17 +19,11 @@ from numpy.typing import NDArray
 from pipeline.config import Config
 from pipeline.data.partition import Partition
 from pipeline.disk import file_sha256
-from pipeline.errors import (
-    ConfigError,
-    CorruptStoreError,
-    IdentityError,
-    StageError,
-    first_line,
-)
+from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError, first_line
 from pipeline.runtime import resolve_device
 from pipeline.sam.frame import to_input_frame
 from pipeline.sam.teacher import checked_card
-from pipeline.stores.label_store import Identity, PseudoLabels
+from pipeline.stores.label_store import PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard
 
 log = logging.getLogger("samfed.sam.onnx")
@@ -44,11 +38,9 @@ _SEAL = "samfed.sha256"
 _AGAIN = "run `samfed export-onnx` again"
 _LOG_FATAL = 4  # of ONNX Runtime's levels 0..4: errors are raised, and need no second report
 
-OnnxPrecision = Literal["fp32", "fp16"]
-
 
 def model_path(cache: Path) -> Path:
-    """Where stage one looks for the model.
+    """Return where stage one looks for the model.
 
     Not in ``cache/teacher``, which is an output of ``finetune-sam``: a file more there, and DVC
     would fine-tune again.
@@ -56,8 +48,8 @@ def model_path(cache: Path) -> Path:
     return cache / "onnx" / "teacher.onnx"
 
 
-def onnx_precision(asked: str) -> OnnxPrecision:
-    """The precision to export in; ``auto`` is fp32, which every provider runs.
+def onnx_precision(asked: str) -> str:
+    """Return the precision to export in; ``auto`` is fp32, which every provider runs.
 
     Raises:
         ConfigError: bf16, for which ONNX Runtime lacks kernels that a teacher needs.
@@ -67,7 +59,7 @@ def onnx_precision(asked: str) -> OnnxPrecision:
             "precompute.precision: bf16 is not offered by the onnx backend; use fp32 or, on CUDA, "
             "fp16"
         )
-    return "fp16" if asked == "fp16" else "fp32"
+    return "fp32" if asked == "auto" else asked
 
 
 def check_exportable(settings: Config) -> None:
@@ -81,22 +73,6 @@ def check_exportable(settings: Config) -> None:
             f"sam.prompt: found '{settings.sam.prompt}', but only an adapted teacher, which needs "
             "no prompt, can be exported; set it to none or use precompute.backend=torch"
         )
-
-
-def check_model(settings: Config, card: TeacherCard) -> None:
-    """Refuse, without loading it, a model that ``load_onnx_teacher`` would refuse anywhere.
-
-    Raises:
-        as ``load_onnx_teacher``, what concerns the device aside.
-    """
-    check_exportable(settings)
-    if settings.precompute.precision != "auto":
-        onnx_precision(settings.precompute.precision)
-    path = model_path(settings.cache.root)
-    identity = card.identity(
-        label_size=settings.data.image_size, precision=settings.precompute.precision
-    )
-    _check_identity(path, read_properties(path), identity)
 
 
 def sealed(body: bytes, properties: Mapping[str, str]) -> bytes:
@@ -137,12 +113,23 @@ def read_properties(path: Path) -> dict[str, str]:
     return properties
 
 
-def _check_identity(path: Path, properties: Mapping[str, str], identity: Identity) -> None:
-    """Refuse a model of another format, another teacher or another label size.
+def check_file(path: Path, card: TeacherCard, *, label_size: int, precision: str) -> str:
+    """Refuse a file that is damaged, or of another teacher, label size or precision.
+
+    Returns:
+        the precision that it holds, which ``auto`` takes.
 
     Raises:
-        IdentityError: says what differs.
+        StageError, CorruptStoreError: as ``read_properties``. IdentityError: says what differs.
+        ConfigError: a precision that the file does not hold.
     """
+    properties = read_properties(path)
+    held = properties["samfed.precision"]
+    if precision != "auto" and onnx_precision(precision) != held:
+        raise ConfigError(
+            f"precompute.precision: '{precision}' asked for, but {path} holds {held}; {_AGAIN}"
+        )
+    identity = card.identity(label_size=label_size, precision=precision)
     found: dict[str, object] = {"format": properties.get("samfed.format")}
     if found["format"] == MODEL_FORMAT:
         found |= json.loads(properties["samfed.identity"])
@@ -151,6 +138,18 @@ def _check_identity(path: Path, properties: Mapping[str, str], identity: Identit
             raise IdentityError(
                 f"{path}: {field} is {found.get(field)}, expected {value}; {_AGAIN}"
             )
+    return held
+
+
+def check_model(settings: Config, card: TeacherCard) -> None:
+    """Refuse, without loading it, a model that ``load_onnx_teacher`` would refuse anywhere.
+
+    Raises:
+        as ``load_onnx_teacher``, what concerns the device aside.
+    """
+    check_exportable(settings)
+    size, precision = settings.data.image_size, settings.precompute.precision
+    check_file(model_path(settings.cache.root), card, label_size=size, precision=precision)
 
 
 class OnnxTeacher:
@@ -159,27 +158,17 @@ class OnnxTeacher:
     def __init__(
         self, path: Path, card: TeacherCard, *, label_size: int, device: str, precision: str
     ) -> None:
-        """Check the model at ``path``, which ``samfed export-onnx`` wrote, and load it.
+        """Check the file of ``samfed export-onnx`` at ``path`` and load it.
 
         Args:
             label_size: side of the labels in pixels, for which it must have been written.
             device: auto, cpu, cuda or cuda:N. precision: auto takes what the file holds.
 
         Raises:
-            StageError, CorruptStoreError, IdentityError: the file is missing, damaged or stale.
-            ConfigError: device or precision cannot be had.
+            as ``check_file``. ConfigError: the device cannot be had.
         """
-        properties = read_properties(path)
-        self.card = card
-        self.label_size = label_size
-        self.precision = properties["samfed.precision"]
-        if precision != "auto" and onnx_precision(precision) != self.precision:
-            raise ConfigError(
-                f"precompute.precision: '{precision}' asked for, but {path} holds "
-                f"{self.precision}; {_AGAIN}"
-            )
-        identity = card.identity(label_size=label_size, precision=precision)
-        _check_identity(path, properties, identity)
+        self.card, self.label_size = card, label_size
+        self.precision = check_file(path, card, label_size=label_size, precision=precision)
         self.session, self.device = start_session(path, device)
         if self.precision == "fp16" and self.device.type != "cuda":
             raise ConfigError(

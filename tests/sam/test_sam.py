@@ -43,7 +43,7 @@ def stock_encoder(variant: str) -> nn.Module:
     for block in encoder.blocks:
         folded = block.attn
         stock = Attention(folded.qkv.in_features, folded.num_heads, use_rel_pos=False)
-        stock.use_rel_pos = folded.use_rel_pos
+        stock.use_rel_pos = True
         stock.qkv, stock.proj = folded.qkv, folded.proj
         stock.rel_pos_h, stock.rel_pos_w = folded.rel_pos_h, folded.rel_pos_w
         block.attn = stock
