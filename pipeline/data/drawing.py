@@ -1,20 +1,16 @@
-"""Drawing a partition: server, clients and their splits.
-
-Everything is drawn group by group (a patient, a video), so that no group straddles two parts.
-"""
+"""Drawing a partition group by group (a patient, a video), so that none straddles two parts."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
 
 from pipeline.config import PartitionConfig
-from pipeline.data.images import ImageRecord
-from pipeline.data.partition import ClientPart, ServerPart
+from pipeline.data.partition import ClientPart, ImageFiles, ServerPart
 from pipeline.errors import ConfigError
 
 _SIZE_BINS = 5  # dirichlet over lesion size: quantiles of the foreground fraction
@@ -34,7 +30,7 @@ Groups = list[Group]
 
 
 def draw_partition(
-    records: Mapping[str, ImageRecord],
+    records: Mapping[str, ImageFiles],
     config: PartitionConfig,
     *,
     seed: int,
@@ -59,7 +55,7 @@ def draw_partition(
     return _thin(server, config, seed), clients
 
 
-def _group(records: Mapping[str, ImageRecord], foreground: Mapping[str, float]) -> Groups:
+def _group(records: Mapping[str, ImageFiles], foreground: Mapping[str, float]) -> Groups:
     members: dict[str, list[str]] = defaultdict(list)
     for image_id, record in records.items():
         members[record.group].append(image_id)
@@ -71,12 +67,12 @@ def _group(records: Mapping[str, ImageRecord], foreground: Mapping[str, float]) 
     return groups
 
 
-def _count(groups: Iterable[Group]) -> int:
-    return sum(len(group.ids) for group in groups)
-
-
 def _ids(groups: Groups) -> tuple[str, ...]:
     return tuple(sorted(i for group in groups for i in group.ids))
+
+
+def _size(groups: Groups) -> int:
+    return sum(len(group.ids) for group in groups)
 
 
 def _without(groups: Groups, taken: Groups) -> Groups:
@@ -113,13 +109,13 @@ def _draw_server(groups: Groups, config: PartitionConfig, rng: Generator) -> tup
             f"partition.server_site: found no site '{site}'; expected one of {', '.join(sites)}"
         )
     eligible = [group for group in _labelled(groups) if site in (None, group.site)]
-    if _count(eligible) < config.server_images:
+    if _size(eligible) < config.server_images:
         raise ConfigError(
-            f"partition.server_images: {config.server_images} asked for, {_count(eligible)} "
+            f"partition.server_images: {config.server_images} asked for, {_size(eligible)} "
             f"labelled images are there{f' at {site}' if site else ''}; lower it or add masks"
         )
     chosen = _take(_shuffled(eligible, rng), config.server_images)
-    total = _count(chosen)
+    total = _size(chosen)
     wanted = max(config.calibration_min, round(config.calibration_fraction * total))
     calibration = _take(_shuffled(chosen, rng), wanted, reach=True)
     train = _without(chosen, calibration)
@@ -144,15 +140,10 @@ def _thin(server: ServerPart, config: PartitionConfig, seed: int) -> ServerPart:
             "raise server_kept or lower calibration_min"
         )
     rng = np.random.default_rng([seed, 7])
-
-    def some(ids: tuple[str, ...], count: int) -> tuple[str, ...]:
-        # the first of one order, so that a smaller set is part of every larger one
-        return tuple(sorted(ids[row] for row in rng.permutation(len(ids))[:count]))
-
-    return ServerPart(
-        train=some(server.train, kept - calibration),
-        calibration=some(server.calibration, calibration),
-    )
+    counts = {"train": kept - calibration, "calibration": calibration}
+    # the first of one order, so that a smaller set is part of every larger one
+    orders = {split: [ids[row] for row in rng.permutation(len(ids))] for split, ids in server}
+    return ServerPart(**{s: tuple(sorted(order[: counts[s]])) for s, order in orders.items()})
 
 
 def _assign(groups: Groups, config: PartitionConfig, rng: Generator) -> dict[str, Groups]:
@@ -163,7 +154,7 @@ def _assign(groups: Groups, config: PartitionConfig, rng: Generator) -> dict[str
         return _by_sizes(groups, config.sizes)
     if config.clients > len(groups):
         raise ConfigError(
-            f"partition.clients: {config.clients} clients, but only {_count(groups)} images in "
+            f"partition.clients: {config.clients} clients, but only {_size(groups)} images in "
             f"{len(groups)} groups are left after the server's; lower it"
         )
     clients = [f"client_{i:02d}" for i in range(config.clients)]
@@ -192,15 +183,15 @@ def _by_site(groups: Groups, per_site: int) -> dict[str, Groups]:
 
 
 def _by_sizes(groups: Groups, sizes: Sequence[int]) -> dict[str, Groups]:
-    if sum(sizes) > _count(groups):
+    if sum(sizes) > _size(groups):
         raise ConfigError(
-            f"partition.sizes: {sum(sizes)} images asked for, {_count(groups)} are left after the "
+            f"partition.sizes: {sum(sizes)} images asked for, {_size(groups)} are left after the "
             "server's; lower them"
         )
     owners: dict[str, Groups] = {}
     for i, size in enumerate(sizes):
-        owners[f"client_{i:02d}"] = _take(groups, size)
-        groups = _without(groups, owners[f"client_{i:02d}"])
+        owners[f"client_{i:02d}"] = taken = _take(groups, size)
+        groups = _without(groups, taken)
     return owners
 
 
@@ -235,7 +226,7 @@ def _size_bins(groups: Groups) -> dict[str, str]:
 def _split_client(
     client: str, groups: Groups, config: PartitionConfig, rng: Generator
 ) -> ClientPart:
-    total = _count(groups)
+    total = _size(groups)
     left = _shuffled(groups, rng)
     test = _part(left, config.test_fraction * total)
     left = _without(left, test)

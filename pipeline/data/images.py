@@ -9,41 +9,30 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.config import Config
+from pipeline.data.partition import ImageFiles, Partition
 from pipeline.disk import is_folder_name
 from pipeline.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-MASK_SUFFIXES = (".png",)
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # by content; no EPS reaches Ghostscript by another name
 MAX_PIXELS = 100_000_000  # a larger image is refused, not decoded
 MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits; a larger file is refused, not read
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit above is an error, Pillow's a warning
 
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """One image of the input folder; paths are relative to its root."""
-
-    image_id: str
-    image: str
-    mask: str | None
-    site: str
-    group: str
+Pixels = NDArray[np.uint8]
 
 
-# --------------------------------------------------------------------------- the folder
-
-
-def scan(root: Path) -> dict[str, ImageRecord]:
+def scan(root: Path) -> dict[str, ImageFiles]:
     """Find all images below ``root`` by id, in the order of their files' names.
 
     Raises:
@@ -57,20 +46,18 @@ def scan(root: Path) -> dict[str, ImageRecord]:
     images = _files_by_id(folder, "image", IMAGE_SUFFIXES)
     if not images:
         raise DataError(f"{folder}: no images found; expected {' '.join(IMAGE_SUFFIXES)} files")
-    masks = _files_by_id(root / "masks", "mask", MASK_SUFFIXES)
+    masks = _files_by_id(root / "masks", "mask", (".png",))
     for image_id, path in masks.items():
         if image_id not in images:
             raise DataError(f"{path}: mask without an image; expected images/{image_id}.*")
     sites = _read_sites(root / "sites.csv", images)
-    return {
-        image_id: ImageRecord(
-            image_id,
-            f"images/{path.name}",
-            f"masks/{masks[image_id].name}" if image_id in masks else None,
-            *sites.get(image_id, ("site", image_id)),
-        )
-        for image_id, path in images.items()
-    }
+    found = {}
+    for image_id, path in images.items():
+        site, group = sites.get(image_id, ("site", image_id))
+        mask = f"masks/{masks[image_id].name}" if image_id in masks else None
+        image = f"images/{path.name}"
+        found[image_id] = ImageFiles(image=image, mask=mask, site=site, group=group)
+    return found
 
 
 def _files_by_id(folder: Path, kind: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
@@ -107,9 +94,7 @@ def _read_sites(path: Path, images: Iterable[str]) -> dict[str, tuple[str, str]]
             if fault is not None:
                 raise DataError(f"{path} line {table.line_num}: {fault}")
             rows[image_id] = (site, f"{site}/{group or image_id}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a UTF-8 table; save it as CSV in UTF-8") from error
-    except csv.Error as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: damaged table ({error}); save it as CSV in UTF-8") from error
     missing = [image_id for image_id in images if image_id not in rows]
     if missing:
@@ -130,56 +115,96 @@ def _site_fault(image_id: str | None, site: str | None, *, seen: bool) -> str | 
     return None
 
 
-# --------------------------------------------------------------------------- the files
+class Decoded(NamedTuple):
+    """The pixels of a file, and the sha256 of the very bytes that they were decoded from."""
+
+    pixels: Pixels
+    sha256: str
 
 
-@dataclass(frozen=True)
-class InputFile:
-    """A file and its bytes, read once: what is hashed is what is decoded."""
+def read_image(path: Path, *, sha256: str | None = None) -> Decoded:
+    """Read an image as (H, W, 3) uint8 RGB, upright (EXIF orientation applied).
 
-    path: Path
-    content: bytes
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the content, as 64 hexadecimal digits."""
-        return hashlib.sha256(self.content).hexdigest()
-
-
-def read_file(path: Path, *, sha256: str | None = None) -> InputFile:
-    """Read the file of an image or a mask.
+    Grey images are repeated over the channels, alpha is dropped. Images with more than 8 bits a
+    channel are scaled from their own minimum and maximum to 0..255, because scanners store 10 to
+    14 significant bits in 16-bit files and do not say how many.
 
     Raises:
-        DataError: it is missing, too large, cannot be read, or has another digest than ``sha256``.
+        DataError: the file is missing, too large, damaged or no image, cannot be read, or has
+        another digest than ``sha256``.
     """
+    image, digest = _open(path, sha256)
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return Decoded(np.asarray(image.convert("RGB"), dtype=np.uint8), digest)
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise DataError(f"{path}: values are not finite (NaN or infinity); replace or remove it")
+    low, high = float(values.min()), float(values.max())
+    scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
+    return Decoded(np.repeat(np.rint(scaled).astype(np.uint8)[:, :, None], 3, axis=2), digest)
+
+
+def read_mask(
+    path: Path, *, size_hw: tuple[int, ...], num_classes: int, sha256: str | None = None
+) -> Decoded:
+    """Read a mask as class indices (H, W) uint8 in 0..K.
+
+    With one class any non-zero value is foreground; with more, values are class indices.
+
+    Raises:
+        DataError: as ``read_image``; or another size than its image's, several channels, or an
+        unknown class.
+    """
+    image, digest = _open(path, sha256)
+    values = np.asarray(image)
+    if image.mode in ("RGB", "RGBA", "LA"):
+        channels = np.asarray(image.convert("RGB"))
+        values = channels[:, :, 0]
+        if (channels != channels[:, :, :1]).any():
+            raise DataError(f"{path}: a colour image; expected class indices in one channel")
+    if values.shape != size_hw:
+        raise DataError(
+            f"{path}: mask is {values.shape[1]} x {values.shape[0]} pixels, its image is "
+            f"{size_hw[1]} x {size_hw[0]}; they must be equal"
+        )
+    values = (values != 0) if num_classes == 1 else values.astype(np.int64)
+    if values.max(initial=0) > num_classes:
+        raise DataError(
+            f"{path}: found class {values.max()}, expected 0..{num_classes} (data.num_classes)"
+        )
+    return Decoded(values.astype(np.uint8), digest)
+
+
+def load_image(root: Path, file: str, *, sha256: str) -> Pixels:
+    """Return the image ``root/file``, refusing one that changed since ``samfed prepare``."""
+    return read_image(root / file, sha256=sha256).pixels
+
+
+def _open(path: Path, sha256: str | None) -> tuple[Image.Image, str]:
+    """Read a file once; return its first frame, upright, and its digest."""
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise DataError(f"{path}: {size} bytes; at most {MAX_BYTES} are read; scale it down")
-        file = InputFile(path, path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; run `samfed prepare` again") from error
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); check its permissions and its disk"
         ) from error
-    if sha256 is not None and file.sha256 != sha256:
+    digest = hashlib.sha256(content).hexdigest()
+    if sha256 not in (None, digest):
         raise DataError(f"{path}: changed since `samfed prepare`; run `samfed prepare` again")
-    return file
-
-
-def _decode(file: InputFile) -> Image.Image:
-    """Decode the first frame, upright (EXIF orientation applied)."""
-    path = file.path
     try:
-        with Image.open(io.BytesIO(file.content), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
                     f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are "
                     "read; scale it down"
                 )
             image.load()
-            return ImageOps.exif_transpose(image)
+            return ImageOps.exif_transpose(image), digest
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: not an image that can be read; replace or remove it") from error
     except (DataError, MemoryError):
@@ -189,70 +214,38 @@ def _decode(file: InputFile) -> Image.Image:
         raise DataError(f"{path}: damaged image ({reason}); replace or remove it") from error
 
 
-def decode_image(file: InputFile) -> NDArray[np.uint8]:
-    """Decode an image to (H, W, 3) uint8 RGB, upright (EXIF orientation applied).
-
-    Grey images are repeated over the channels, alpha is dropped. Images with more than 8 bits a
-    channel are scaled from their own minimum and maximum to 0..255, because scanners store 10 to
-    14 significant bits in 16-bit files and do not say how many.
-
-    Raises:
-        DataError: the file is truncated, has too many pixels, or is no image.
-    """
-    image = _decode(file)
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return np.asarray(image.convert("RGB"), dtype=np.uint8)
-    values = np.asarray(image, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise DataError(
-            f"{file.path}: values are not finite (NaN or infinity); replace or remove it"
-        )
-    low, high = float(values.min()), float(values.max())
-    scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-    return np.repeat(np.rint(scaled).astype(np.uint8)[:, :, None], 3, axis=2)
-
-
-def decode_mask(
-    file: InputFile, *, size_hw: tuple[int, int], num_classes: int
-) -> NDArray[np.uint8]:
-    """Decode a mask to class indices (H, W) uint8 in 0..K.
-
-    With one class any non-zero value is foreground; with more, values are class indices.
-
-    Raises:
-        DataError: unreadable, another size than its image, several channels, or an unknown class.
-    """
-    image = _decode(file)
-    values = np.asarray(image)
-    if image.mode in ("RGB", "RGBA", "LA"):
-        channels = np.asarray(image.convert("RGB"))
-        values = channels[:, :, 0]
-        if (channels != channels[:, :, :1]).any():
-            raise DataError(f"{file.path}: a colour image; expected class indices in one channel")
-    if values.shape != size_hw:
-        raise DataError(
-            f"{file.path}: mask is {values.shape[1]} x {values.shape[0]} pixels, its image is "
-            f"{size_hw[1]} x {size_hw[0]}; they must be equal"
-        )
-    values = (values != 0) if num_classes == 1 else values.astype(np.int64)
-    if values.max(initial=0) > num_classes:
-        raise DataError(
-            f"{file.path}: found class {values.max()}, expected 0..{num_classes} (data.num_classes)"
-        )
-    return values.astype(np.uint8)
-
-
-def load_image(root: Path, file: str, *, sha256: str) -> NDArray[np.uint8]:
-    """Decode the image ``root/file``, refusing one that changed since ``samfed prepare``."""
-    return decode_image(read_file(root / file, sha256=sha256))
-
-
-def resize_image(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+def resize_image(image: Pixels, size: int) -> Pixels:
     """Squash (H, W, 3) uint8 to the client's frame (size, size, 3), anti-aliased."""
-    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def resize_mask(mask: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+def resize_mask(mask: Pixels, size: int) -> Pixels:
     """Squash class indices (H, W) uint8 to (size, size), nearest neighbour."""
     return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+
+
+class LabelledImage(NamedTuple):
+    """An image (H, W, 3) uint8 at its own size, with its mask (H, W) uint8."""
+
+    image_id: str
+    image: Pixels
+    mask: Pixels
+
+
+def load_labelled(
+    config: Config, partition: Partition, ids: Sequence[str]
+) -> Iterator[LabelledImage]:
+    """Read labelled images (of D_p, or of a test part) at their own size, one at a time.
+
+    Raises:
+        DataError: an image or mask is missing, damaged, or changed since ``samfed prepare``.
+    """
+    root, classes = config.data.root, config.data.num_classes
+    for image_id in ids:
+        entry = partition.images[image_id]
+        if entry.mask is None:
+            raise DataError(f"image '{image_id}' is in a labelled part but has no mask")
+        image = load_image(root, entry.image, sha256=entry.image_sha256)
+        path, digest = root / entry.mask, entry.mask_sha256
+        mask = read_mask(path, size_hw=image.shape[:2], num_classes=classes, sha256=digest).pixels
+        yield LabelledImage(image_id, image, mask)

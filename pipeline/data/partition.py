@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,15 +27,20 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ImageEntry(_Model):
-    """One image: its files relative to ``data.root``, and their sha256."""
+class ImageFiles(_Model):
+    """One image of the input folder; paths are relative to ``data.root``."""
 
     image: FilePath
-    image_sha256: Sha256
     mask: FilePath | None = None
-    mask_sha256: Sha256 | None = None
     site: str
     group: str
+
+
+class ImageEntry(ImageFiles):
+    """The same with the files' sha256."""
+
+    image_sha256: Sha256
+    mask_sha256: Sha256 | None = None
 
 
 class ServerPart(_Model):
@@ -103,18 +108,25 @@ def load_partition(path: Path) -> Partition:
     return partition
 
 
-def read_partition_file(path: Path, image_ids: Container[str]) -> Partition:
-    """Read a published partition back in, and check that its images are among ``image_ids``.
+def read_partition_file(path: Path, entries: Mapping[str, ImageEntry]) -> Partition:
+    """Read a published partition back in; its images must be among ``entries``, with its digests.
 
     Raises:
-        ConfigError: no such file. DataError: it is no partition, or an image of it is missing.
+        ConfigError: no such file. DataError: it is no partition, or an image is missing or another.
     """
     if not path.is_file():
         raise ConfigError(f"partition.file: {path} does not exist")
     partition = load_partition(path)
-    for image_id in partition.images:
-        if image_id not in image_ids:
+    for image_id, expected in partition.images.items():
+        if image_id not in entries:
             raise DataError(f"{path}: image '{image_id}' is not in data.root; expected every one")
+        for kind in ("image", "mask"):
+            digest = getattr(expected, f"{kind}_sha256")
+            if digest not in (None, getattr(entries[image_id], f"{kind}_sha256")):
+                raise DataError(
+                    f"partition.file: {kind} of '{image_id}' has another sha256 than the partition "
+                    "says; use the files that it was made of"
+                )
     return partition
 
 
@@ -143,7 +155,6 @@ def _fault(partition: Partition) -> str | None:
                     if place_of.setdefault(key, place) != place:
                         return f"{key} is in {place_of[key]} and in {place}"
             if len(set(ids)) < len(ids):
-                return (
-                    f"image {next(i for i in ids if ids.count(i) > 1)} is listed twice in {place}"
-                )
+                twice = next(i for i in ids if ids.count(i) > 1)
+                return f"image {twice} is listed twice in {place}"
     return None

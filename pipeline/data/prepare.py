@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline.config import Config
 from pipeline.data.drawing import draw_partition
 from pipeline.data.images import (
-    ImageRecord,
-    decode_image,
-    decode_mask,
+    Pixels,
     load_image,
-    read_file,
+    load_labelled,
+    read_image,
+    read_mask,
     resize_image,
     resize_mask,
     scan,
 )
 from pipeline.data.partition import (
     ImageEntry,
+    ImageFiles,
     Partition,
     read_partition_file,
     save_partition,
 )
-from pipeline.data.public_set import load_labelled
 from pipeline.disk import discard, flush, folder_beside, writer_lock
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError
+from pipeline.progress import Progress
 from pipeline.stores.image_store import write_image_store
-
-Row = tuple[NDArray[np.uint8], NDArray[np.uint8] | None]  # image and label in the client's frame
-Progress = Callable[[str, int, int], None]  # what is being done, how much is done, of how much
 
 LABELLED_SPLITS = ("calibration", "val", "test")  # and the server's train
 
@@ -89,23 +84,20 @@ def prepare(
 
 def _plan(config: Config, advance: Progress) -> Partition:
     """Check every file, and draw the partition or read it back in; writes nothing."""
-    records = scan(config.data.root)
-    entries, foreground = {}, {}
-    for i, (image_id, record) in enumerate(records.items(), start=1):
-        entries[image_id], fraction = _check(config, record)
-        if fraction is not None:
-            foreground[image_id] = fraction
-        advance("checking images", i, len(records))
-    if config.partition.file is not None:
-        partition = read_partition_file(config.partition.file, records)
-        _check_digests(partition, entries)
-        return partition
-    server, clients = draw_partition(
-        records, config.partition, seed=config.seed, foreground=foreground
-    )
-    used = {i for p in (server, *clients.values()) for ids in p.model_dump().values() for i in ids}
+    found = scan(config.data.root)
+    entries, foreground = dict[str, ImageEntry](), dict[str, float]()
+    for i, (image_id, files) in enumerate(found.items(), start=1):
+        entries[image_id], mask = _check(config, files)
+        if mask is not None:
+            foreground[image_id] = float((mask > 0).mean())
+        advance("checking images", i, len(found))
+    settings = config.partition
+    if settings.file is not None:
+        return read_partition_file(settings.file, entries)
+    server, clients = draw_partition(entries, settings, seed=config.seed, foreground=foreground)
+    used = {i for part in (server, *clients.values()) for _, ids in part for i in ids}
     return Partition(
-        scheme=config.partition.scheme,
+        scheme=settings.scheme,
         seed=config.seed,
         server=server,
         clients=clients,
@@ -113,31 +105,14 @@ def _plan(config: Config, advance: Progress) -> Partition:
     )
 
 
-def _check(config: Config, record: ImageRecord) -> tuple[ImageEntry, float | None]:
-    """Decode and digest an image and its mask; returns the fraction of foreground if there is."""
-    file = read_file(config.data.root / record.image)
-    size_hw = decode_image(file).shape[:2]
-    entry = ImageEntry(
-        image=record.image, image_sha256=file.sha256, site=record.site, group=record.group
-    )
-    if record.mask is None:
-        return entry, None
-    file = read_file(config.data.root / record.mask)
-    mask = decode_mask(file, size_hw=size_hw, num_classes=config.data.num_classes)
-    labelled = entry.model_copy(update={"mask": record.mask, "mask_sha256": file.sha256})
-    return labelled, float((mask > 0).mean())
-
-
-def _check_digests(partition: Partition, entries: dict[str, ImageEntry]) -> None:
-    """Refuse other files than those that a published partition was made of."""
-    for image_id, expected in partition.images.items():
-        for key in ("image_sha256", "mask_sha256"):
-            digest = getattr(expected, key)
-            if digest is not None and getattr(entries[image_id], key) != digest:
-                raise DataError(
-                    f"partition.file: {key.removesuffix('_sha256')} of '{image_id}' has another "
-                    "sha256 than the partition says; use the files that it was made of"
-                )
+def _check(config: Config, files: ImageFiles) -> tuple[ImageEntry, Pixels | None]:
+    """Decode and digest an image and its mask, and return the mask if there is one."""
+    root, classes = config.data.root, config.data.num_classes
+    image, digest = read_image(root / files.image)
+    if files.mask is None:
+        return ImageEntry(**dict(files), image_sha256=digest), None
+    mask = read_mask(root / files.mask, size_hw=image.shape[:2], num_classes=classes)
+    return ImageEntry(**dict(files), image_sha256=digest, mask_sha256=mask.sha256), mask.pixels
 
 
 def _write(config: Config, partition: Partition, with_oracle: bool, advance: Progress) -> None:
@@ -151,15 +126,13 @@ def _write(config: Config, partition: Partition, with_oracle: bool, advance: Pro
         images = stack.enter_context(folder_beside(cache / "images"))
         for owner, split, ids in parts:
             labelled = owner == "server" or split in LABELLED_SPLITS
-            path = images / owner / f"{split}.zarr"
-            _write_store(path, config, partition, ids, labelled=labelled)
+            _write_store(images / owner / f"{split}.zarr", config, partition, ids, labelled)
             done += len(ids)
             advance("writing image stores", done, total)
         if with_oracle:
             oracle = stack.enter_context(folder_beside(cache / "oracle"))
             for client, part in partition.clients.items():
-                path = oracle / f"{client}.zarr"
-                _write_store(path, config, partition, part.train, labelled=True)
+                _write_store(oracle / f"{client}.zarr", config, partition, part.train, True)
         # a run that is killed from here on leaves no partition, never one of other stores
         (cache / "partition.json").unlink(missing_ok=True)
         flush(cache)
@@ -169,22 +142,19 @@ def _write(config: Config, partition: Partition, with_oracle: bool, advance: Pro
 
 
 def _write_store(
-    path: Path, config: Config, partition: Partition, ids: Sequence[str], *, labelled: bool
+    path: Path, config: Config, partition: Partition, ids: Sequence[str], labelled: bool
 ) -> None:
-    """Write the store of these images, if there are any."""
+    """Write the store of these images, if there are any, in the client's frame."""
+    data = config.data
+
+    def rows() -> Iterator[tuple[Pixels, Pixels | None]]:
+        if labelled:
+            for _, image, mask in load_labelled(config, partition, ids):
+                yield resize_image(image, data.image_size), resize_mask(mask, data.image_size)
+            return
+        for entry in (partition.images[image_id] for image_id in ids):
+            image = load_image(data.root, entry.image, sha256=entry.image_sha256)
+            yield resize_image(image, data.image_size), None
+
     if ids:
-        rows = _rows(config, partition, ids, labelled=labelled)
-        size, classes = config.data.image_size, config.data.num_classes
-        write_image_store(path, ids, rows, size=size, num_classes=classes)
-
-
-def _rows(
-    config: Config, partition: Partition, ids: Sequence[str], *, labelled: bool
-) -> Iterator[Row]:
-    root, size = config.data.root, config.data.image_size
-    if labelled:
-        for item in load_labelled(config, partition, ids):
-            yield resize_image(item.image, size), resize_mask(item.mask, size)
-        return
-    for entry in (partition.images[image_id] for image_id in ids):
-        yield resize_image(load_image(root, entry.image, sha256=entry.image_sha256), size), None
+        write_image_store(path, ids, rows(), size=data.image_size, num_classes=data.num_classes)

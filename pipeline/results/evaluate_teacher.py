@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config
-from pipeline.data.images import resize_image, resize_mask
+from pipeline.data.images import load_labelled, resize_image, resize_mask
 from pipeline.data.partition import Partition, load_partition
-from pipeline.data.public_set import load_labelled
 from pipeline.disk import write_bytes, write_json
 from pipeline.labelling.backoff import MemoryAwareTeacher
 from pipeline.progress import Progress

@@ -22,8 +22,8 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from pipeline.config import Config, SamConfig
+from pipeline.data.images import LabelledImage, load_labelled
 from pipeline.data.partition import Partition, load_partition
-from pipeline.data.public_set import LabelledImage, load_labelled
 from pipeline.disk import file_sha256, folder_beside, write_json, writer_lock
 from pipeline.runtime import resolve_device
 from pipeline.sam.checkpoints import State, base_checkpoint, build_base

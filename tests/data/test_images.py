@@ -12,10 +12,9 @@ from PIL import Image
 
 from pipeline.data import images
 from pipeline.data.images import (
-    decode_image,
-    decode_mask,
     load_image,
-    read_file,
+    read_image,
+    read_mask,
     resize_image,
     resize_mask,
     scan,
@@ -33,17 +32,13 @@ def save(path: Path, values: NDArray[np.generic], **options: object) -> Path:
     return path
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    return decode_image(read_file(path))
-
-
-def read_mask(path: Path, *, size_hw: tuple[int, int], num_classes: int) -> NDArray[np.uint8]:
-    return decode_mask(read_file(path), size_hw=size_hw, num_classes=num_classes)
+def read(path: Path) -> NDArray[np.uint8]:
+    return read_image(path).pixels
 
 
 def refusal(path: Path) -> str:
     with pytest.raises(DataError) as caught:
-        read_image(path)
+        read(path)
     text = str(caught.value)
     assert text.startswith(f"{path}: ")
     assert "\n" not in text
@@ -65,26 +60,26 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("suffix", ["png", "tif", "tiff", "bmp", "PNG"])
 def test_lossless_formats_keep_every_value(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"x.{suffix}", RGB)
-    found = read_image(path)
+    found = read(path)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, RGB)
 
 
 def test_jpeg(tmp_path: Path) -> None:
     smooth = np.full((16, 24, 3), (200, 100, 50), np.uint8)
-    found = read_image(save(tmp_path / "x.jpg", smooth, quality=95))
+    found = read(save(tmp_path / "x.jpg", smooth, quality=95))
     assert found.shape == (16, 24, 3)
     assert np.abs(found.astype(int) - smooth).max() <= 3
 
 
 def test_grey_is_repeated_over_the_channels(tmp_path: Path) -> None:
-    found = read_image(save(tmp_path / "x.png", RGB[:, :, 0]))
+    found = read(save(tmp_path / "x.png", RGB[:, :, 0]))
     np.testing.assert_array_equal(found, np.repeat(RGB[:, :, :1], 3, axis=2))
 
 
 def test_alpha_is_dropped(tmp_path: Path) -> None:
     rgba = np.concatenate([RGB, np.full((6, 4, 1), 7, np.uint8)], axis=2)
-    np.testing.assert_array_equal(read_image(save(tmp_path / "x.png", rgba)), RGB)
+    np.testing.assert_array_equal(read(save(tmp_path / "x.png", rgba)), RGB)
 
 
 @pytest.mark.parametrize("transparency", [None, 0, b"\x00\xff"])
@@ -94,26 +89,26 @@ def test_palette_gives_its_colours(tmp_path: Path, transparency: int | bytes | N
     extra = {} if transparency is None else {"transparency": transparency}
     image.save(tmp_path / "x.png", **extra)
     first, second = [10, 20, 30], [40, 50, 60]
-    assert read_image(tmp_path / "x.png").tolist() == [[first, second], [second, first]]
+    assert read(tmp_path / "x.png").tolist() == [[first, second], [second, first]]
 
 
 def test_one_bit(tmp_path: Path) -> None:
     bits = np.array([[True, False, True]])
-    found = read_image(save(tmp_path / "x.png", bits))
+    found = read(save(tmp_path / "x.png", bits))
     assert found[:, :, 0].tolist() == [[255, 0, 255]]
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_16_bit_is_scaled_from_its_own_range(tmp_path: Path, suffix: str) -> None:
     values = np.array([[1000, 2000], [3000, 1500]], np.uint16)
-    found = read_image(save(tmp_path / f"x.{suffix}", values))
+    found = read(save(tmp_path / f"x.{suffix}", values))
     assert found[:, :, 0].tolist() == [[0, 128], [255, 64]]  # 127.5 rounds to the even number
     assert (found == found[:, :, :1]).all()
 
 
 @pytest.mark.parametrize("value", [0, 4095, 65535])
 def test_a_constant_16_bit_image_is_black(tmp_path: Path, value: int) -> None:
-    found = read_image(save(tmp_path / "x.png", np.full((3, 2), value, np.uint16)))
+    found = read(save(tmp_path / "x.png", np.full((3, 2), value, np.uint16)))
     assert found.shape == (3, 2, 3)
     assert not found.any()
 
@@ -130,7 +125,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, suffix: str) -> None:
     wide[:, :16] = 255  # left half white
     exif = Image.Exif()
     exif[ORIENTATION] = 6  # to be turned by 90 degrees clockwise: left becomes top
-    found = read_image(save(tmp_path / f"x.{suffix}", wide, exif=exif))
+    found = read(save(tmp_path / f"x.{suffix}", wide, exif=exif))
     assert found.shape == (32, 16, 3)
     assert found[:14].min() > 250
     assert found[18:].max() < 5
@@ -139,7 +134,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, suffix: str) -> None:
 def test_only_the_first_page_of_a_tiff_is_read(tmp_path: Path) -> None:
     pages = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
     pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif"), RGB)
+    np.testing.assert_array_equal(read(tmp_path / "x.tif"), RGB)
 
 
 # --------------------------------------------------------------------------- damage
@@ -169,7 +164,7 @@ def test_damaged_bytes_give_an_image_or_a_refusal(tmp_path: Path, suffix: str) -
         path.write_bytes(bytes(content[: rng.integers(1, len(content) + 1)]))
         refused = ""
         try:
-            found = read_image(path)
+            found = read(path)
         except DataError as error:
             refused = str(error)
         if refused:
@@ -243,25 +238,25 @@ def test_gone_since_prepare(root: Path) -> None:
 @pytest.mark.parametrize("foreground", [1, 255])
 def test_binary_masks(tmp_path: Path, foreground: int) -> None:
     path = save(tmp_path / "m.png", np.array([[0, foreground]], np.uint8))
-    found = read_mask(path, size_hw=(1, 2), num_classes=1)
+    found = read_mask(path, size_hw=(1, 2), num_classes=1).pixels
     assert found.dtype == np.uint8
     assert found.tolist() == [[0, 1]]
 
 
 def test_a_grey_mask_in_three_channels_is_read(tmp_path: Path) -> None:
     path = save(tmp_path / "m.png", np.repeat(np.array([[[0], [255]]], np.uint8), 3, axis=2))
-    assert read_mask(path, size_hw=(1, 2), num_classes=1).tolist() == [[0, 1]]
+    assert read_mask(path, size_hw=(1, 2), num_classes=1).pixels.tolist() == [[0, 1]]
 
 
 def test_a_one_bit_and_a_palette_mask_are_read(tmp_path: Path) -> None:
     path = save(tmp_path / "m.png", np.array([[True, False]]))
-    assert read_mask(path, size_hw=(1, 2), num_classes=1).tolist() == [[1, 0]]
+    assert read_mask(path, size_hw=(1, 2), num_classes=1).pixels.tolist() == [[1, 0]]
     palette = Image.fromarray(np.array([[2, 0, 1]], np.uint8)).convert("P")
     palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
     palette = Image.frombytes("P", (3, 1), bytes([2, 0, 1]))
     palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
     palette.save(path)
-    assert read_mask(path, size_hw=(1, 3), num_classes=2).tolist() == [[2, 0, 1]]
+    assert read_mask(path, size_hw=(1, 3), num_classes=2).pixels.tolist() == [[2, 0, 1]]
 
 
 def test_a_colour_mask_is_refused(tmp_path: Path) -> None:
@@ -282,7 +277,7 @@ def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_class_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "m.png", np.array([[0, 1, 3]], np.uint8))
-    assert read_mask(path, size_hw=(1, 3), num_classes=3).tolist() == [[0, 1, 3]]
+    assert read_mask(path, size_hw=(1, 3), num_classes=3).pixels.tolist() == [[0, 1, 3]]
     with pytest.raises(DataError) as caught:
         read_mask(path, size_hw=(1, 3), num_classes=2)
     assert str(caught.value) == f"{path}: found class 3, expected 0..2 (data.num_classes)"
@@ -420,7 +415,9 @@ def test_a_wrong_sites_table(root: Path, text: str, expected: str) -> None:
 
 def test_a_sites_table_that_is_no_utf8(root: Path) -> None:
     write_sites(root, "image_id,site\na,K\u00f6ln\nb,x\n", "latin-1")
-    assert scan_refusal(root, "sites.csv") == ": not a UTF-8 table; save it as CSV in UTF-8"
+    text = scan_refusal(root, "sites.csv")
+    assert text.startswith(": damaged table ('utf-8' codec can't decode byte 0xf6")
+    assert text.endswith("; save it as CSV in UTF-8")
 
 
 def test_a_damaged_sites_table(root: Path) -> None:
@@ -441,4 +438,4 @@ def test_decoding_leaves_no_file_open(tmp_path: Path) -> None:
     Image.fromarray(RGB).save(noise, "png")
     (tmp_path / "x.png").write_bytes(noise.getvalue()[:-30])
     with pytest.raises(DataError):
-        read_image(tmp_path / "x.png")
+        read(tmp_path / "x.png")

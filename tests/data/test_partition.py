@@ -17,7 +17,6 @@ from PIL import Image
 
 from pipeline.config import PartitionConfig
 from pipeline.data.drawing import draw_partition
-from pipeline.data.images import ImageRecord
 from pipeline.data.partition import (
     ClientPart,
     ImageEntry,
@@ -30,7 +29,7 @@ from pipeline.data.partition import (
 from pipeline.data.prepare import prepare
 from pipeline.errors import ConfigError, DataError, StageError
 
-Records = dict[str, ImageRecord]
+Records = dict[str, ImageEntry]
 Drawn = tuple[ServerPart, dict[str, ClientPart]]
 
 
@@ -41,8 +40,12 @@ def make_records(groups: list[tuple[str, int, int]]) -> Records:
         for i in range(count):
             name = f"g{number:02d}_{i}"
             mask = None if i < bare else f"masks/{name}.png"
-            records[name] = ImageRecord(
-                name, f"images/{name}.png", mask, site, f"{site}/g{number:02d}"
+            records[name] = ImageEntry(
+                image=f"images/{name}.png",
+                image_sha256="0" * 64,
+                mask=mask,
+                site=site,
+                group=f"{site}/g{number:02d}",
             )
     return records
 
@@ -252,11 +255,7 @@ def test_dirichlet_over_size_needs_masks_at_the_clients() -> None:
 
 def as_partition(records: Records, drawn: Drawn) -> Partition:
     server, clients = drawn
-    entries = {
-        i: ImageEntry(image=r.image, image_sha256="0" * 64, site=r.site, group=r.group)
-        for i, r in sorted(records.items())
-    }
-    return Partition(scheme="iid", seed=0, server=server, clients=clients, images=entries)
+    return Partition(scheme="iid", seed=0, server=server, clients=clients, images=records)
 
 
 @pytest.fixture

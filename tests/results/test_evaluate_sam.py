@@ -17,10 +17,9 @@ from conftest import copy_cache, tiny_config
 from page_reader import Page, pictures
 
 from pipeline.config import Config, with_settings
-from pipeline.data.images import resize_mask
+from pipeline.data.images import load_labelled, resize_mask
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
-from pipeline.data.public_set import load_labelled
 from pipeline.results.evaluate_teacher import EXAMPLES, TEACHERS, evaluate_teacher
 from pipeline.results.teacher_page import render_evaluation
 from pipeline.sam.finetune import finetune

@@ -17,9 +17,9 @@ import torch
 from conftest import tiny_config
 
 from pipeline.config import Config
+from pipeline.data.images import load_labelled
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
-from pipeline.data.public_set import load_labelled
 from pipeline.disk import file_sha256
 from pipeline.labelling.precompute import precompute
 from pipeline.results.evaluate_teacher import evaluate_teacher
