@@ -16,7 +16,6 @@ import yaml
 from matplotlib.figure import Figure
 
 from pipeline.disk import write_bytes
-from pipeline.errors import StageError
 from pipeline.federation.examples import Example
 from pipeline.federation.runs import RunFolder
 from pipeline.results.curves import column, run_curves, validation_curves
@@ -90,11 +89,7 @@ def write_report(
         StageError, ConfigError, DataError: as ``read_run`` and ``RunFolder.examples``.
     """
     summaries = [read_run(run) for run in runs]
-    try:
-        examples = runs[-1].examples()
-    except StageError:  # until federate writes them
-        examples = []
-    page = render_report(summaries, examples, title=title)
+    page = render_report(summaries, runs[-1].examples(), title=title)
     report = Report(path or runs[-1].path / "report.html")
     write_bytes(report.path, page.encode())
     return report

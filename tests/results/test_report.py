@@ -164,13 +164,16 @@ def test_report_of_a_run(shared_pipeline: Config, tmp_path: Path) -> None:
         ("history.jsonl", "holds no round yet", "federate"),
         ("metrics.json", "not found", "evaluate"),
         ("per_image.csv", "not found", "evaluate"),
+        ("sam_fed", "no example images", "federate"),
     ],
 )
 def test_a_run_that_is_not_whole_names_the_stage(
     shared_pipeline: Config, tmp_path: Path, file: str, fault: str, command: str
 ) -> None:
     folder = RunFolder(copy_cache(shared_pipeline, tmp_path, ("runs",)).cache.root / "runs/sam_fed")
-    (folder.path / file).unlink()
+    lost = [folder.path / file] if "." in file else [*folder.path.rglob("examples.safetensors")]
+    for path in lost:
+        path.unlink()
     with pytest.raises(StageError, match=rf"{file}: {fault}; run `samfed {command}` first$"):
         write_report([folder])
 
