@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -36,7 +35,7 @@ class PublicRows:
 
     train: tuple[str, ...]  # image ids
     calibration: tuple[RowKey, ...]
-    calibration_groups: tuple[str, ...]
+    groups: tuple[str, ...]  # of the calibration images
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,22 @@ class ClientContext:
     def from_json(content: bytes) -> ClientContext:
         """Return what ``to_json`` wrote."""
         return TypeAdapter(ClientContext).validate_json(content)
+
+    def images(self, store: str, ids: Sequence[str], *, stage: str = "prepare") -> ImageSet:
+        """Read the image store ``store``, a path below the cache, which ``stage`` writes."""
+        data, path = self.config.data, self.config.cache.root / f"{store}.zarr"
+        size, classes = data.image_size, data.num_classes
+        return read_image_store(path, image_ids=ids, size=size, num_classes=classes, stage=stage)
+
+    def data(self, owner: str, store: str, rows: Sequence[RowKey]) -> ClientData:
+        """Read an owner's images, with the truth where the store has it and SAM's labels if any."""
+        stored, masks, confidences = self.images(store, [row.image_id for row in rows]), None, None
+        if self.identity is not None:
+            path = self.config.cache.root / "sam" / f"{owner}.zarr"
+            labels = read_labels(path, rows=rows, identity=self.identity)
+            masks, confidences = map(torch.from_numpy, (labels.masks, labels.confidences))
+        truth = None if stored.labels is None else torch.from_numpy(stored.labels)
+        return ClientData(owner, as_tensor(stored), masks, confidences, truth)
 
 
 @dataclass(frozen=True)
@@ -115,45 +130,33 @@ def load_inputs(config: Config) -> RunInputs:
 
 def load_public(context: ClientContext) -> PublicSet:
     """Read D_p, with SAM's labels of its calibration part where labels are asked for."""
-    rows, masks, confidences = context.public, None, None
-    train = _read_images(context, "images/server/train", rows.train)
-    ids = [row.image_id for row in rows.calibration]
-    calibration = _read_images(context, "images/server/calibration", ids)
-    if context.identity is not None:
-        masks, confidences = _read_sam(context, "server", rows.calibration)
-    return PublicSet(
-        images=as_tensor(train),
-        labels=_labels(train),
-        calibration_images=as_tensor(calibration),
-        calibration_labels=_labels(calibration),
-        calibration_groups=rows.calibration_groups,
-        calibration_masks=masks,
-        calibration_confidences=confidences,
-    )
+    rows = context.public
+    train = context.images("images/server/train", rows.train)
+    calibration = context.data("server", "images/server/calibration", rows.calibration)
+    return PublicSet(as_tensor(train), _labels(train), calibration, rows.groups)
 
 
 def load_client(context: ClientContext) -> ClientData:
     """Read a client's training images, and the labels that the method asks for."""
     name, settings = context.name, context.config.federate
-    traits, ids = METHODS[settings.method], [row.image_id for row in context.train]
-    images, truth = as_tensor(_read_images(context, f"images/{name}/train", ids)), None
+    traits = METHODS[settings.method]
+    data = context.data(name, f"images/{name}/train", context.train)
     if traits.needs_truth or (settings.audit and traits.target != "none"):
-        stage = "prepare --with-oracle"
-        truth = _labels(_read_images(context, f"oracle/{name}", ids, stage=stage))
+        ids, stage = [row.image_id for row in context.train], "prepare --with-oracle"
+        data = replace(data, truth=_labels(context.images(f"oracle/{name}", ids, stage=stage)))
     if traits.needs_truth:
-        return ClientData(name, images, masks=truth)
-    if context.identity is None:
-        return ClientData(name, images, truth=truth)
-    masks, confidences = _read_sam(context, name, context.train)
-    rows: NDArray[np.int64] = np.arange(len(images))
-    if traits.shuffles_labels:  # the control: real labels, of the wrong images
-        rows = np.random.default_rng([context.config.seed, 2, context.index]).permutation(rows)
-    return ClientData(name, images, masks[rows], confidences[rows], truth)
+        return replace(data, masks=data.truth, truth=None)
+    if traits.shuffles_labels and data.masks is not None and data.confidences is not None:
+        # the control: real labels, of the wrong images
+        rng = np.random.default_rng([context.config.seed, 2, context.index])
+        rows = torch.from_numpy(rng.permutation(len(data.images)))
+        return replace(data, masks=data.masks[rows], confidences=data.confidences[rows])
+    return data
 
 
 def load_part(context: ClientContext, part: Literal["val", "test"]) -> ImageSet:
     """Read a client's validation or test part, with its labels."""
-    return _read_images(context, f"images/{context.name}/{part}", getattr(context, part))
+    return context.images(f"images/{context.name}/{part}", getattr(context, part))
 
 
 def flip_dice(context: ClientContext) -> float | None:
@@ -173,28 +176,6 @@ def _expected_identity(config: Config, partition: Partition) -> Identity:
         precision = config.precompute.precision
         return card.identity(label_size=config.data.image_size, precision=precision)
     return LabelStore(config.cache.root / "sam" / "server.zarr").identity
-
-
-def _read_images(
-    context: ClientContext, store: str, ids: Sequence[str], *, stage: str = "prepare"
-) -> ImageSet:
-    data = context.config.data
-    return read_image_store(
-        context.config.cache.root / f"{store}.zarr",
-        image_ids=ids,
-        size=data.image_size,
-        num_classes=data.num_classes,
-        stage=stage,
-    )
-
-
-def _read_sam(context: ClientContext, owner: str, rows: Sequence[RowKey]) -> tuple[Tensor, Tensor]:
-    """Return SAM's masks and confidences, (N, S, S) uint8."""
-    path = context.config.cache.root / "sam" / f"{owner}.zarr"
-    if context.identity is None:
-        raise ValueError("no labels are asked for")
-    labels = read_labels(path, rows=rows, identity=context.identity)
-    return torch.from_numpy(labels.masks), torch.from_numpy(labels.confidences)
 
 
 def _labels(stored: ImageSet) -> Tensor:

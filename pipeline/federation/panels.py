@@ -1,18 +1,19 @@
-"""Making a run's example images, of D_p at whoever has the model and of a client at the client."""
+"""Making example images: of D_p where the model is, and of a client at the client."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.federation.agreement import AgreementState, Calibration, Sources, agree
+from pipeline.federation.agreement import AgreementState, Calibration, agree
 from pipeline.federation.examples import Example
-from pipeline.federation.targets import agreement_rule
+from pipeline.federation.targets import agreement_rule, sources_of
 from pipeline.federation.views import ClientData, PublicSet
-from pipeline.segmentation.networks import predict_probabilities
+from pipeline.segmentation.networks import predict_masks
 
 _PUBLIC_EXAMPLES = 4
 _CLIENT_EXAMPLES = 1
@@ -22,17 +23,9 @@ def public_examples(
     model: nn.Module, public: PublicSet, calibration: Calibration, *, config: Config
 ) -> list[Example]:
     """Return the first images of D_p's calibration part, where the truth is known."""
-    shown = slice(0, _PUBLIC_EXAMPLES)
-    data = ClientData(
-        "server",
-        public.calibration_images[shown],
-        _part(public.calibration_masks, shown),
-        _part(public.calibration_confidences, shown),
-        public.calibration_labels[shown],
-    )
     initial = AgreementState.initial(config.data.num_classes)
-    state = AgreementState(initial.class_confidence, calibration)
-    return _examples(model, data, state, config=config)
+    shown = public.calibration.first(_PUBLIC_EXAMPLES)
+    return _examples(model, shown, replace(initial, calibration=calibration), config)
 
 
 def client_examples(
@@ -42,25 +35,19 @@ def client_examples(
 
     Its truth is shown only where the method trains on it, not where an audit scores against it.
     """
-    shown, labelled = slice(0, _CLIENT_EXAMPLES), client.confidences is not None
-    data = ClientData(
-        client.name,
-        client.images[shown],
-        _part(client.masks, shown) if labelled else None,
-        _part(client.confidences, shown),
-        None if labelled else _part(client.masks, shown),
-    )
-    return _examples(model, data, state, config=config)
+    shown = replace(client.first(_CLIENT_EXAMPLES), truth=None)
+    if shown.confidences is None:
+        shown = replace(shown, truth=shown.masks, masks=None)
+    return _examples(model, shown, state, config)
 
 
 def _examples(
-    model: nn.Module, data: ClientData, state: AgreementState, *, config: Config
+    model: nn.Module, shown: ClientData, state: AgreementState, config: Config
 ) -> list[Example]:
     """Return an example of each image; without SAM's labels there is no weight either."""
-    probabilities = predict_probabilities(model, data.images)
     weight: Tensor | None = None
-    if data.masks is not None and data.confidences is not None:
-        sources = Sources(data.masks.long(), data.confidences.float() / 255, probabilities)
+    if shown.masks is not None:
+        sources = sources_of(model, shown)
         weight = agree(sources, config=agreement_rule(config), state=state).weight
 
     def panel(values: Tensor | None, row: int) -> NDArray[Any] | None:
@@ -68,16 +55,12 @@ def _examples(
 
     return [
         Example(
-            caption=f"{data.name}, image {row + 1}",
-            image=image.permute(1, 2, 0).contiguous().numpy(),
-            truth=panel(data.truth, row),
-            sam=panel(data.masks, row),
-            prediction=probabilities[row].argmax(dim=0).byte().numpy(),
+            caption=f"{shown.name}, image {row + 1}",
+            image=shown.images[row].permute(1, 2, 0).contiguous().numpy(),
+            truth=panel(shown.truth, row),
+            sam=panel(shown.masks, row),
+            prediction=mask.numpy(),
             weight=panel(weight, row),
         )
-        for row, image in enumerate(data.images)
+        for row, mask in enumerate(predict_masks(model, shown.images))
     ]
-
-
-def _part(values: Tensor | None, rows: slice) -> Tensor | None:
-    return None if values is None else values[rows]

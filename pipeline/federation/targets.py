@@ -64,23 +64,26 @@ def agreement_rule(config: Config) -> AgreementConfig:
     return config.agreement
 
 
+def sources_of(model: nn.Module, data: ClientData) -> Sources:
+    """Return what SAM and ``model`` say of the images as they are."""
+    masks, confidences = _given(data.masks), _given(data.confidences)
+    probabilities = predict_probabilities(model, data.images)
+    return Sources(masks.long(), confidences.float() / 255, probabilities)
+
+
 def measure_calibration(model: nn.Module, public: PublicSet, config: Config) -> Calibration:
     """Return both sources' calibration on D_p's calibration part, for the weights as they are.
 
     It is the identity for methods and rules that do not use it, and with ``agreement.calibrate``
     off.
     """
-    rule, masks = config.agreement, public.calibration_masks
+    rule = config.agreement
     adapts = METHODS[config.federate.method].uses_agreement and rule.rule == "adaptive"
-    if not (adapts and rule.calibrate) or masks is None or public.calibration_confidences is None:
+    if not (adapts and rule.calibrate):
         return Calibration()
-    sources = Sources(
-        masks.long(),
-        public.calibration_confidences.float() / 255,
-        predict_probabilities(model, public.calibration_images),
-    )
-    truth = public.calibration_labels.long()
-    return calibrate(sources, truth, groups=public.calibration_groups, config=rule)
+    truth = _given(public.calibration.truth).long()
+    sources = sources_of(model, public.calibration)
+    return calibrate(sources, truth, groups=public.groups, config=rule)
 
 
 def _agree(learner: Learner, views: Views) -> PseudoLabel:

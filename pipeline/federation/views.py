@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -21,28 +22,12 @@ from pipeline.stores.image_store import ImageSet
 
 
 @dataclass(frozen=True)
-class PublicSet:
-    """D_p, which every client holds. Images (N, 3, S, S) uint8, labels (N, S, S) uint8.
-
-    The calibration part carries the teacher's labels too where the method uses SAM.
-    """
-
-    images: Tensor
-    labels: Tensor
-    calibration_images: Tensor
-    calibration_labels: Tensor
-    calibration_groups: tuple[str, ...]
-    calibration_masks: Tensor | None = None
-    calibration_confidences: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class ClientData:
-    """A client's unlabelled images (N, 3, S, S) uint8 and what labels them, (N, S, S) uint8.
+    """Images (N, 3, S, S) uint8 of one owner and what labels them, (N, S, S) uint8.
 
     ``masks`` and ``confidences`` come from the label store (SAM methods); for ``oracle`` the masks
-    are the truth. Both are None where the method uses neither. ``truth`` is there for an audit
-    alone: it scores pseudo-labels and never trains anything.
+    are the truth. Both are None where the method uses neither. A client's ``truth`` is there for an
+    audit alone: it scores pseudo-labels and never trains anything.
     """
 
     name: str
@@ -50,6 +35,21 @@ class ClientData:
     masks: Tensor | None = None
     confidences: Tensor | None = None
     truth: Tensor | None = None
+
+    def first(self, count: int) -> ClientData:
+        """Return the first ``count`` images with all that is known of them."""
+        parts: Any = {k: v[:count] for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **parts)
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """D_p, which every client holds. Images (N, 3, S, S) uint8, labels (N, S, S) uint8."""
+
+    images: Tensor  # of the training part
+    labels: Tensor
+    calibration: ClientData  # with the truth, and with SAM's labels where the method uses SAM
+    groups: tuple[str, ...]  # of the calibration images
 
 
 def as_tensor(stored: ImageSet) -> Tensor:

@@ -15,7 +15,7 @@ from pipeline.federation.exchange import Exchange
 from pipeline.federation.inputs import load_inputs, load_part
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.server import federate
-from pipeline.federation.views import PublicSet
+from pipeline.federation.views import ClientData, PublicSet
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.results.evaluate import evaluate
 from pipeline.segmentation.networks import build_model
@@ -127,7 +127,7 @@ def test_a_network_that_no_client_would_get_is_refused(labelled: Config) -> None
 def test_a_public_set_too_small_for_a_batch_is_refused(labelled: Config) -> None:
     """Batch norm cannot train on one image; a traceback in round 1 would come hours too late."""
     one, mask = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, 32, 32)
-    public = PublicSet(one, mask, one, mask, ("a",))
+    public = PublicSet(one, mask, ClientData("server", one, truth=mask), ("a",))
     config = named(labelled, "small")
     with pytest.raises(ConfigError, match=r"D_p's training part has 1 image.*server_images"):
         Exchange(config, Workplace(config, public, {}), 4)

@@ -63,7 +63,8 @@ def make_data() -> tuple[PublicSet, ClientData]:
     images, labels = blobs(6, 0)
     calibration, truth = blobs(6, 1)
     sure = torch.full(truth.shape, 240, dtype=torch.uint8)
-    public = PublicSet(images, labels, calibration, truth, tuple("abcdef"), truth, sure)
+    known = ClientData("server", calibration, truth, sure, truth)
+    public = PublicSet(images, labels, known, tuple("abcdef"))
     own, masks = blobs(8, 2)
     return public, ClientData("one", own, masks, torch.full(masks.shape, 240, dtype=torch.uint8))
 
