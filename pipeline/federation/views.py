@@ -11,7 +11,6 @@ from torch import Generator, Tensor
 from pipeline.segmentation.augmentation import (
     LIGHT,
     STRONG,
-    Geometry,
     change_appearance,
     random_affine,
     sampling_grid,
@@ -73,7 +72,7 @@ def labelled_batch(
 ) -> tuple[Tensor, Tensor]:
     """Draw an augmented labelled batch: images (B, 3, S, S) float 0..1, truth (B, S, S) int64."""
     chosen = _choose(len(public.images), size, generator)
-    grid = sampling_grid(random_affine(len(chosen), Geometry(), generator), public.images)
+    grid = sampling_grid(random_affine(len(chosen), generator), public.images)
     images = warp_images(public.images[chosen].float() / 255, grid)
     images = change_appearance(images, STRONG, generator)
     truth = warp_labels(public.labels[chosen], grid).long()
@@ -83,7 +82,7 @@ def labelled_batch(
 def draw_views(client: ClientData, size: int, generator: Generator, device: torch.device) -> Views:
     """Draw a weak and a strong view of ``size`` of the client's images."""
     chosen = _choose(len(client.images), size, generator)
-    grid = sampling_grid(random_affine(len(chosen), Geometry(), generator), client.images)
+    grid = sampling_grid(random_affine(len(chosen), generator), client.images)
     base = warp_images(client.images[chosen].float() / 255, grid)
     weak = change_appearance(base, LIGHT, generator)
     strong = change_appearance(base, STRONG, generator)

@@ -33,7 +33,6 @@ from pipeline.sam.prompts import MULTIMASK, PointGrid, check_prompt
 from pipeline.sam.teacher import ADAPTER_FILE, Teacher, forward
 from pipeline.segmentation.augmentation import (
     HEAVY,
-    Geometry,
     change_appearance,
     random_affine,
     sampling_grid,
@@ -234,7 +233,7 @@ def _warm_up_then_decay(settings: SamConfig, steps: int) -> Callable[[int], floa
 
 def _augment(pixels: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw a random view of frames: images (B, 3, S, S) float in 0..255, masks (B, S, S) uint8."""
-    maps = random_affine(len(pixels), Geometry(), generator)
+    maps = random_affine(len(pixels), generator)
     images = warp_images(pixels.float() / 255, sampling_grid(maps, pixels), padding="zeros")
     target = warp_labels(masks, sampling_grid(maps, masks), padding="zeros", fill=IGNORE)
     return change_appearance(images, HEAVY, generator) * 255, target

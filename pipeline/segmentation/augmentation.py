@@ -19,15 +19,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Limits of the random affine map; flips and quarter turns are always drawn."""
-
-    rotation_deg: float = 20.0
-    scale: float = 0.2  # relative, either way
-    shift: float = 0.08  # of the image's side, either way
+_ROTATION_DEG = 20.0
+_SCALE = 0.2  # relative, either way
+_SHIFT = 0.08  # of the image's side, either way
 
 
 @dataclass(frozen=True)
@@ -48,19 +42,20 @@ LIGHT = Photometry(0.1, 0.15, 0.2, 0.04, 0.0, 0.0)
 HEAVY = Photometry(0.3, 0.5, 0.8, 0.2, 0.3, 0.05)
 
 
-def random_affine(count: int, limits: Geometry, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` maps (count, 2, 3) from output to input, in coordinates -1..1."""
+def random_affine(count: int, generator: torch.Generator) -> Tensor:
+    """Draw ``count`` maps (count, 2, 3) from output to input, in coordinates -1..1.
+
+    Flips, quarter turns, and a small rotation, change of scale and shift.
+    """
     draw = torch.rand((count, 7), generator=generator)
     turns = (draw[:, 0] * 4).floor() * (math.pi / 2)
-    angle = turns + (draw[:, 1] * 2 - 1) * math.radians(limits.rotation_deg)
-    zoom = 1 + (draw[:, 2] * 2 - 1) * limits.scale
+    angle = turns + (draw[:, 1] * 2 - 1) * math.radians(_ROTATION_DEG)
+    zoom = 1 + (draw[:, 2] * 2 - 1) * _SCALE
     flip = torch.where(draw[:, 3] < 0.5, -1.0, 1.0)
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-    shift = (draw[:, 4:6] * 2 - 1) * limits.shift * 2
-    rows = torch.stack(
-        [torch.stack([cos * flip, -sin], dim=1), torch.stack([sin * flip, cos], dim=1)], dim=1
-    )
-    return torch.cat([rows, shift[:, :, None]], dim=2)
+    shift = (draw[:, 4:6] * 2 - 1) * _SHIFT * 2
+    columns = [torch.stack(pair, dim=1) for pair in ((cos * flip, sin * flip), (-sin, cos))]
+    return torch.stack([*columns, shift], dim=2)
 
 
 def sampling_grid(maps: Tensor, pixels: Tensor) -> Tensor:
@@ -68,8 +63,7 @@ def sampling_grid(maps: Tensor, pixels: Tensor) -> Tensor:
 
     It costs half of a resampling, so images and their labels share one.
     """
-    shape = [len(maps), 1, *pixels.shape[-2:]]
-    return F.affine_grid(maps, shape, align_corners=False)
+    return F.affine_grid(maps, [len(maps), 1, *pixels.shape[-2:]], align_corners=False)
 
 
 def warp_images(images: Tensor, grid: Tensor, *, padding: str = "reflection") -> Tensor:
@@ -91,10 +85,9 @@ def warp_labels(
 
 def change_appearance(images: Tensor, limits: Photometry, generator: torch.Generator) -> Tensor:
     """Change light, contrast, colour, blur and noise of images (B, 3, H, W) in 0..1 at random."""
-    count = images.shape[0]
 
     def uniform(limit: float, channels: int = 1) -> Tensor:
-        draw = torch.rand((count, channels, 1, 1), generator=generator)
+        draw = torch.rand((len(images), channels, 1, 1), generator=generator)
         return ((draw * 2 - 1) * limit).to(images)
 
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
@@ -102,11 +95,11 @@ def change_appearance(images: Tensor, limits: Photometry, generator: torch.Gener
     grey = (out * out.new_tensor(_GREY)[None, :, None, None]).sum(dim=1, keepdim=True)
     out = grey + (out - grey) * (1 + uniform(limits.saturation))
     out = out + uniform(limits.colour_cast, 3)
-    blurs = limits.blur_probability
-    if blurs > 0 and torch.rand((), generator=generator) < blurs:
+    chance = limits.blur_probability
+    if chance > 0 and torch.rand((), generator=generator) < chance:
         sigma = 0.3 + float(torch.rand((), generator=generator))
         out = gaussian_blur(out, [5, 5], [sigma, sigma])
     if limits.noise > 0:
-        strength = torch.rand((count, 1, 1, 1), generator=generator) * limits.noise
+        strength = torch.rand((len(images), 1, 1, 1), generator=generator) * limits.noise
         out = out + (torch.randn(out.shape, generator=generator) * strength).to(out)
     return out.clamp(0, 1)

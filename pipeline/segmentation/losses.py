@@ -20,11 +20,10 @@ def dice_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> T
         weight: (B, H, W) float in [0, 1]; ones if None.
     """
     valid = (target != IGNORE).to(logits.dtype)
-    weight = valid if weight is None else weight * valid
+    weight = (valid if weight is None else weight * valid)[:, None]
     probability = logits.softmax(dim=1)[:, 1:]
     classes = torch.arange(1, logits.shape[1], device=logits.device)
     truth = (target[:, None] == classes[None, :, None, None]).to(logits.dtype)
-    weight = weight[:, None]
     axes = (0, 2, 3)
     overlap = (weight * probability * truth).sum(dim=axes)
     total = (weight * (probability + truth)).sum(dim=axes)
@@ -61,7 +60,15 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -
     Args:
         student, teacher: logits (B, K+1, H, W).
     """
+    return divergence(student, teacher, temperature).sum(dim=1).mean() * temperature**2
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return KL's summands ``p (log p - log q)``, p and q the softmax at ``temperature``.
+
+    Args:
+        student, teacher: logits (B, K+1, H, W) behind q and p.
+    """
     student_log = F.log_softmax(student / temperature, dim=1)
     teacher_log = F.log_softmax(teacher / temperature, dim=1)
-    divergence = (teacher_log.exp() * (teacher_log - student_log)).sum(dim=1)
-    return divergence.mean() * temperature**2
+    return teacher_log.exp() * (teacher_log - student_log)

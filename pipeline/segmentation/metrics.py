@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_erosion, distance_transform_edt
+from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 
 BoolMask = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
+_RESAMPLES = 1000  # of the bootstrap
 _EXACT_GROUPS = 14  # up to so many, all sign patterns are counted: 2^14 are a moment's work
+_FLIPS = 10_000  # random sign patterns where there are more groups
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,17 @@ def image_metrics(
 
     Args:
         prediction, truth: (H, W) uint8, 0 = background, 1..K = foreground classes.
-        num_classes: K, the number of foreground classes.
+        num_classes: K, at least 1.
 
     Raises:
-        ValueError: shapes or dtypes do not match, or a value is above K.
+        ValueError: the masks differ in shape, are empty, or hold a value above K.
     """
     _check_masks(prediction, truth, num_classes)
     per_class = [_class_metrics(prediction == k, truth == k) for k in range(1, num_classes + 1)]
     table = np.array(per_class, dtype=np.float64)  # (K, 6)
     defined = table[~np.isnan(table[:, 4]), 4:]
     of_defined = defined.mean(axis=0) if len(defined) else (math.nan, math.nan)
-    return ImageMetrics(*(float(value) for value in (*table[:, :4].mean(axis=0), *of_defined)))
+    return ImageMetrics(*map(float, (*table[:, :4].mean(axis=0), *of_defined)))
 
 
 def dice_score(
@@ -66,37 +68,30 @@ def dice_score(
     return float(np.mean([_overlap(prediction == k, truth == k)[0] for k in classes]))
 
 
-def summarise(
-    rows: Sequence[ImageMetrics], groups: Sequence[str], *, seed: int, resamples: int = 1000
-) -> dict[str, Any]:
+def summarise(rows: Sequence[ImageMetrics], groups: Sequence[str], *, seed: int) -> dict[str, Any]:
     """Average over images, with 95 % percentile bootstrap intervals that resample whole groups.
 
     Images of one patient or video resemble each other: resampling single images would make the
     interval too narrow. With a single group the interval has no width and says nothing.
 
     Args:
-        rows: N images' metrics. groups: the patient or video of each of them.
-        seed: of the ``resamples`` bootstrap draws; the same seed gives the same interval.
+        rows: N images' metrics, at least one. groups: the patient or video of each of them.
+        seed: of the bootstrap draws; the same seed gives the same interval.
 
     Returns:
-        JSON-ready: ``n``; ``dice``, ``iou`` (0..1), ``hd95``, ``assd`` (px); ``dice_ci95``,
-        ``hd95_ci95`` as [low, high]; ``hd95_defined``, ``assd_defined`` (px), the means over the
-        images where they are defined, None if there is none.
+        JSON-ready: ``n``; the means of ``ImageMetrics``' fields, those ``_defined`` over the images
+        where they are (None if there is none); ``dice_ci95``, ``hd95_ci95`` as [low, high].
 
     Raises:
-        ValueError: no rows, as many groups as rows are not given, or ``resamples`` below 1.
+        ValueError: as many groups as rows are not given.
     """
-    if not rows:
-        raise ValueError("no images to summarise; expected at least one row")
     table = np.array([astuple(row) for row in rows], dtype=np.float64)  # (N, 6)
-    dice, iou, hd95, assd = (float(value) for value in table[:, :4].mean(axis=0))
-    low, high = bootstrap_means(table[:, [0, 2]], groups, seed=seed, resamples=resamples)
+    low, high = bootstrap_means(table[:, [0, 2]], groups, seed=seed)
     return {
         "n": len(rows),
-        "dice": dice,
-        "iou": iou,
-        "hd95": hd95,
-        "assd": assd,
+        **dict(
+            zip(("dice", "iou", "hd95", "assd"), table[:, :4].mean(axis=0).tolist(), strict=True)
+        ),
         "dice_ci95": [float(low[0]), float(high[0])],
         "hd95_ci95": [float(low[1]), float(high[1])],
         "hd95_defined": _mean_of_defined(table[:, 4]),
@@ -105,7 +100,7 @@ def summarise(
 
 
 def bootstrap_means(
-    values: FloatArray, groups: Sequence[str], *, seed: int, resamples: int = 1000
+    values: FloatArray, groups: Sequence[str], *, seed: int
 ) -> tuple[FloatArray, FloatArray]:
     """Return 95 % percentile bootstrap intervals of means over images, resampling whole groups.
 
@@ -113,50 +108,39 @@ def bootstrap_means(
 
     Args:
         values: (N, M) float64, M values of each of N images. groups: N group names.
-        seed: of the ``resamples`` bootstrap draws.
 
     Returns:
         The 2.5th and the 97.5th percentiles, (M,) float64 each.
 
     Raises:
-        ValueError: as many groups as rows are not given, or ``resamples`` below 1.
+        ValueError: as many groups as rows are not given.
     """
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; expected at least 1")
     sums, counts = _group_sums(values, groups)
     # How often each of G groups is drawn in G draws with replacement is multinomial.
     draws = np.random.default_rng(seed).multinomial(
-        len(sums), np.full(len(sums), 1 / len(sums)), size=resamples
+        len(sums), np.full(len(sums), 1 / len(sums)), size=_RESAMPLES
     )
-    means = (draws @ sums) / (draws @ counts)[:, None]  # (resamples, M)
+    means = (draws @ sums) / (draws @ counts)[:, None]  # (_RESAMPLES, M)
     low, high = np.percentile(means, [2.5, 97.5], axis=0)
     return low, high
 
 
-def sign_flip_test(
-    differences: FloatArray, groups: Sequence[str], *, seed: int, flips: int = 10_000
-) -> float:
+def sign_flip_test(differences: FloatArray, groups: Sequence[str], *, seed: int) -> float:
     """Return p of a two-sided paired permutation test: may the mean difference be 0?
 
     If two methods are alike, the sign of a group's summed difference is chance; p is the share of
     sign patterns whose total lies at least as far from 0 as the one found (Fisher 1935).
-    All patterns are counted for up to 14 groups; for more, ``flips`` random ones and the one
-    found: p = (1 + count) / (1 + flips), never 0 (Phipson & Smyth 2010). With G groups p cannot
-    be below 2 / 2^G.
+    All patterns are counted for up to 14 groups; for more, 10,000 random ones and the one
+    found: p = (1 + count) / (1 + 10,000), never 0 (Phipson & Smyth 2010). With G groups p cannot
+    be below 2 / 2^G; it is 1 where all differences are 0.
 
     Args:
         differences: (N,) float64, one value for each of N images.
         groups: N group names; a group's sign is flipped as a whole.
-        seed: of the ``flips`` random patterns.
-
-    Returns:
-        p, above 0 and at most 1; 1 where all differences are 0.
 
     Raises:
-        ValueError: as many groups as differences are not given, or ``flips`` below 1.
+        ValueError: as many groups as differences are not given.
     """
-    if flips < 1:
-        raise ValueError(f"flips is {flips}; expected at least 1")
     sums = _group_sums(differences[:, None], groups)[0][:, 0]
     # patterns that tie with the one found differ from it by rounding alone
     bar = abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
@@ -164,23 +148,17 @@ def sign_flip_test(
     if exact:
         bits = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
     else:
-        bits = np.random.default_rng(seed).integers(0, 2, (flips, len(sums)), dtype=np.int8)
+        bits = np.random.default_rng(seed).integers(0, 2, (_FLIPS, len(sums)), dtype=np.int8)
     count = int(np.count_nonzero(np.abs((1 - 2 * bits) @ sums) >= bar))
-    return count / len(bits) if exact else (1 + count) / (1 + flips)
+    return count / len(bits) if exact else (1 + count) / (1 + _FLIPS)
 
 
 def _check_masks(prediction: NDArray[Any], truth: NDArray[Any], num_classes: int) -> None:
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; expected at least 1 foreground class")
-    for name, mask in (("prediction", prediction), ("truth", truth)):
-        if mask.dtype != np.uint8:
-            raise ValueError(f"{name} has dtype {mask.dtype}; expected uint8 class indices")
-        if mask.ndim != 2 or mask.size == 0:
-            raise ValueError(f"{name} has shape {mask.shape}; expected (H, W) with H, W > 0")
-        if mask.max() > num_classes:
-            raise ValueError(f"{name} holds class {mask.max()}; expected 0..{num_classes}")
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction has shape {prediction.shape} but truth {truth.shape}")
+    highest = max(prediction.max(), truth.max())
+    if highest > num_classes:  # would count as background in silence
+        raise ValueError(f"a mask holds class {highest}; expected 0..{num_classes}")
 
 
 def _overlap(prediction: BoolMask, truth: BoolMask) -> tuple[float, float]:
@@ -201,12 +179,8 @@ def _class_metrics(prediction: BoolMask, truth: BoolMask) -> tuple[float, ...]:
 
 def _surface_distances(prediction: BoolMask, truth: BoolMask) -> tuple[float, float]:
     """Return the HD95 and ASSD, px, of two non-empty (H, W) masks."""
-    either = prediction | truth
-    rows, columns = np.flatnonzero(either.any(axis=1)), np.flatnonzero(either.any(axis=0))
-    # Outside the box there is no surface, so the crop changes no distance and saves most of the
-    # work. Its rim of 1 px is background, also beyond the image's border: a mask that touches
-    # the border has a surface there, as in MedPy.
-    box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+    # Outside the box there is no surface, so the crop changes no distance and saves most work.
+    (box,) = find_objects((prediction | truth).astype(np.uint8))
     surface_p, surface_t = _surface(prediction[box]), _surface(truth[box])
     pooled = np.concatenate((_directed(surface_p, surface_t), _directed(surface_t, surface_p)))
     return float(np.percentile(pooled, 95)), float(pooled.mean())
@@ -222,7 +196,10 @@ def _directed(origin: BoolMask, target: BoolMask) -> FloatArray:
 
 
 def _surface(mask: BoolMask) -> BoolMask:
-    """Return the mask minus its erosion with 4-connectivity: (h, w) -> (h + 2, w + 2)."""
+    """Return the mask minus its erosion with 4-connectivity: (h, w) -> (h + 2, w + 2).
+
+    The rim of 1 px is background: a mask has a surface at the image's border, as in MedPy.
+    """
     padded = np.pad(mask, 1)
     surface: BoolMask = padded & ~binary_erosion(padded)
     return surface

@@ -19,12 +19,13 @@ from pipeline.errors import ConfigError, DataError
 
 State = dict[str, Tensor]
 
-_ARCHITECTURES: dict[str, Any] = {
-    "unet": smp.Unet,
-    "fpn": smp.FPN,
-    "linknet": smp.Linknet,
-    "deeplabv3plus": smp.DeepLabV3Plus,
-    "segformer": smp.Segformer,
+#: Class, and what it calls ``decoder_channels``: a list, one number, or nothing of the kind.
+_ARCHITECTURES: dict[str, tuple[Any, str | None]] = {
+    "unet": (smp.Unet, "decoder_channels"),
+    "fpn": (smp.FPN, None),
+    "linknet": (smp.Linknet, None),
+    "deeplabv3plus": (smp.DeepLabV3Plus, None),
+    "segformer": (smp.Segformer, "decoder_segmentation_channels"),
 }
 
 
@@ -39,13 +40,18 @@ def build_model(settings: Config, *, seed: int, network: NetworkConfig | None = 
     Raises:
         ConfigError: architecture, encoder and image size do not fit. DataError: bad weights.
     """
-    config, num_classes = network or settings.model, settings.data.num_classes
-    arguments = _decoder_arguments(config)
+    config = network or settings.model
+    build, channels = _ARCHITECTURES[config.architecture]
+    arguments = {} if channels is None else {channels: _decoder_channels(config)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model: nn.Module = _ARCHITECTURES[config.architecture](
-                config.encoder, encoder_weights=None, classes=num_classes + 1, **arguments
+            model: nn.Module = build(
+                config.encoder,
+                encoder_depth=config.encoder_depth,
+                encoder_weights=None,
+                classes=settings.data.num_classes + 1,
+                **arguments,
             )
         except Exception as error:  # smp and timm raise KeyError, ValueError, RuntimeError here
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -60,24 +66,16 @@ def build_model(settings: Config, *, seed: int, network: NetworkConfig | None = 
     return model
 
 
-def _decoder_arguments(config: NetworkConfig) -> dict[str, Any]:
-    """Return depth and widths in smp's words."""
-    depth, channels = config.encoder_depth, config.decoder_channels
-    needed = {
-        "unet": (depth, f"one for each of model.encoder_depth={depth}"),
-        "segformer": (1, "one for segformer"),
-    }
-    number, meaning = needed.get(config.architecture, (len(channels), ""))
-    if len(channels) != number:
+def _decoder_channels(config: NetworkConfig) -> Any:
+    """Return the decoder's widths as smp takes them: a list for U-Net, a number for SegFormer."""
+    channels, depth = config.decoder_channels, config.encoder_depth
+    single = config.architecture == "segformer"
+    if len(channels) != (1 if single else depth):
+        expected = "one for segformer" if single else f"one for each of model.encoder_depth={depth}"
         raise ConfigError(
-            f"model.decoder_channels: found {len(channels)} values, expected {meaning}"
+            f"model.decoder_channels: found {len(channels)} values, expected {expected}"
         )
-    arguments: dict[str, Any] = {"encoder_depth": depth}
-    if config.architecture == "unet":
-        arguments["decoder_channels"] = channels
-    elif config.architecture == "segformer":
-        arguments["decoder_segmentation_channels"] = channels[0]
-    return arguments
+    return channels[0] if single else channels
 
 
 @torch.inference_mode()

@@ -27,7 +27,6 @@ from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.segmentation.augmentation import (
     LIGHT,
     STRONG,
-    Geometry,
     change_appearance,
     random_affine,
     sampling_grid,
@@ -240,7 +239,7 @@ def test_an_audit_by_hand() -> None:
 def test_geometry_is_shared() -> None:
     """An image warped with its own mask as a channel stays aligned with the warped mask."""
     _, masks = blobs(16, 3)
-    maps = random_affine(16, Geometry(), torch.Generator().manual_seed(4))
+    maps = random_affine(16, torch.Generator().manual_seed(4))
     grid = sampling_grid(maps, masks)
     warped = warp_images(masks[:, None].float().expand(-1, 3, -1, -1), grid)
     labels = warp_labels(masks, grid)
