@@ -229,11 +229,9 @@ class FederateConfig(_Section):
     rounds: PositiveInt = 15
     clients_per_round: PositiveInt | None = None  # drawn anew each round; null = all
     aggregation: Literal["fedavg", "median"] = "fedavg"  # median: of each coordinate
-    # optimiser steps of each first model on D_p, before round 1
-    pretrain_steps: Annotated[int, Field(ge=0), _FIRST_MODEL] = 200
+    pretrain_steps: Annotated[int, Field(ge=0), _FIRST_MODEL] = 200  # of each first model, on D_p
     local_steps: PositiveInt = 10  # optimiser steps of each client in a round
-    # batch norm cannot train on one image
-    labelled_batch: Annotated[int, Field(ge=2), _FIRST_MODEL] = 8
+    labelled_batch: Annotated[int, Field(ge=2), _FIRST_MODEL] = 8  # batch norm needs two images
     unlabelled_batch: PositiveInt = 8
     learning_rate: Annotated[PositiveFloat, _FIRST_MODEL] = 2e-3
     weight_decay: Annotated[NonNegative, _FIRST_MODEL] = 1e-4
@@ -245,22 +243,17 @@ class FederateConfig(_Section):
     fusion_epochs: PositiveInt = 4  # heterogeneous: passes over D_p of RC, of RF, of FedMD's digest
     fusion_weight: NonNegative = 10.0  # heterogeneous: of the KL term in RC and RF
     fusion_warmup_rounds: Annotated[int, Field(ge=0)] = 0  # heterogeneous: rounds without that term
-    # score pseudo-labels against cache/oracle's truth, for reports only
-    audit: Annotated[bool, _AUDIT] = False
-    # Mbit/s of a client's link; one that takes longer than computing is a warning
-    link_mbit: Annotated[PositiveFloat, _NOTHING] = 100.0
-    # times the median client's change of the model, above which a client's is a warning
-    warn_drift: Annotated[PositiveFloat, _NOTHING] = 3.0
-    # torch threads of one client update; pinned, for equal results
-    threads: Annotated[PositiveInt, _REPETITION] = 2
+    audit: Annotated[bool, _AUDIT] = False  # report how cache/oracle's truth scores pseudo-labels
+    link_mbit: Annotated[PositiveFloat, _NOTHING] = 100.0  # slower than computing is a warning
+    warn_drift: Annotated[PositiveFloat, _NOTHING] = 3.0  # warn above so many times the median's
+    threads: Annotated[PositiveInt, _REPETITION] = 2  # torch's; pinned, for equal results
     device: Annotated[str, _REPETITION] = "auto"
 
 
 class Config(_Section):
     """All of ``params.yaml``."""
 
-    # partition, teacher and rounds derive from it
-    seed: Annotated[int, Field(ge=0), _REPETITION] = 0
+    seed: Annotated[int, Field(ge=0), _REPETITION] = 0  # of partition, teacher and rounds
     data: DataConfig = DataConfig()
     cache: CacheConfig = CacheConfig()
     synth: SynthConfig = SynthConfig()
@@ -385,9 +378,8 @@ def parse_config(raw: dict[str, Any], *, source: str) -> Config:
 def _known_keys(location: tuple[int | str, ...]) -> str:
     model: Any = Config
     for part in location[:-1]:
-        # a position in model.clients, the only list of sections
-        is_position = isinstance(part, int)
-        model = NetworkConfig if is_position else model.model_fields[part].annotation
+        # a number is a position in model.clients, the only list of sections
+        model = NetworkConfig if isinstance(part, int) else model.model_fields[part].annotation
     return "expected one of " + ", ".join(model.model_fields)
 
 
