@@ -12,9 +12,8 @@ import io
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -30,13 +29,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("solid", "dashed", "dotted")  # the same words in matplotlib and in CSS
 CLASS_COLOURS = ("#00E5FF", "#FFD400", "#FF4FD8", "#7CFF4F", "#FF7A1A")  # on skin and mucosa
 GREY = "#B8BEC6"
-DASH = "\N{EN DASH}"
-_FIGURE_COLOURS = 64  # of lines, grey and what smooths their edges
 DECIMALS = {"dice": 3, "iou": 3, "hd95": 1, "assd": 1, "hd95_defined": 1, "assd_defined": 1}
+PANEL_PX = 160  # of an example's picture: twelve examples stay below 2 MB
+
+Mask = NDArray[np.uint8]  # (S, S) class indices, 0 = background
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """One entry of a legend."""
 
     label: str
@@ -47,19 +46,26 @@ class Key:
 
 def render(template: str, **context: Any) -> str:
     """Return a template of this package as text; values are escaped if it is HTML."""
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(
-        loader=loader, autoescape=template.endswith(".html.j2"), undefined=StrictUndefined
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters["number"] = format_number
+    environment.filters |= {"number": format_number, "drawn": figure_uri}
     environment.globals["decimals"] = DECIMALS
     return environment.get_template(template).render(context).rstrip("\n")
 
 
 def format_number(value: float | None, decimals: int) -> str:
     """Return ``value`` with so many decimals; a dash where there is none."""
-    return DASH if value is None or not math.isfinite(value) else f"{value:.{decimals}f}"
+    return f"{value:.{decimals}f}" if finite([value]) else "\N{EN DASH}"
+
+
+def finite(values: Iterable[float | None]) -> list[float]:
+    """Return those of ``values`` that are there, and neither nan nor infinite."""
+    return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def style_axes(axes: Axes, *, xlabel: str, ylabel: str) -> None:
@@ -73,14 +79,15 @@ def style_axes(axes: Axes, *, xlabel: str, ylabel: str) -> None:
     axes.set_ylabel(ylabel, fontsize=8, color="#4A5360")
 
 
-def png_uri(picture: Figure | Image.Image) -> str:
-    """Return the picture as a data URI; a figure in 64 colours, which is four times smaller."""
-    if isinstance(picture, Figure):
-        drawn = io.BytesIO()
-        picture.savefig(drawn, format="png", dpi=150)
-        picture = Image.open(drawn).convert("RGB")
-        picture = picture.quantize(_FIGURE_COLOURS, dither=Image.Dither.NONE)
-    # Anew, without metadata: matplotlib's version would be other bytes for the same picture.
+def figure_uri(figure: Figure) -> str:
+    """Return the figure as a data URI, in 64 colours, which is four times smaller."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150)
+    return png_uri(Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE))
+
+
+def png_uri(picture: Image.Image) -> str:
+    """Return the picture as a data URI without metadata, which would differ between versions."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -88,8 +95,7 @@ def png_uri(picture: Figure | Image.Image) -> str:
 
 def example_panels(
     image: NDArray[np.uint8],
-    masks: Mapping[str, NDArray[np.uint8] | None],
-    side: int,
+    masks: Mapping[str, Mask | None],
     *,
     weight: NDArray[np.float32] | None = None,
 ) -> dict[str, Any]:
@@ -98,10 +104,9 @@ def example_panels(
     Args:
         image: (S, S, 3) RGB.
         masks: (S, S) class indices by name; the outline of ``truth`` is drawn on all others.
-        side: of a panel, px.
         weight: (S, S) 0..1.
     """
-    side, truth, heat = min(side, len(image)), masks.get("truth"), None
+    side, truth, heat = min(PANEL_PX, len(image)), masks.get("truth"), None
     if weight is not None:
         heat = _shrink(np.rint(weight * 255).astype(np.uint8), side)
         heat.putpalette(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].tobytes())
@@ -119,7 +124,7 @@ def _shrink(image: NDArray[np.uint8], side: int) -> Image.Image:
     return Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
 
 
-def _overlay(mask: NDArray[np.uint8], truth: NDArray[np.uint8] | None, side: int) -> str:
+def _overlay(mask: Mask, truth: Mask | None, side: int) -> str:
     """Return a transparent PNG: classes tinted and outlined, the truth a thin white line on top."""
     side *= max(1, round(360 / side))  # finer than the image, for thin lines
     labels, edge = _enlarge(mask, side, line_px=2)
@@ -133,9 +138,7 @@ def _overlay(mask: NDArray[np.uint8], truth: NDArray[np.uint8] | None, side: int
     return png_uri(Image.fromarray(rgba))
 
 
-def _enlarge(
-    mask: NDArray[np.uint8], side: int, *, line_px: int
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def _enlarge(mask: Mask, side: int, *, line_px: int) -> tuple[Mask, NDArray[np.bool_]]:
     """Return the classes, and the foreground within ``line_px`` of another class; (side, side)."""
     labels = np.asarray(Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST))
     window = 2 * line_px + 1
@@ -143,7 +146,7 @@ def _enlarge(
     return labels, edge & (labels > 0)
 
 
-def class_keys(masks: Iterable[NDArray[np.uint8] | None]) -> list[Key]:
+def class_keys(masks: Iterable[Mask | None]) -> list[Key]:
     """Return the legend of the classes that any of ``masks`` shows."""
     highest = max((int(mask.max()) for mask in masks if mask is not None), default=0)
     names = ["foreground"] if highest <= 1 else [f"class {k}" for k in range(1, highest + 1)]

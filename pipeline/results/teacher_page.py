@@ -15,13 +15,10 @@ from pipeline.results.pages import (
     Key,
     class_keys,
     example_panels,
-    png_uri,
+    figure_uri,
     render,
     style_axes,
 )
-
-_PANEL_PX = 192  # of an example's picture
-
 
 #: A caption, an image (S, S, 3) RGB, and (S, S) masks: its ``truth``, and each teacher's.
 TeacherExample = tuple[str, NDArray[np.uint8], dict[str, NDArray[np.uint8]]]
@@ -50,10 +47,10 @@ def render_evaluation(
         variant=variant,
         configured=configured,
         images=next(iter(measured.values()))["n"],
-        reliability=png_uri(_reliability(list(measured.values()), keys)),
+        reliability=figure_uri(_reliability(list(measured.values()), keys)),
         keys=keys,
         examples=[
-            {"caption": caption} | example_panels(image, masks, _PANEL_PX)
+            {"caption": caption} | example_panels(image, masks)
             for caption, image, masks in examples
         ],
         class_keys=class_keys(mask for _, _, masks in examples for mask in masks.values()),
