@@ -36,7 +36,6 @@ from pipeline.data.synthetic import write_dataset
 from pipeline.federation import averaging, client, exchange, targets, workplace
 from pipeline.federation import local_update as training
 from pipeline.federation.codistillation import BestClient
-from pipeline.federation.codistillation_losses import GradedLogits
 from pipeline.federation.runs import RoundFiles, RunFolder
 from pipeline.federation.server import federate
 from pipeline.runtime import resolve_device
@@ -75,7 +74,7 @@ TIMED: tuple[tuple[Any, str, str], ...] = (
     (exchange, "distil", "RC and RF"),
     (workplace, "noised_public", "noise and grades"),
     (BestClient, "add", "noise and grades"),
-    (GradedLogits, "of", "noise and grades"),
+    (exchange, "grades", "noise and grades"),
     (RunFolder, "append_history", "checkpoint"),
     (RunFolder, "save_checkpoint", "checkpoint"),
     (RoundFiles, "save", "checkpoint"),

@@ -141,12 +141,16 @@ class Client:
         """Train its own network on the server's logits, by RF or as FedMD does."""
         before = self._before(request)
         model = self._workplace.loaded(self._network, _present(before.weights))
-        training = self._workplace.public_training(
-            model, request.rates, round_number=request.round_number, seed=self._seed(request) + 2
-        )
         rule = EXCHANGES[METHODS[self._config.federate.method].exchange]
         teacher = rule.teacher(request.logits, self._public.labels, request.rates)
-        terms = distil(model, teacher, training=training)
+        terms = distil(
+            model,
+            teacher,
+            self._workplace.noised(request.round_number),
+            learning_rate=request.rates.learning_rate,
+            seed=self._seed(request) + 2,
+            settings=self._config.federate,
+        )
         after = replace(before, round=request.round_number, weights=get_state(model))
         save(self._private / _DISTILLED, after)
         metrics = {f"fusion_{name}": value for name, value in terms.items()}

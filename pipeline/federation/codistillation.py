@@ -1,28 +1,39 @@
 """Federated distillation between networks of different shapes, over the public set D_p.
 
-Only logits on D_p cross the border, and a seed. HSSF (Ma et al., IEEE TMI 2024): the server's model
-learns from the best client of each image (*Regularity Condensation*), then every client from the
-server's model (*Regularity Fusion*). FedMD (Li & Wang 2019, arXiv:1910.03581) is the simpler
-rival: every client learns the mean of all clients' logits. Their losses: ``codistillation_losses``.
+Only logits on D_p cross the border, and a seed. HSSF (Ma et al., IEEE TMI 2024,
+doi:10.1109/TMI.2023.3348982): the server's model G learns from the best client of each image
+(*Regularity Condensation*), then every client k from G (*Regularity Fusion*). FedMD (Li & Wang
+2019, arXiv:1910.03581) is the simpler rival: every client learns the mean of all clients' logits,
+by the mean absolute difference. For an image b and its labels y::
+
+    RC   L_seg(z_G, y) + a mean_b 1[g*(b) > 0.75 and g*(b) > g_G(b)] KL(q*(b), q_G(b))
+    RF   L_seg(z_k, y) + a mean_b 1[g_G(b) > g_k(b)] KL(q_G(b), q_k(b))
+
+where q = softmax(z / 2), KL(p, q) is the mean over classes and pixels of p (log p - log q), g(b)
+the share of b's pixels that are right, and * the client with the most. There is no T^2; a = 10.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
 
-from pipeline.federation.codistillation_losses import (
-    CONDENSATION_MIN_GRADE,
-    Consensus,
-    GradedLogits,
-)
-from pipeline.federation.local_update import MAX_GRADIENT_NORM, seeded
+from pipeline.config import FederateConfig
+from pipeline.federation.local_update import make_optimizer, optimiser_step, seeded
+from pipeline.segmentation.losses import divergence
 from pipeline.segmentation.networks import normalise
 
+CONDENSATION_MIN_GRADE = 0.75  # a best client no better than this teaches the server nothing
+_TEMPERATURE = 2.0
+_NEIGHBOURHOOD = 31  # pixels
+_EDGE_WEIGHT = 5.0
+_SMOOTH = 1.0  # weighted pixels; keeps IoU defined
+_CHUNK = 32  # images at a time, for memory
 _NOISE = 0.1  # standard deviation, in the networks' range -1..1
 _NOISE_LIMIT = 2.0  # standard deviations
 _FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -51,7 +62,7 @@ def noised_public(images: Tensor, *, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def public_logits(model: nn.Module, inputs: Tensor, *, batch_size: int = 32) -> Tensor:
+def public_logits(model: nn.Module, inputs: Tensor, *, batch_size: int = _CHUNK) -> Tensor:
     """Return what a model sends: evaluation-mode logits, clamped to float16's finite range.
 
     Args:
@@ -77,7 +88,7 @@ def public_logits(model: nn.Module, inputs: Tensor, *, batch_size: int = 32) -> 
 
 
 class BestClient:
-    """Each image's best client, from logits added one client at a time.
+    """Each image's best client, from logits added one client at a time: RC's teacher.
 
     Memory does not grow with the number of clients. On equal grades the first client added stays,
     so add clients in a fixed order.
@@ -85,9 +96,9 @@ class BestClient:
 
     def __init__(self, labels: Tensor, *, num_classes: int) -> None:
         """Expect logits that ``labels`` (N, S, S), integers in 0..K = ``num_classes``, grade."""
-        self._labels = labels
-        self._shape = _logits_shape(labels, num_classes)
-        self._best: GradedLogits | None = None
+        logits = torch.zeros(_logits_shape(labels, num_classes), dtype=torch.float16)
+        nobody = torch.full((len(labels),), -1.0)
+        self._best = Teacher(logits, labels, nobody, min_grade=CONDENSATION_MIN_GRADE)
 
     def add(self, logits: Tensor) -> None:
         """Take over the images on which ``logits`` beat every client before.
@@ -98,22 +109,15 @@ class BestClient:
         Raises:
             ValueError: another shape or dtype, or a NaN or infinity; nothing was changed.
         """
-        _check_logits(logits, self._shape)
-        new = GradedLogits.of(logits, self._labels)
-        if self._best is None:
-            self._best = replace(new, logits=logits.clone(), min_grade=CONDENSATION_MIN_GRADE)
-        better = new.grades > self._best.grades
-        self._best.logits[better] = logits[better]
-        self._best.grades[better] = new.grades[better]
+        best = self._best
+        _check_logits(logits, best.logits.shape)
+        found = grades(logits, best.labels)
+        better = found > best.grades
+        best.logits[better] = logits[better]
+        best.grades[better] = found[better]
 
-    def result(self) -> GradedLogits:
-        """Return RC's teacher, z* and g* of the clients so far; not a copy.
-
-        Raises:
-            ValueError: nothing was added.
-        """
-        if self._best is None:
-            raise ValueError("no best client: no client sent usable logits")
+    def result(self) -> Teacher:
+        """Return z* and g* of the clients so far; not a copy."""
         return self._best
 
 
@@ -124,23 +128,16 @@ class MeanLogits:
     """
 
     def __init__(self, labels: Tensor, *, num_classes: int) -> None:
-        self._sum = torch.zeros(_logits_shape(labels, num_classes))
-        self._count = 0
+        self._sum, self._count = torch.zeros(_logits_shape(labels, num_classes)), 0
 
     def add(self, logits: Tensor) -> None:
         """Count ``logits``; else as ``BestClient.add``."""
-        _check_logits(logits, tuple(self._sum.shape))
+        _check_logits(logits, self._sum.shape)
         self._sum += logits
         self._count += 1
 
     def result(self) -> Tensor:
-        """Return the mean, summed in float32, as float16: it crosses the border too.
-
-        Raises:
-            ValueError: nothing was added.
-        """
-        if not self._count:
-            raise ValueError("no consensus: no client sent usable logits")
+        """Return the mean, summed in float32, as float16: it crosses the border too."""
         return (self._sum / self._count).half()
 
 
@@ -149,8 +146,8 @@ def _logits_shape(labels: Tensor, num_classes: int) -> tuple[int, ...]:
 
 
 def _check_logits(logits: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(logits.shape) != shape:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}, expected {shape}")
+    if logits.shape != shape:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}, expected {tuple(shape)}")
     if logits.dtype != torch.float16:
         raise ValueError(f"logits are {logits.dtype}, expected torch.float16")
     _check_finite(logits)
@@ -165,73 +162,154 @@ def _check_finite(logits: Tensor, *, first: int = 0) -> None:
         raise ValueError(f"logits of public image {first + index} hold {kind}")
 
 
-# --------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------- losses
+
+
+@torch.no_grad()
+def grades(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the share of pixels classified right, per image.
+
+    Args:
+        logits: (N, K+1, S, S) of any float dtype. labels: (N, S, S) integers in 0..K.
+
+    Returns:
+        (N,) float32 in [0, 1], on the logits' device; equal counts give equal grades.
+    """
+    right = [
+        (some.argmax(dim=1) == truth).sum(dim=(1, 2))
+        for some, truth in zip(logits.split(_CHUNK), labels.split(_CHUNK), strict=True)
+    ]
+    return torch.cat(right) / labels[0].numel()
+
+
+def structure_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return HSSF's L_seg: cross-entropy plus weighted IoU, mean over images.
+
+    ``CE + 1 - (sum(w p y) + 1) / (sum(w (p + y - p y)) + 1)``, ``w = 1 + 5 |avgpool31(y) - y|``
+
+    with y the one-hot target, p = sigmoid(logits), and the sums over an image's channels and pixels
+    together, as in HSSF's code. Outside the image y counts as 0 in every channel. F3Net and PraNet,
+    where the loss comes from, weigh the cross-entropy by w too; HSSF does not.
+
+    Args:
+        logits: (B, K+1, H, W). target: (B, H, W) int64 in 0..K.
+    """
+    truth = F.one_hot(target, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+    weight = 1 + _EDGE_WEIGHT * (_local_mean(truth) - truth).abs()
+    probability = logits.sigmoid()
+    axes = (1, 2, 3)
+    overlap = (weight * probability * truth).sum(dim=axes)
+    union = (weight * (probability + truth)).sum(dim=axes) - overlap
+    iou = (overlap + _SMOOTH) / (union + _SMOOTH)
+    return F.cross_entropy(logits, target) + (1 - iou).mean()
 
 
 @dataclass(frozen=True)
-class PublicTraining:
-    """How a model is trained on all of D_p."""
+class Teacher:
+    """Logits on D_p, and what they are worth image by image: RC's and RF's teacher."""
 
-    inputs: Tensor  # (N, 3, S, S) float32, from ``noised_public``
-    optimizer: torch.optim.Optimizer
-    generator: torch.Generator  # on the CPU; shuffles the batches and seeds dropout
-    epochs: int  # at least 1
-    batch_size: int  # at least 2; a last image left alone joins the batch before it
+    logits: Tensor  # (N, K+1, S, S) float16
+    labels: Tensor  # (N, S, S) integers in 0..K
+    grades: Tensor  # (N,) float32, ``grades`` of the logits
+    min_grade: float = 0.0  # RF's; ``CONDENSATION_MIN_GRADE`` for RC
+    kl_weight: float = 10.0  # a, as in HSSF
 
-    def batches(self) -> Iterator[Tensor]:
-        """Yield the rows of shuffled batches, of every epoch.
+    def terms(self, logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """Return the loss of a batch of D_p and its parts, scalars.
 
-        A last image left alone joins the batch before it, because batch norm cannot train on one
-        image where a feature map has a single pixel.
+        An image counts where the teacher's grade is above ``min_grade`` and above the learner's,
+        which is that of ``logits`` as they are: it stops counting once the learner is as good.
+
+        Args:
+            logits: the learner's, (B, K+1, H, W) float32. rows: (B,) int64, the images' rows.
+
+        Returns:
+            ``loss`` = ``loss_seg + kl_weight * loss_kl``; ``loss_kl`` is a mean over all images, of
+            which those that do not count add 0; ``counted`` is the share of those that do.
         """
-        count, size = len(self.inputs), self.batch_size
-        if self.epochs < 1:
-            raise ValueError(f"epochs is {self.epochs}, expected at least 1")
-        if count < 2 or size < 2:
-            raise ValueError(
-                f"batches of {size} from {count} public images, expected at least 2 each"
-            )
-        for _ in range(self.epochs):
-            *batches, last = torch.randperm(count, generator=self.generator).split(size)
-            if len(last) == 1:
-                last = torch.cat([batches.pop(), last])
-            yield from (*batches, last)
+        labels = self.labels[rows].long().to(logits.device)
+        taught, marks = self.logits[rows].to(logits.device), self.grades[rows].to(logits.device)
+        counts = ((marks > self.min_grade) & (marks > grades(logits, labels))).to(logits.dtype)
+        segmentation = structure_loss(logits, labels)
+        summands = divergence(logits, taught.to(logits.dtype), _TEMPERATURE)
+        kl = (counts * summands.mean(dim=(1, 2, 3))).mean()
+        loss = segmentation + self.kl_weight * kl
+        terms = {"loss_seg": segmentation, "loss_kl": kl, "counted": counts.mean()}
+        return {"loss": loss, **terms}
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """The teacher of FedMD: the clients' mean logits (N, K+1, S, S) on D_p, without labels."""
+
+    logits: Tensor
+
+    def terms(self, logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """Return the mean absolute difference, as in FedMD's authors' code, as ``loss``.
+
+        Args:
+            logits: the learner's, (B, K+1, H, W) float32. rows: (B,) int64, the images' rows.
+        """
+        taught = self.logits[rows].to(logits.device)
+        return {"loss": F.l1_loss(logits, taught.to(logits.dtype))}
+
+
+def _local_mean(values: Tensor) -> Tensor:
+    """Return the mean over 31 x 31 pixels with zeros outside, rows first: ten times faster."""
+    reach = _NEIGHBOURHOOD // 2
+    rows = F.avg_pool2d(values, (_NEIGHBOURHOOD, 1), stride=1, padding=(reach, 0))
+    return F.avg_pool2d(rows, (1, _NEIGHBOURHOOD), stride=1, padding=(0, reach))
+
+
+# --------------------------------------------------------------------------- training
 
 
 def distil(
-    model: nn.Module, teacher: GradedLogits | Consensus, *, training: PublicTraining
+    model: nn.Module,
+    teacher: Teacher | Consensus,
+    inputs: Tensor,
+    *,
+    learning_rate: float,
+    seed: int,
+    settings: FederateConfig,
 ) -> dict[str, float]:
     """Train ``model`` on what ``teacher`` says of D_p: by RC, RF, or FedMD's digest.
 
-    The model changes in place and is left in training mode. The same state of the generator gives
-    the same weights.
+    It takes ``fusion_epochs`` passes over batches of ``labelled_batch`` images. The model changes
+    in place and is left in training mode. The same seed gives the same weights.
+
+    Args:
+        inputs: (N, 3, S, S) float32 with N > 1, from ``noised_public``.
 
     Returns:
         Means over images and epochs of the teacher's ``terms``.
-
-    Raises:
-        ValueError: the teacher does not fit the model's logits or is not finite, there are fewer
-            than two images, or ``epochs`` or ``batch_size`` is too small.
     """
-    count, optimizer = len(training.inputs), training.optimizer
-    if len(teacher.logits) != count:
-        raise ValueError(f"logits are of {len(teacher.logits)} public images, expected {count}")
-    _check_finite(teacher.logits)
     device = next(model.parameters()).device
+    optimizer = make_optimizer(model, learning_rate, settings.weight_decay)
+    generator = Generator().manual_seed(seed)
     sums: dict[str, float] = {}
-    seed = int(torch.randint(2**31, (), generator=training.generator))
-    with seeded(seed, model):
+    with seeded(int(torch.randint(2**31, (), generator=generator)), model):
         model.train()
-        for rows in training.batches():
-            logits = model(_to_network(training.inputs[rows], device)).float()
-            terms = teacher.terms(logits, rows)
-            optimizer.zero_grad()
-            terms["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-            optimizer.step()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) * len(rows)
-    return {name: value / (training.epochs * count) for name, value in sums.items()}
+        for _ in range(settings.fusion_epochs):
+            for rows in _batches(len(inputs), settings.labelled_batch, generator):
+                logits = model(_to_network(inputs[rows], device)).float()
+                terms = teacher.terms(logits, rows)
+                optimiser_step(model, optimizer, terms["loss"])
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(value.detach()) * len(rows)
+    return {name: value / (settings.fusion_epochs * len(inputs)) for name, value in sums.items()}
+
+
+def _batches(count: int, size: int, generator: Generator) -> Iterator[Tensor]:
+    """Yield the rows of shuffled batches.
+
+    A last image left alone joins the batch before it, because batch norm cannot train on one
+    image where a feature map has a single pixel.
+    """
+    *batches, last = torch.randperm(count, generator=generator).split(size)
+    if len(last) == 1:
+        last = torch.cat([batches.pop(), last])
+    yield from (*batches, last)
 
 
 def _to_network(inputs: Tensor, device: torch.device) -> Tensor:

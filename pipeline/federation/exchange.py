@@ -20,11 +20,13 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, SamfedError
 from pipeline.federation.codistillation import (
     BestClient,
+    Consensus,
     MeanLogits,
+    Teacher,
     distil,
+    grades,
     public_logits,
 )
-from pipeline.federation.codistillation_losses import Consensus, GradedLogits
 from pipeline.federation.messages import DistilRequest, FitRequest, PredictRequest, Reply
 from pipeline.federation.rounds import Round, Strategy
 from pipeline.federation.runs import RunFolder
@@ -39,7 +41,7 @@ class ExchangeRule:
 
     combine: type[MeanLogits] | type[BestClient]
     condenses: bool  # whether the server's model learns from the combined logits, and answers
-    teacher: Callable[[Tensor, Tensor, Rates], GradedLogits | Consensus]  # of answer and labels
+    teacher: Callable[[Tensor, Tensor, Rates], Teacher | Consensus]  # of answer and labels
 
 
 #: By ``MethodTraits.exchange``; "none" has no exchange.
@@ -49,8 +51,8 @@ EXCHANGES: Mapping[methods.Exchange, ExchangeRule] = MappingProxyType(
         "condensation": ExchangeRule(
             BestClient,
             True,
-            lambda logits, labels, rates: GradedLogits.of(
-                logits, labels, kl_weight=rates.kl_weight
+            lambda logits, labels, rates: Teacher(
+                logits, labels, grades(logits, labels), kl_weight=rates.kl_weight
             ),
         ),
     }
@@ -106,18 +108,21 @@ class Exchange(Strategy):
         for _ in this.ask(requests):
             pass  # the networks stay with the clients
 
-    def _condense(self, this: Round, best: GradedLogits) -> Tensor:
+    def _condense(self, this: Round, best: Teacher) -> Tensor:
         """Let the server's model learn by RC; return its logits."""
         model = self._workplace.loaded(self._config.model, this.before.weights)
-        seed = server_seed(self._config.seed, this.number)
-        training = self._workplace.public_training(
-            model, this.rates, round_number=this.number, seed=seed
+        inputs = self._workplace.noised(this.number)
+        this.server_terms = distil(
+            model,
+            replace(best, kl_weight=this.rates.kl_weight),
+            inputs,
+            learning_rate=this.rates.learning_rate,
+            seed=server_seed(self._config.seed, this.number),
+            settings=self._config.federate,
         )
-        teacher = replace(best, kl_weight=this.rates.kl_weight)
-        this.server_terms = distil(model, teacher, training=training)
         self._weights = get_state(model)
         try:
-            return public_logits(model, training.inputs)
+            return public_logits(model, inputs)
         except ValueError as error:
             raise SamfedError(
                 f"round {this.number}: the server's model broke ({error}); "

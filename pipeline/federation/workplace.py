@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config, NetworkConfig
-from pipeline.federation.codistillation import PublicTraining, noised_public
-from pipeline.federation.local_update import make_optimizer
-from pipeline.federation.schedule import Rates, exchange_seed
+from pipeline.federation.codistillation import noised_public
+from pipeline.federation.schedule import exchange_seed
 from pipeline.federation.views import PublicSet
 from pipeline.segmentation.networks import State, build_model
 
@@ -61,19 +60,6 @@ class Workplace:
             self._frozen[network].load_state_dict(weights)
             self._in_frozen[network] = weights
         return self._frozen[network]
-
-    def public_training(
-        self, model: nn.Module, rates: Rates, *, round_number: int, seed: int
-    ) -> PublicTraining:
-        """Return how ``model`` learns from logits on the round's noised copy of D_p."""
-        settings = self._config.federate
-        return PublicTraining(
-            inputs=self.noised(round_number),
-            optimizer=make_optimizer(model, rates.learning_rate, settings.weight_decay),
-            generator=torch.Generator().manual_seed(seed),
-            epochs=settings.fusion_epochs,
-            batch_size=settings.labelled_batch,
-        )
 
     def noised(self, round_number: int) -> Tensor:
         """Return the round's noised copy of D_p, made once a round; not to be changed."""
