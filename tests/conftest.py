@@ -249,8 +249,9 @@ class Project:
         self.folder = folder
         self.cache = folder / "cache"
         self.images = folder / "images"
-        config = tiny_config(self.images, self.cache)
-        self.params = write_params(folder / "params.yaml", config)
+        self.params = folder / "params.yaml"
+        if not self.params.exists():  # else another worker made it, and perhaps reads it
+            write_params(self.params, tiny_config(self.images, self.cache))
 
     @property
     def options(self) -> tuple[object, ...]:

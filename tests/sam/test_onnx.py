@@ -21,7 +21,7 @@ import onnxruntime as ort
 import pytest
 import safetensors.torch
 import torch
-from conftest import Project, answer, fails, listing
+from conftest import Project, answer, build_once, fails, listing
 from numpy.typing import NDArray
 from teachers import on_workers, thread_workers
 
@@ -96,17 +96,24 @@ class Exported(Project):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        answer("synth", self.images, *self.options)
-        answer("prepare", *self.options)
-        answer("finetune-sam", *self.options)
-        disturb(self.cache / "teacher")
-        before = {path.name for path in (self.cache / "teacher").iterdir()}
-        self.said = answer("export-onnx", *self.options)
-        # that folder is finetune-sam's output: DVC would run it again
-        assert {path.name for path in (self.cache / "teacher").iterdir()} == before
+        self.said = json.loads((folder / "said.json").read_text())
         self.model = self.cache / "onnx" / "teacher.onnx"
         exact = load_config(self.params, ("precompute.precision=fp32",))
         self.torch = load_teacher(exact, self.partition())
+
+    @staticmethod
+    def build(folder: Path) -> None:
+        """Make the project in an empty folder."""
+        project = Project(folder)
+        answer("synth", project.images, *project.options)
+        answer("prepare", *project.options)
+        answer("finetune-sam", *project.options)
+        disturb(project.cache / "teacher")
+        before = {path.name for path in (project.cache / "teacher").iterdir()}
+        said = answer("export-onnx", *project.options)
+        # that folder is finetune-sam's output: DVC would run it again
+        assert {path.name for path in (project.cache / "teacher").iterdir()} == before
+        (folder / "said.json").write_text(json.dumps(said))
 
     def partition(self) -> Any:
         return load_partition(self.cache / "partition.json")
@@ -114,7 +121,7 @@ class Exported(Project):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return Exported(tmp_path_factory.mktemp("onnx"))
+    return Exported(build_once(tmp_path_factory, "onnx-vit_t", Exported.build))
 
 
 @pytest.fixture
@@ -131,7 +138,7 @@ class Timm:
 
     label_size = 48
 
-    def __init__(self) -> None:
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
         torch.manual_seed(3)
         sam = build_sam(BACKBONE, input_size=64, num_multimask=2)
         sam.mask_decoder.transformer.layers = sam.mask_decoder.transformer.layers[:1]
@@ -154,11 +161,14 @@ class Timm:
             seed=0,
         )
         self.torch = Teacher(sam, self.card, device="cpu", precision="fp32")
-        self.graph, self.fp16 = self._trace(fp16=False), self._trace(fp16=True)
+        graphs = build_once(factory, "onnx-timm", self._trace)
+        self.graph, self.fp16 = (onnx_ir.load(graphs / f"{name}.onnx") for name in ("fp32", "fp16"))
 
-    def _trace(self, *, fp16: bool) -> onnx_ir.Model:
-        sam = copy.deepcopy(self.torch.sam)  # for fp16, its norms are changed in place
-        return trace(TeacherNetwork(sam, label_size=self.label_size, fp16=fp16), input_size=64)
+    def _trace(self, folder: Path) -> None:
+        for name in ("fp32", "fp16"):
+            sam = copy.deepcopy(self.torch.sam)  # for fp16, its norms are changed in place
+            network = TeacherNetwork(sam, label_size=self.label_size, fp16=name == "fp16")
+            onnx_ir.save(trace(network, input_size=64), folder / f"{name}.onnx")
 
     def properties(self, *, precision: str = "fp32", **changes: object) -> dict[str, str]:
         identity = self.card.identity(label_size=self.label_size, precision=precision).model_dump()
@@ -179,8 +189,8 @@ class Timm:
 
 
 @pytest.fixture(scope="module")
-def timm() -> Timm:
-    return Timm()
+def timm(tmp_path_factory: pytest.TempPathFactory) -> Timm:
+    return Timm(tmp_path_factory)
 
 
 # --------------------------------------------------------------------------- parity
