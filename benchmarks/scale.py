@@ -86,7 +86,7 @@ def memory_mib(field: str) -> float:
 
 
 def data_of(context: ClientContext) -> tuple[int, int]:
-    """A client's training images, and the bytes of its images and labels."""
+    """Return the number of a client's training images, and the bytes of its images and labels."""
     data = load_client(context)
     size = sum(v.nbytes for v in vars(data).values() if isinstance(v, Tensor))
     if context.val:
