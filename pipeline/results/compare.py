@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from pipeline.config import Config, deciding_settings
 from pipeline.disk import write_bytes
 from pipeline.errors import ConfigError, IdentityError, StageError
 from pipeline.federation.runs import RunFolder
-from pipeline.methods import METHODS, Method
+from pipeline.methods import METHODS
 from pipeline.results.finished import SCORES, FinishedRun, read_run
 from pipeline.results.pages import render
 from pipeline.segmentation.metrics import bootstrap_means, sign_flip_test
@@ -85,8 +85,8 @@ def compare(
     chosen = _choose(runs, names)
     rows = {row: [_read_seed(runs / name) for name in each] for row, each in chosen.items()}
     if not names:
-        order = get_args(Method)
-        methods = {row: order.index(each[0].evaluation.method) for row, each in rows.items()}
+        places = {method: place for place, method in enumerate(METHODS)}
+        methods = {row: places[each[0].config.federate.method] for row, each in rows.items()}
         rows = {row: rows[row] for row in sorted(rows, key=lambda row: (methods[row], row))}
     found = compare_rows(rows, reference=reference)
     if output is not None:

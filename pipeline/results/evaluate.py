@@ -118,7 +118,7 @@ def _test(scores: Sequence[Score], *, seed: int) -> dict[str, Any]:
 
 def _per_image(scores: Iterable[Score]) -> str:
     head = ["client", "image_id", "group", *(field.name for field in fields(ImageMetrics))]
-    return _as_csv(head, ([*score[:3], *_short(astuple(score.metrics))] for score in scores))
+    return _as_csv(head, ([*score[:3], *astuple(score.metrics)] for score in scores))
 
 
 def round_table(history: Iterable[Mapping[str, Any]]) -> str:
@@ -128,22 +128,18 @@ def round_table(history: Iterable[Mapping[str, Any]]) -> str:
     """
     lines = []
     for entry in history:
-        known = {
-            key: [c[key] for c in entry["clients"].values() if c.get(key) is not None]
-            for key in (*ROUND_MEANS, *ROUND_SUMS)
-        }
-        means = [float(np.mean(known[key])) if known[key] else None for key in ROUND_MEANS]
-        sums = [sum(known[key]) if known[key] else "" for key in ROUND_SUMS]
-        values = _short([entry["val"]["dice"], *means])
-        lines.append([entry["round"], *values, *sums, *_short([entry["seconds"]])])
+        line = [entry["round"], entry["val"]["dice"]]
+        for key in (*ROUND_MEANS, *ROUND_SUMS):
+            known = [c[key] for c in entry["clients"].values() if c.get(key) is not None]
+            combine = sum if key in ROUND_SUMS else np.mean
+            line.append(combine(known) if known else None)
+        lines.append([*line, entry["seconds"]])
     return _as_csv(["round", "val_dice", *ROUND_MEANS, *ROUND_SUMS, "seconds"], lines)
 
 
-def _short(values: Iterable[float | None]) -> list[str]:
-    return ["" if value is None else f"{value:.6g}" for value in values]
-
-
 def _as_csv(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """Return a table with six digits of each float, and nothing for None."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([head, *lines])
+    short = ([f"{v:.6g}" if isinstance(v, float) else v for v in line] for line in lines)
+    csv.writer(out, lineterminator="\n").writerows([head, *short])
     return out.getvalue()

@@ -1,13 +1,17 @@
-"""``samfed evaluate-sam``: the teacher where truth is known, beside SAM as it comes."""
+"""``samfed evaluate-sam``: the teacher where truth is known, beside SAM as it comes.
+
+On a page teachers stand side by side, so that one sees whether SAM is worth it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pipeline.config import Config
@@ -16,8 +20,16 @@ from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import write_bytes, write_json
 from pipeline.labelling.backoff import MemoryAwareTeacher
 from pipeline.progress import Progress
-from pipeline.results.pages import render
-from pipeline.results.teacher_page import TeacherExample, render_evaluation
+from pipeline.results.pages import (
+    COLOURS,
+    GREY,
+    Key,
+    Mask,
+    class_keys,
+    example_panels,
+    render,
+    style_axes,
+)
 from pipeline.runtime import torch_threads
 from pipeline.sam.frame import fit_longest_side
 from pipeline.sam.prompts import why_not_prompted
@@ -30,7 +42,8 @@ TEACHERS = ("adapted", "points")
 ECE_BINS = 15
 EXAMPLES = 8  # images that the page shows
 
-Mask = NDArray[np.uint8]
+#: A caption, an image (S, S, 3) RGB, and (S, S) masks: its ``truth``, and each teacher's.
+Example = tuple[str, NDArray[np.uint8], Mapping[str, Mask]]
 
 
 class Reliability:
@@ -85,8 +98,7 @@ class TeacherEvaluation:
         return render("scores.txt.j2", title="teacher", rows=self.teachers, page=self.page)
 
 
-@dataclass(frozen=True)
-class _Measured:
+class _Measured(NamedTuple):
     """One teacher on the calibration part."""
 
     summary: dict[str, Any]  # JSON-ready
@@ -111,17 +123,16 @@ def evaluate_teacher(config: Config, *, progress: Progress | None = None) -> Tea
     measured: dict[str, _Measured] = {}
     teachers: dict[str, dict[str, Any]] = {}
     with torch_threads(config.precompute.threads):
-        for name in sorted(TEACHERS, key=lambda name: name != configured):
+        for name in TEACHERS:
             teacher = own if name == configured else _other_teacher(name, config, own.card)
             if isinstance(teacher, str):
                 teachers[name] = {"missing": teacher}
             else:
                 measured[name] = _measure(config, partition, teacher, progress)
                 teachers[name] = measured[name].summary
-        examples = _examples(config, partition, measured, measured[configured].dice)
-    in_order = {name: teachers[name] for name in TEACHERS}
-    result = TeacherEvaluation(configured, in_order, cache / "evaluate-sam.html")
-    page = render_evaluation(in_order, examples, variant=own.card.variant, configured=configured)
+    examples = list(_examples(config, partition, measured, ranked_by=configured))
+    result = TeacherEvaluation(configured, teachers, cache / "evaluate-sam.html")
+    page = render_evaluation(teachers, examples, variant=own.card.variant, configured=configured)
     write_bytes(result.page, page.encode())
     write_json(cache / "evaluate-sam.json", result.as_json())
     return result
@@ -183,19 +194,70 @@ def _label(
 
 
 def _examples(
-    config: Config, partition: Partition, measured: dict[str, _Measured], dice: list[float]
-) -> list[TeacherExample]:
-    """Choose images from the worst to the best Dice, evenly by rank, with every teacher's mask."""
-    ranked = np.argsort(dice, kind="stable")
+    config: Config, partition: Partition, measured: Mapping[str, _Measured], *, ranked_by: str
+) -> Iterator[Example]:
+    """Yield images from the worst to the best Dice, evenly by rank, with every teacher's mask."""
+    ranked = np.argsort(measured[ranked_by].dice, kind="stable")
     places = np.linspace(0, len(ranked) - 1, min(EXAMPLES, len(ranked))).round().astype(int)
     chosen = [int(ranked[place]) for place in places]
     ids = [partition.server.calibration[i] for i in chosen]
-    size, examples = config.data.image_size, []
+    size = config.data.image_size
     for i, item in zip(chosen, load_labelled(config, partition, ids), strict=True):
-        found = {name: measured[name] for name in TEACHERS if name in measured}
-        scores = ", ".join(f"{of.dice[i]:.2f} {name}" for name, of in found.items())
-        masks = {name: of.masks[i] for name, of in found.items()}
-        masks = {"truth": resize_mask(item.mask, size), **masks}
+        scores = ", ".join(f"{of.dice[i]:.2f} {name}" for name, of in measured.items())
+        masks = {name: of.masks[i] for name, of in measured.items()}
+        truth = resize_mask(item.mask, size)
         caption = f"{item.image_id}: Dice {scores}"
-        examples.append((caption, resize_image(item.image, size), masks))
-    return examples
+        yield caption, resize_image(item.image, size), {"truth": truth, **masks}
+
+
+def render_evaluation(
+    teachers: Mapping[str, dict[str, Any]],
+    examples: Sequence[Example],
+    *,
+    variant: str,
+    configured: str,
+) -> str:
+    """Return the page as HTML text; the same input gives the same bytes.
+
+    Args:
+        teachers: by name what ``evaluate_teacher`` measured, or why it did not (``missing``).
+        variant: of SAM.
+        configured: the teacher that ``sam.prompt`` asks for.
+    """
+    named = zip(teachers, COLOURS, strict=False)
+    keys = [Key(name, colour) for name, colour in named if "missing" not in teachers[name]]
+    return render(
+        "evaluate_sam.html.j2",
+        teachers=teachers,
+        variant=variant,
+        configured=configured,
+        reliability=_reliability_plot({key: teachers[key.label]["reliability"] for key in keys}),
+        keys=keys,
+        examples=[
+            {"caption": caption} | example_panels(image, masks)
+            for caption, image, masks in examples
+        ],
+        class_keys=class_keys(mask for _, _, masks in examples for mask in masks.values()),
+    )
+
+
+def _reliability_plot(bins: Mapping[Key, Mapping[str, list[Any]]]) -> Figure:
+    """Draw accuracy over confidence on the left, each bin's share of the pixels on the right."""
+    figure = Figure(figsize=(9.2, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    style_axes(left, xlabel="confidence", ylabel="share of pixels that are right")
+    style_axes(right, xlabel="confidence", ylabel="share of pixels (log scale)")
+    right.set_yscale("log")
+    left.plot([0, 1], [0, 1], color=GREY, lw=1.2)
+    for key, of in bins.items():
+        pixels = np.array(of["pixels"])
+        filled = pixels > 0
+        confidence, accuracy = (
+            np.array(of[name], np.float64)[filled] for name in ("confidence", "accuracy")
+        )
+        style = {"color": key.colour, "ls": key.dash, "lw": 1.6, "marker": "o", "ms": 3.5}
+        left.plot(confidence, accuracy, **style)
+        right.plot(confidence, (pixels / pixels.sum())[filled], **style)
+    left.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    right.set_xlim(0, 1.02)
+    return figure

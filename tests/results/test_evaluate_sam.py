@@ -20,8 +20,12 @@ from pipeline.config import Config, with_settings
 from pipeline.data.images import load_labelled, resize_mask
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
-from pipeline.results.evaluate_teacher import EXAMPLES, TEACHERS, evaluate_teacher
-from pipeline.results.teacher_page import render_evaluation
+from pipeline.results.evaluate_teacher import (
+    EXAMPLES,
+    TEACHERS,
+    evaluate_teacher,
+    render_evaluation,
+)
 from pipeline.sam.finetune import finetune
 from pipeline.sam.teacher import Teacher, load_teacher
 from pipeline.segmentation.metrics import dice_score
