@@ -20,6 +20,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -31,7 +33,6 @@ from pipeline.errors import ConfigError
 from pipeline.methods import METHODS, Method, methods_for
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
 Probability = Annotated[float, Field(ge=0.5, lt=1.0)]  # of the likelier of two
 
 Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
@@ -69,11 +70,8 @@ def _folder_name(name: str) -> str:
 
 
 def _refuse_box(prompt: object) -> object:
-    if prompt == "box":
-        raise ValueError(
-            "the box prompt was removed, because an adapted teacher labels better; use none "
-            "(adapted), or points for SAM as it comes"
-        )
+    if prompt == "box":  # an adapted teacher labels better
+        raise ValueError("the box prompt was removed; use none (adapted), or points (SAM as it is)")
     return prompt
 
 
@@ -104,7 +102,7 @@ class SynthConfig(_Section):
 
     images_per_site: PositiveInt = 130
     size_px: Annotated[int, Field(ge=32, le=2048)] = 128  # image height
-    seed: int = 0  # of the images alone, so that runs with several seeds share one data set
+    seed: NonNegativeInt = 0  # of the images alone: runs with several seeds share one data set
 
 
 class PartitionConfig(_Section):
@@ -150,7 +148,7 @@ class SamConfig(_Section):
     batch_size: PositiveInt = 4
     learning_rate: PositiveFloat = 2e-3  # decoder, prompt embedding, LoRA; timm: neck and decoder
     encoder_learning_rate: PositiveFloat = 5e-4  # timm only: the backbone
-    weight_decay: NonNegative = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     warmup_fraction: Fraction = 0.1  # of all steps, linear
     decay_power: PositiveFloat = 0.9  # polynomial decay after the warm-up
     dice_weight: Fraction = 0.8  # rest is cross-entropy (SAMed: 0.8 and 0.2)
@@ -229,20 +227,20 @@ class FederateConfig(_Section):
     rounds: PositiveInt = 15
     clients_per_round: PositiveInt | None = None  # drawn anew each round; null = all
     aggregation: Literal["fedavg", "median"] = "fedavg"  # median: of each coordinate
-    pretrain_steps: Annotated[int, Field(ge=0), _FIRST_MODEL] = 200  # of each first model, on D_p
+    pretrain_steps: Annotated[NonNegativeInt, _FIRST_MODEL] = 200  # of each first model, on D_p
     local_steps: PositiveInt = 10  # optimiser steps of each client in a round
     labelled_batch: Annotated[int, Field(ge=2), _FIRST_MODEL] = 8  # batch norm needs two images
     unlabelled_batch: PositiveInt = 8
     learning_rate: Annotated[PositiveFloat, _FIRST_MODEL] = 2e-3
-    weight_decay: Annotated[NonNegative, _FIRST_MODEL] = 1e-4
-    unlabelled_weight: NonNegative = 1.0  # lambda_u after its ramp
-    ramp_rounds: Annotated[int, Field(ge=0)] = 2  # rounds over which lambda_u grows from 0
-    kd_weight: NonNegative = 0.1  # lambda_kd; no part of runs with networks of their own
+    weight_decay: Annotated[NonNegativeFloat, _FIRST_MODEL] = 1e-4
+    unlabelled_weight: NonNegativeFloat = 1.0  # lambda_u after its ramp
+    ramp_rounds: NonNegativeInt = 2  # rounds over which lambda_u grows from 0
+    kd_weight: NonNegativeFloat = 0.1  # lambda_kd; no part of runs with networks of their own
     kd_temperature: PositiveFloat = 2.0
     confidence_threshold: Fraction = 0.95  # of a client's own pseudo-labels (FixMatch)
     fusion_epochs: PositiveInt = 4  # heterogeneous: passes over D_p of RC, of RF, of FedMD's digest
-    fusion_weight: NonNegative = 10.0  # heterogeneous: of the KL term in RC and RF
-    fusion_warmup_rounds: Annotated[int, Field(ge=0)] = 0  # heterogeneous: rounds without that term
+    fusion_weight: NonNegativeFloat = 10.0  # heterogeneous: of the KL term in RC and RF
+    fusion_warmup_rounds: NonNegativeInt = 0  # heterogeneous: rounds without that term
     audit: Annotated[bool, _AUDIT] = False  # report how cache/oracle's truth scores pseudo-labels
     link_mbit: Annotated[PositiveFloat, _NOTHING] = 100.0  # slower than computing is a warning
     warn_drift: Annotated[PositiveFloat, _NOTHING] = 3.0  # warn above so many times the median's
@@ -253,7 +251,7 @@ class FederateConfig(_Section):
 class Config(_Section):
     """All of ``params.yaml``."""
 
-    seed: Annotated[int, Field(ge=0), _REPETITION] = 0  # of partition, teacher and rounds
+    seed: Annotated[NonNegativeInt, _REPETITION] = 0  # of partition, teacher and rounds
     data: DataConfig = DataConfig()
     cache: CacheConfig = CacheConfig()
     synth: SynthConfig = SynthConfig()
@@ -334,18 +332,21 @@ def load_config(path: Path | None, overrides: tuple[str, ...] = ()) -> Config:
     if path is not None:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; run in the project's folder or pass --params")
-        content = path.read_bytes()
-        try:
-            raw = yaml.safe_load(content) or {}
-        except Exception as error:  # PyYAML lets errors of int(), of dates and of its own escape
-            place = getattr(error, "problem_mark", None)
-            line = f" at line {place.line + 1}" if place is not None else ""
-            raise ConfigError(f"{path}: not valid YAML{line}; expected sections of keys") from error
+        raw = _yaml(path.read_bytes(), str(path), "sections of keys") or {}
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: found {type(raw).__name__}, expected sections of keys")
     for override in overrides:
         _apply(raw, override)
     return parse_config(raw, source=str(path) if path is not None else "settings")
+
+
+def _yaml(content: bytes | str, source: str, expected: str) -> Any:
+    try:
+        return yaml.safe_load(content)
+    except Exception as error:  # PyYAML lets errors of int(), of dates and of its own escape
+        place = getattr(error, "problem_mark", None)
+        line = f" at line {place.line + 1}" if place is not None else ""
+        raise ConfigError(f"{source}: not valid YAML{line}; expected {expected}") from error
 
 
 def with_settings(config: Config, source: str, **sections: dict[str, Any]) -> Config:
@@ -388,11 +389,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"--set {override}: expected section.key=value, e.g. federate.rounds=5")
-    try:
-        value = yaml.safe_load(text)
-    except Exception as error:  # as in load_config
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
-    section = raw
+    section, value = raw, _yaml(text, f"--set {override}", "a value, e.g. 5 or [1, 2]")
     for part in parts[:-1]:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):

@@ -1,16 +1,4 @@
-"""Every error that samfed raises on purpose, with the exit code its command ends with.
-
-::
-
-    SamfedError               1   anything below; a message of one line
-    ├── ConfigError           2   params.yaml, --set or a command-line value is wrong
-    ├── DataError             3   a user's image, mask, table or folder is not usable
-    ├── StageError            4   a stage runs before the one whose output it needs
-    └── StoreError            5   a store cannot be used
-        ├── IdentityError     5   it was made by another teacher, or from other images
-        ├── FormatError       5   another version of samfed wrote it
-        ├── CorruptStoreError 5   its bytes are not what was written
-        └── LockedStoreError  5   another process writes to it
+"""Every error that samfed raises on purpose, with the exit code that its command ends with.
 
 Exit code 0 is success, 6 means "done, except for the images named on stderr", 130 is Ctrl-C.
 A message names the file or key, what was found, what was expected, and what to do.

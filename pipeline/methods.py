@@ -7,21 +7,14 @@ is new, a function in ``federation/local_update.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
 Method = Literal[
-    "supervised",
-    "fedavg_ssl",
-    "semifl",
-    "fedmd",
-    "rc_rf",
-    "sam_only",
-    "sam_fed",
-    "shuffled",
+    "supervised", "fedavg_ssl", "semifl", "fedmd", "rc_rf", "sam_only", "sam_fed", "shuffled",
     "oracle",
-]
+]  # fmt: skip
 
 Target = Literal["none", "client", "received", "sam", "agreement", "truth"]
 Exchange = Literal["none", "mean", "condensation"]
@@ -56,6 +49,8 @@ class MethodTraits:
         return self.target == "truth"
 
 
+_SAM_FED = MethodTraits("agreement", exchange="condensation", distils_broadcast=True)
+
 METHODS: Mapping[Method, MethodTraits] = MappingProxyType(
     {
         "supervised": MethodTraits("none"),
@@ -64,10 +59,8 @@ METHODS: Mapping[Method, MethodTraits] = MappingProxyType(
         "fedmd": MethodTraits("client", networks="own", exchange="mean"),
         "rc_rf": MethodTraits("client", networks="own", exchange="condensation"),
         "sam_only": MethodTraits("sam"),
-        "sam_fed": MethodTraits("agreement", exchange="condensation", distils_broadcast=True),
-        "shuffled": MethodTraits(
-            "agreement", exchange="condensation", distils_broadcast=True, shuffles_labels=True
-        ),
+        "sam_fed": _SAM_FED,
+        "shuffled": replace(_SAM_FED, shuffles_labels=True),
         "oracle": MethodTraits("truth"),
     }
 )

@@ -21,12 +21,12 @@ def console_progress() -> Iterator[Progress]:
     from rich.console import Console
 
     columns = (
-        progress.TextColumn("{task.description}"),
+        "{task.description}",
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[note]}"),
+        "{task.fields[note]}",
     )
     console = Console(stderr=True)
     bars: dict[str, Any] = {}

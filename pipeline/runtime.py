@@ -19,18 +19,13 @@ import torch
 
 from pipeline.errors import ConfigError
 
-_SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
-
 
 def _compiled_operators_load() -> bool:
     """Load torchvision's compiled operators the way torchvision itself does; False if it cannot."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return True  # the coming import says plainly that torchvision is missing
-    libraries = sorted(Path(spec.origin).parent.glob("_C*.so"))
+    libraries = list(Path(spec.origin).parent.glob("_C*.so"))
     try:
         for library in libraries:
             torch.ops.load_library(str(library))
@@ -44,8 +39,8 @@ def _compiled_operators_load() -> bool:
 _declared: torch.library.Library | None = None
 if sys.platform == "linux" and "torchvision" not in sys.modules and not _compiled_operators_load():
     _declared = torch.library.Library("torchvision", "DEF")
-    for _schema in _SCHEMAS:
-        _declared.define(_schema)
+    for _name in ("nms", "qnms"):
+        _declared.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -60,12 +55,11 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device: found '{name}', expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: '{name}' asked for, but torch finds no CUDA device; use auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(
-            f"device: '{name}' asked for, but torch finds {torch.cuda.device_count()} CUDA "
-            "device(s), numbered from 0; use cuda:0 or auto"
+            f"device: '{name}' asked for, but torch finds {count or 'no'} CUDA device(s), numbered "
+            "from 0; use auto"
         )
     return device
 

@@ -17,12 +17,11 @@ from PIL import Image
 
 from pipeline.data.dermoscopy import SITES, draw_patient, render
 from pipeline.disk import folder_beside
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 
 GENERATOR = "samfed.synthetic"
 GENERATOR_VERSION = 1  # raise it with every change that changes bytes
 CARD_NAME = "synthetic.json"
-MIN_SIZE_PX = 32
 SITE_NAMES = tuple(SITES)
 
 
@@ -86,14 +85,11 @@ class GeneratedData:
 def write_dataset(out: Path, *, images_per_site: int, size_px: int, seed: int) -> GeneratedData:
     """Write ``images/``, ``masks/``, ``sites.csv`` and ``synthetic.json`` to the folder ``out``.
 
-    ``size_px`` is the height of every image; two sites are wider than high. An image depends only
+    The numbers are those of ``SynthConfig``; two sites are wider than high. An image depends only
     on the seed, its site, patient and number: a larger ``images_per_site`` keeps the earlier ones,
     and the same arguments give the same bytes. ``out`` appears, or is replaced, as a whole.
     """
     arguments = {"images_per_site": images_per_site, "size_px": size_px, "seed": seed}
-    for key, least in (("images_per_site", 1), ("size_px", MIN_SIZE_PX), ("seed", 0)):
-        if arguments[key] < least:
-            raise ConfigError(f"{key}: found {arguments[key]}, expected at least {least}")
     final = out.resolve()
     _check_replaceable(final)
     with folder_beside(final) as folder:

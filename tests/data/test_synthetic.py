@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.config import load_config
 from pipeline.data import synthetic
 from pipeline.data.synthetic import SITE_NAMES, write_dataset
 from pipeline.errors import ConfigError, DataError
@@ -155,13 +156,10 @@ def test_an_interrupted_write_leaves_nothing_half_written(
     assert all((out / name).read_bytes() == content for name, content in before.items())
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "least"), [("images_per_site", 0, 1), ("size_px", 31, 32), ("seed", -1, 0)]
-)
-def test_arguments_out_of_range(tmp_path: Path, key: str, value: int, least: int) -> None:
-    arguments = {"images_per_site": 1, "size_px": 48, "seed": 0, key: value}
-    with pytest.raises(ConfigError, match=f"^{key}: found {value}, expected at least {least}$"):
-        write_dataset(tmp_path / "data", **arguments)
+@pytest.mark.parametrize("value", ["images_per_site=0", "size_px=31", "seed=-1"])
+def test_settings_out_of_range(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^settings: synth\.\w+: found -?\d+, input should be"):
+        load_config(None, (f"synth.{value}",))
 
 
 def test_the_card_records_the_arguments(tmp_path: Path) -> None:
