@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from pipeline.errors import DataError, LockedStoreError, StageError
 
 _TEMPORARY = ".samfed-tmp"  # so that ours are known wherever they are found
 _OUR_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(_TEMPORARY))
-_ABANDONED_SECONDS = 60 * 60
 _GLANCE_SECONDS = 0.1  # after which a lock that ``writer_of`` looked at is free again
 
 
@@ -93,9 +93,8 @@ def folder_beside(final: Path) -> Iterator[Path]:
     caller holds a lock.
     """
     recover_folder(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
     building, retired = _names_beside(final)
-    building.mkdir()
+    building.mkdir(parents=True)
     try:
         with naming(final):
             yield building
@@ -104,12 +103,9 @@ def folder_beside(final: Path) -> Iterator[Path]:
             os.replace(final, retired)
         os.replace(building, final)
         flush(final.parent)
-    except BaseException:
-        with suppress(OSError):  # the error that brought us here is the one to show
+    finally:  # the old folder returns, or goes; an error in that is not the one to show
+        with suppress(OSError):
             recover_folder(final)
-        raise
-    with suppress(OSError):  # the new folder is in place; the next call tries again
-        recover_folder(final)
 
 
 def recover_folder(final: Path) -> None:
@@ -119,11 +115,12 @@ def recover_folder(final: Path) -> None:
     """
     building, retired = _names_beside(final)
     _remove(building)
-    if os.path.lexists(retired) and os.path.lexists(final):
+    if os.path.lexists(retired):
+        if not os.path.lexists(final):
+            os.replace(retired, final)
+            return
         os.replace(retired, building)  # a folder half removed is never taken for a whole one
         _remove(building)
-    elif os.path.lexists(retired):
-        os.replace(retired, final)
 
 
 def move(source: Path, target: Path) -> None:
@@ -169,9 +166,8 @@ def flush(path: Path) -> None:
 def flush_tree(root: Path) -> None:
     """``flush`` every file and folder below ``root``, and ``root`` itself."""
     for folder, _, names in os.walk(root, topdown=False):
-        for name in names:
-            flush(Path(folder, name))
-        flush(Path(folder))
+        for path in (*(Path(folder, name) for name in names), Path(folder)):
+            flush(path)
 
 
 def tree_bytes(root: Path) -> int:
@@ -183,7 +179,7 @@ def tree_bytes(root: Path) -> int:
     return total
 
 
-def leftovers(root: Path, *, seconds: float = _ABANDONED_SECONDS) -> list[Path]:
+def leftovers(root: Path, *, seconds: float = 60 * 60) -> list[Path]:
     """List temporary files below ``root`` that killed ``write_bytes`` left, untouched for an hour.
 
     A write takes seconds, so an old one is nobody's. (Locks would not tell: single files are
@@ -199,17 +195,13 @@ def leftovers(root: Path, *, seconds: float = _ABANDONED_SECONDS) -> list[Path]:
 
 def unused_name(path: Path) -> Path:
     """Return ``path``, or the first of ``<stem>-2<suffix>``, ``-3``, ... that is not there."""
-    name, number = path, 1
-    while os.path.lexists(name):
-        number += 1
-        name = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return name
+    others = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return next(name for name in chain([path], others) if not os.path.lexists(name))
 
 
 def is_folder_name(name: str) -> bool:
     """Tell whether ``name`` can be one folder's name that leads nowhere else, on any system."""
-    plain = name.isprintable() and not set(name) & set("/\\:")
-    return bool(name) and plain and not name.startswith(".")
+    return name.isprintable() and re.fullmatch(r"[^./\\:][^/\\:]*", name) is not None
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -338,12 +330,12 @@ def _is_free(path: Path) -> bool:
 
 def _of_other_hosts(folder: Path) -> dict[Path, str]:
     """Return the locks whose file names another host but which nobody holds here."""
-    named = {path: _holder(path) for path in sorted(folder.glob("*.lock"))}
-    return {
-        path: holder
-        for path, (holder, elsewhere) in named.items()
-        if holder and elsewhere and _is_free(path)
-    }
+    found = {}
+    for path in sorted(folder.glob("*.lock")):
+        holder, elsewhere = _holder(path)
+        if holder is not None and elsewhere and _is_free(path):
+            found[path] = holder
+    return found
 
 
 def _holder(path: Path) -> tuple[str | None, bool]:
