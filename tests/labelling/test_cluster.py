@@ -144,7 +144,7 @@ def test_ctrl_c_with_local_workers(config: Config, prepared: Config, tmp_path: P
         try:
             while not (server.is_dir() and LabelStore(server).done().all()):
                 assert run.poll() is None
-                time.sleep(0.05)
+                time.sleep(0.01)  # the rest takes a second or two
             os.killpg(run.pid, signal.SIGINT)
             out, err = run.communicate()
             while group_is_there(run.pid):

@@ -50,7 +50,7 @@ def finished_stages(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("computed a second time")
 
     monkeypatch.setattr("pipeline.sam.teacher.Teacher.label", again)
-    monkeypatch.setattr("pipeline.federation.averaging.Averaging.play", again)
+    monkeypatch.setattr("pipeline.federation.client.local_update", again)
 
 
 def test_three_methods_and_a_report(first: tuple[Path, dict[str, Any]]) -> None:
