@@ -20,7 +20,8 @@ from pipeline.labelling.job import Job, Meter, Progress, load_job, store_lock
 from pipeline.labelling.quality import Statistics, quality_warnings, statistics_table
 from pipeline.labelling.worker import ChunkResult, ChunkTask, Executor, InProcess, Workplace
 from pipeline.runtime import torch_threads
-from pipeline.stores.label_store import LabelStore, open_label_store
+from pipeline.stores.label_store import LabelStore
+from pipeline.stores.opening import open_label_store
 
 log = logging.getLogger("samfed.precompute")
 

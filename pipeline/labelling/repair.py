@@ -17,15 +17,7 @@ from pipeline.labelling.maintenance import check_at_rest, image_stores, label_st
 from pipeline.labelling.precompute import executor_on, label_owners
 from pipeline.labelling.worker import Executor, Workplace
 from pipeline.stores.arrays import remove_partial_files
-from pipeline.stores.integrity import (
-    FORMAT_FAULT,
-    WHOLE_STORE,
-    Fault,
-    check_store,
-    mend_store,
-    restore_metadata,
-    stored_identity,
-)
+from pipeline.stores.integrity import Fault, check_store, mend_metadata, mend_store
 from pipeline.stores.label_store import LabelStore, check_identity
 
 Damaged = dict[Path, list[Fault]]  # by label store
@@ -63,8 +55,8 @@ def repair(
 ) -> Repair:
     """Label anew the chunks of label stores that fail verification, and finish these stores.
 
-    Metadata is written again from what is left of it; if both its copies are damaged, the store is
-    moved to ``cache/archive/<owner>/damaged-<n>.zarr`` and all its rows are labelled anew.
+    Metadata is written again from what is left of it; if nothing is, the store is moved to
+    ``cache/archive/<owner>/damaged-<n>.zarr`` and all its rows are labelled anew.
 
     Args:
         cluster: where to label, entered once something is to be labelled, before anything is
@@ -122,10 +114,10 @@ def _damaged(labels: Sequence[Path], meter: Meter, result: Repair) -> Damaged:
         recover_folder(path)
         remove_partial_files(path)
         faults = check_store(path, meter.advance)
-        if any(fault.what in WHOLE_STORE for fault in faults):
+        if not all(fault.costs_labels for fault in faults):
             with suppress(CorruptStoreError):  # then it will be moved aside
-                restore_metadata(path)
-                result.faults += [fault for fault in faults if fault.what in WHOLE_STORE]
+                mend_metadata(path)
+                result.faults += [fault for fault in faults if not fault.costs_labels]
                 faults = check_store(path)
         if faults:
             damaged[path] = faults
@@ -144,11 +136,8 @@ def _mendable(job: Job, damaged: Damaged, result: Repair) -> Damaged:
             if path.stem not in owner_images(job.partition):
                 why = f"'{path.stem}' is no client of the partition; remove it"
                 raise IdentityError(f"{path}: {why}")
-            if faults[0].what == FORMAT_FAULT:
-                raise StoreError(str(faults[0]))
-            identity = stored_identity(path)
-            if identity is not None:  # labels of another teacher cannot be made again
-                check_identity(path, identity, job.identity)
+            with suppress(CorruptStoreError):  # nobody can tell: it will be moved aside
+                check_identity(path, LabelStore(path).identity, job.identity)
             mendable[path] = faults
         except StoreError as error:
             result.remaining.append(str(error))
@@ -159,7 +148,7 @@ def _make_unfinished(job: Job, path: Path, faults: list[Fault], result: Repair) 
     """Leave nothing damaged in a store that the caller holds locked, only rows not done."""
     result.faults += faults
     try:
-        mend_store(path, faults)
+        mend_store(path, faults, job.rows(path.stem))
     except CorruptStoreError:
         archive = job.config.cache.root / "archive" / path.stem
         names = (archive / f"damaged-{number}.zarr" for number in itertools.count(1))

@@ -1,8 +1,9 @@
 """Arrays in chunks of up to 64 rows, and small JSON files: what every store is made of.
 
 A chunk is one file on disk and one task of stage one. zarr reads and writes it; the crc32c in it
-finds every flipped bit. A JSON file carries the sha256 of its own content. Whatever is missing is
-damage, never an answer: even chunks of zeros are written.
+finds every flipped bit. A JSON file says everything twice, each time with the content's sha256, so
+that a flipped bit in it costs nothing. Whatever is missing is damage, never an answer: even chunks
+of zeros are written.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from pipeline.errors import CorruptStoreError, FormatError
 
 FORMAT = 2
 CHUNK_ROWS = 64
-STORE_FILE = "store.json"  # what the store is, and the sha256 of its metadata files
+STORE_FILE = "store.jsonl"  # what the store is, and the text of its zarr.json files
 METADATA_FILE = "zarr.json"
 ADVICE = "run `samfed cache repair`"
 
@@ -43,15 +45,15 @@ PHOTO_CODECS = (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32c
 
 
 class DurableStore(LocalStore):
-    """A zarr store in a local folder whose files are on the disk, whole, before they get a name."""
-
-    async def set(self, key: str, value: Any) -> None:
-        """Write a file as ``set_sync`` does."""
-        await asyncio.to_thread(self.set_sync, key, value)
+    """A local zarr store whose files are on the disk, whole, before they get a name."""
 
     def set_sync(self, key: str, value: Any) -> None:
         """Write, flush, rename and flush the folder; zarr's own store never flushes."""
         write_bytes(self.root / key, value.to_bytes())
+
+    async def set(self, key: str, value: Any) -> None:
+        """Write as ``set_sync`` does, beside other work."""
+        await asyncio.to_thread(self.set_sync, key, value)
 
 
 # --------------------------------------------------------------------------- arrays
@@ -131,52 +133,51 @@ def canonical_json(value: Any) -> bytes:
 
 
 def write_sealed(file: Path, content: Any) -> None:
-    """Write JSON with the sha256 of its own content, durably."""
-    write_bytes(file, _sealed(content))
+    """Write JSON and its sha256 on one line, and the same line again, durably."""
+    write_bytes(file, 2 * _sealed(content))
 
 
 def read_sealed(path: Path, name: str) -> Any:
-    """Read what ``write_sealed`` wrote to the file ``name`` of the store at ``path``.
+    """Read what ``write_sealed`` wrote to the file ``name`` of a store, from an intact line.
 
     Raises:
-        CorruptStoreError: it is missing, or not what was written.
+        CorruptStoreError: it is missing, or both lines are damaged.
     """
     try:
         raw = (path / name).read_bytes()
     except FileNotFoundError as error:
         raise CorruptStoreError(f"{path}: {name} is missing; {ADVICE}") from error
-    try:
-        content = json.loads(raw)["content"]
-        intact = raw == _sealed(content)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        raise CorruptStoreError(f"{path}: {name} is damaged; {ADVICE}")
-    return content
+    half = len(raw) // 2
+    for line in (raw[:half], raw[half:]):
+        with suppress(ValueError, LookupError, TypeError, RecursionError):
+            content = json.loads(line)["content"]
+            if line == _sealed(content):
+                return content
+    raise CorruptStoreError(f"{path}: {name} is damaged; {ADVICE}")
+
+
+def is_sealed(path: Path, name: str) -> bool:
+    """Return whether both lines of a file that ``read_sealed`` can read are intact."""
+    content = read_sealed(path, name)
+    return (path / name).read_bytes() == 2 * _sealed(content)
 
 
 def _sealed(content: Any) -> bytes:
     sha256 = hashlib.sha256(canonical_json(content)).hexdigest()
-    return canonical_json({"content": content, "sha256": sha256})
+    return canonical_json({"content": content, "sha256": sha256}) + b"\n"
 
 
 # --------------------------------------------------------------------------- stores
 
 
-def write_store_file(
-    path: Path, kind: str, content: Mapping[str, Any], *, names: Iterable[str] = ()
-) -> None:
-    """Say in ``store.json`` what the store at ``path`` is, and the sha256 of some of its files.
-
-    These are ``names`` and the ``zarr.json`` of the root and of each array.
-    """
-    metadata = (file.relative_to(path).as_posix() for file in path.rglob(METADATA_FILE))
-    files = {name: file_sha256(path / name) for name in [*metadata, *names]}
-    write_sealed(path / STORE_FILE, {**content, "kind": kind, "format": FORMAT, "files": files})
+def store_metadata(path: Path) -> dict[str, str]:
+    """Return the text of the ``zarr.json`` of a store's root and of each of its arrays."""
+    files = sorted(path.rglob(METADATA_FILE))
+    return {file.relative_to(path).as_posix(): file.read_text() for file in files}
 
 
 def read_store_file(path: Path, kind: str | None = None) -> Any:
-    """Return what ``store.json`` says, once it and the metadata files are found intact.
+    """Return what ``store.jsonl`` says, once it and the ``zarr.json`` files are found intact.
 
     Raises:
         FormatError: another samfed wrote the store. CorruptStoreError: one of these files is
@@ -193,21 +194,19 @@ def read_store_file(path: Path, kind: str | None = None) -> Any:
         raise FormatError(f"{path}: {found}; run {way}")
     if kind not in (None, content["kind"]):
         raise CorruptStoreError(f"{path}: not a store of {kind}; remove it and rerun")
-    for name, sha256 in content["files"].items():
-        if name.endswith(METADATA_FILE) and (state := file_state(path / name, sha256)) != "whole":
+    for name, text in content["metadata"].items():
+        state = file_state(path / name, hashlib.sha256(text.encode()).hexdigest())
+        if state != "whole":
             raise CorruptStoreError(f"{path}: {name} is {state}; {ADVICE}")
     return content
 
 
 def _format_1(path: Path) -> Any:
-    """Return the attributes of a store of format 1, where they were in ``zarr.json``, or None."""
-    if (path / STORE_FILE).exists() or not (path / METADATA_FILE).exists():
+    """Return format and kind of a store of format 1, where they were in ``zarr.json``."""
+    root = path / METADATA_FILE
+    if (path / STORE_FILE).exists() or not root.exists() or b'"format":1,' not in root.read_bytes():
         return None
-    try:
-        attributes = json.loads((path / METADATA_FILE).read_bytes())["attributes"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return attributes if "metadata_sha256" in attributes else None
+    return {"format": 1, "kind": "images" if b'"kind":"images"' in root.read_bytes() else "labels"}
 
 
 def file_state(file: Path, sha256: str) -> str:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.disk import folder_beside
+from pipeline.disk import file_sha256, folder_beside
 from pipeline.errors import IdentityError, StageError
 from pipeline.stores.arrays import (
+    FORMAT,
     METADATA_FILE,
     PHOTO_CODECS,
+    STORE_FILE,
     Bytes,
     chunk_name,
     create_array,
@@ -21,7 +23,8 @@ from pipeline.stores.arrays import (
     read_rows,
     read_store_file,
     rows_per_chunk,
-    write_store_file,
+    store_metadata,
+    write_sealed,
 )
 
 _Row = tuple[Bytes, Bytes | None]  # an image and its label
@@ -80,8 +83,15 @@ def write_image_store(
             raise ValueError(f"found {written} rows for {count} image ids of {path}")
         chunks = range(-(-count // per_chunk))
         names = [chunk_name(array, chunk) for array in arrays for chunk in chunks]
-        content = {"num_classes": num_classes, "image_ids": list(image_ids)}
-        write_store_file(building, "images", content, names=names)
+        content = {
+            "kind": "images",
+            "format": FORMAT,
+            "num_classes": num_classes,
+            "image_ids": image_ids,
+            "metadata": store_metadata(building),
+            "files": {name: file_sha256(building / name) for name in names},
+        }
+        write_sealed(building / STORE_FILE, content)
 
 
 def _blocks(rows: Iterable[_Row], size: int) -> Iterator[list[_Row]]:
@@ -114,6 +124,6 @@ def read_image_store(
     if content["image_ids"] != list(image_ids):
         raise IdentityError(f"{path}: holds other images than the partition; run `samfed {stage}`")
     every = range(len(image_ids))
-    labelled = f"labels/{METADATA_FILE}" in content["files"]
+    labelled = f"labels/{METADATA_FILE}" in content["metadata"]
     labels = read_rows(path, open_array(path, "labels"), every) if labelled else None
     return ImageSet(tuple(image_ids), read_rows(path, images, every), labels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,23 +15,16 @@ from pipeline.stores.arrays import (
     STORE_FILE,
     Advance,
     file_state,
+    is_sealed,
     open_array,
     read_rows,
     read_sealed,
     read_store_file,
+    write_sealed,
 )
-from pipeline.stores.label_store import (
-    COPY_FILE,
-    STATISTICS_FILE,
-    Identity,
-    LabelStore,
-    RowKey,
-    chunk_file,
-    write_metadata,
-)
+from pipeline.stores.label_store import STATISTICS_FILE, LabelStore, RowKey, chunk_file
 
-METADATA = "metadata"  # store.json or a zarr.json, without which nothing else can be read
-WHOLE_STORE = (METADATA, COPY_FILE)  # faults that ``restore_metadata`` mends, and loses no label
+METADATA = "metadata"  # store.jsonl or a zarr.json, without which nothing else can be read
 FORMAT_FAULT = "format"  # whole, but of another samfed
 
 
@@ -42,12 +34,17 @@ class Fault:
 
     path: Path  # of the store
     what: str  # an array, ``metadata``, ``format``, or a JSON file's name
-    rows: range | None  # of the store; None where it concerns no row
+    rows: range | None  # of the store, that are lost; None where none is
     reason: str
 
     def __str__(self) -> str:
         where = "" if self.rows is None else f" rows {self.rows.start}..{self.rows.stop - 1}"
         return f"{self.path}: {self.what}{where}: {self.reason}"
+
+    @property
+    def costs_labels(self) -> bool:
+        """Whether stage one has to label anew, as ``mend_metadata`` is not enough."""
+        return self.rows is not None or self.what == FORMAT_FAULT
 
     def as_json(self) -> dict[str, Any]:
         """Return it for ``--json``; rows are [first, last]."""
@@ -58,9 +55,9 @@ class Fault:
 def check_store(path: Path, advance: Advance = lambda read: None) -> list[Fault]:
     """Read a label or image store whole, one chunk at a time, and list all that is wrong with it.
 
-    Each JSON file is held against its own sha256, and each other file against the one that a JSON
-    file names, or in a chunk with rows still to come against its crc32c. Without its metadata
-    nothing else of a store can be read: that is one fault.
+    Each line of a JSON file is held against its own sha256, and each other file against the one
+    that a JSON file names, or in a chunk with rows still to come against its crc32c. Without its
+    metadata nothing else of a store can be read: that is one fault.
 
     Raises:
         OSError: a file cannot be read, which says nothing about its bytes.
@@ -73,51 +70,51 @@ def check_store(path: Path, advance: Advance = lambda read: None) -> list[Fault]
     except FormatError as error:
         return [Fault(path, FORMAT_FAULT, None, str(error).removeprefix(f"{path}: format "))]
     if content["kind"] == "labels":
-        return list(_check_labels(LabelStore(path), advance))
-    return list(_check_images(path, content["files"], advance))
+        return [*_check_json(path, STORE_FILE), *_check_labels(LabelStore(path), advance)]
+    return [*_check_json(path, STORE_FILE), *_check_images(path, content["files"], advance)]
 
 
-def stored_identity(path: Path) -> Identity | None:
-    """Return a label store's identity, from its copy if need be; None if both are damaged."""
-    for name in (STORE_FILE, COPY_FILE):
-        with suppress(CorruptStoreError):
-            return Identity.model_validate(read_sealed(path, name)["identity"])
-    return None
-
-
-def restore_metadata(path: Path) -> None:
-    """Write again what never changes in a label store, from its copy or from its other files.
+def mend_metadata(path: Path) -> None:
+    """Mend all that costs a label store no label: JSON of which a line is left, and statistics.
 
     Raises:
-        CorruptStoreError: nobody can tell any more whose labels these are, or of which images.
+        CorruptStoreError: nobody can tell any more whose labels these are.
     """
-    identity = stored_identity(path)
-    if identity is None:
-        raise CorruptStoreError(f"{path}: {STORE_FILE} and {COPY_FILE} are damaged; {ADVICE}")
+    for name, text in read_sealed(path, STORE_FILE)["metadata"].items():
+        write_bytes(path / name, text.encode())
+    store = LabelStore(path)
+    for name in (STORE_FILE, *map(chunk_file, range(store.chunks))):
+        with suppress(CorruptStoreError):  # a chunk that ``mend_store`` forgets
+            write_sealed(path / name, read_sealed(path, name))
     try:
-        rows = _copied_rows(path)
+        store.set_statistics(store.statistics)
     except CorruptStoreError:
-        rows = list(LabelStore(path).rows)
-    with tempfile.TemporaryDirectory() as folder:
-        write_metadata(Path(folder), identity, rows)
-        for file in sorted(Path(folder).rglob("*.json")):
-            write_bytes(path / file.relative_to(folder), file.read_bytes())
+        store.set_statistics(None)
 
 
-def mend_store(path: Path, faults: Sequence[Fault]) -> None:
-    """Make a label store with these faults, its metadata whole, an honest, unfinished one.
+def mend_store(path: Path, faults: Sequence[Fault], rows: Sequence[RowKey]) -> None:
+    """Make a label store with these faults, its metadata mended, an honest, unfinished one.
 
     A chunk with a fault becomes undone and loses what it holds. Marks are on the disk before
     anything is removed, so that none ever promises what is gone.
 
+    Args:
+        rows: the rows that the store should have, for a chunk whose own list is lost.
+
     Raises:
-        CorruptStoreError: its metadata is damaged.
+        CorruptStoreError: its metadata is damaged, or such a chunk's rows cannot be told.
     """
-    store, rows = LabelStore(path), _copied_rows(path)
-    store.set_statistics(None)  # they were of the whole store, or are damaged themselves
+    store = LabelStore(path)
+    store.set_statistics(None)  # they were of the whole store
     for chunk in sorted({f.rows.start // store.rows_per_chunk for f in faults if f.rows}):
         span = store.chunk_rows(chunk)
-        store.forget_chunk(chunk, rows[span.start : span.stop])
+        try:
+            known = store.state(chunk).rows
+        except CorruptStoreError:
+            if len(rows) != len(store):
+                raise
+            known = list(rows[span.start : span.stop])
+        store.forget_chunk(chunk, known)
 
 
 def _check_images(path: Path, files: dict[str, str], advance: Advance) -> Iterator[Fault]:
@@ -132,19 +129,14 @@ def _check_images(path: Path, files: dict[str, str], advance: Advance) -> Iterat
 
 
 def _check_labels(store: LabelStore, advance: Advance) -> Iterator[Fault]:
-    path = store.path
-    copy = _check_sealed(path, COPY_FILE)
-    yield from copy
-    rows = [] if copy else _copied_rows(path)
-    if (path / STATISTICS_FILE).exists():
-        yield from _check_sealed(path, STATISTICS_FILE)
+    if (store.path / STATISTICS_FILE).exists():
+        yield from _check_json(store.path, STATISTICS_FILE)
     for chunk in range(store.chunks):
-        span, name = store.chunk_rows(chunk), chunk_file(chunk)
-        faults = _check_sealed(path, name, span)
-        if not faults and rows and store.state(chunk).rows != rows[span.start : span.stop]:
-            faults = [Fault(path, name, span, f"of other images than {COPY_FILE}")]
-        yield from faults or _check_chunk(store, chunk)
-        advance(sum(tree_bytes(path / name) for name in store.chunk_files(chunk).values()))
+        faults = _check_json(store.path, chunk_file(chunk), store.chunk_rows(chunk))
+        yield from faults
+        if not any(fault.costs_labels for fault in faults):
+            yield from _check_chunk(store, chunk)
+        advance(sum(tree_bytes(store.path / name) for name in store.chunk_files(chunk).values()))
 
 
 def _check_chunk(store: LabelStore, chunk: int) -> Iterator[Fault]:
@@ -153,7 +145,7 @@ def _check_chunk(store: LabelStore, chunk: int) -> Iterator[Fault]:
     for array, name in store.chunk_files(chunk).items():
         found = "whole"
         if state.files:
-            found = file_state(store.path / name, state.files[name])
+            found = file_state(store.path / name, state.files.get(name, ""))
         elif any(state.done) or (store.path / name).exists():
             try:
                 read_rows(store.path, open_array(store.path, array), span)
@@ -163,18 +155,16 @@ def _check_chunk(store: LabelStore, chunk: int) -> Iterator[Fault]:
             yield Fault(store.path, array, span, found)
 
 
-def _check_sealed(path: Path, name: str, rows: range | None = None) -> list[Fault]:
+def _check_json(path: Path, name: str, rows: range | None = None) -> list[Fault]:
+    """Check both lines of a JSON file; ``rows`` are lost only if neither is intact."""
     try:
-        read_sealed(path, name)
+        if is_sealed(path, name):
+            return []
+        return [Fault(path, name, None, "one of its two lines is damaged")]
     except CorruptStoreError as error:
         return [Fault(path, name, rows, _state(error))]
-    return []
 
 
 def _state(error: CorruptStoreError) -> str:
     """Return "missing" or "damaged", with which these errors end before they give advice."""
     return str(error).removesuffix(f"; {ADVICE}").rsplit(" ", 1)[-1]
-
-
-def _copied_rows(path: Path) -> list[RowKey]:
-    return [RowKey(*row) for row in read_sealed(path, COPY_FILE)["rows"]]

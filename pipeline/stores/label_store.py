@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import chain, groupby
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,11 @@ from pipeline.disk import (
     file_sha256,
     flush,
     folder_beside,
-    move,
-    recover_folder,
-    unused_name,
 )
-from pipeline.errors import CorruptStoreError, FormatError, IdentityError, StageError, StoreError
+from pipeline.errors import IdentityError, StageError, StoreError
 from pipeline.stores.arrays import (
+    FORMAT,
+    STORE_FILE,
     Bytes,
     canonical_json,
     chunk_name,
@@ -32,10 +31,9 @@ from pipeline.stores.arrays import (
     read_rows,
     read_sealed,
     read_store_file,
-    remove_partial_files,
     rows_per_chunk,
+    store_metadata,
     write_sealed,
-    write_store_file,
 )
 
 #: Version of how labels come from an image and a teacher. Raised whenever resizing, cropping,
@@ -44,8 +42,7 @@ from pipeline.stores.arrays import (
 LABEL_VERSION = 1
 
 LABEL_ARRAYS = ("masks", "confidences", "predicted_iou")
-COPY_FILE = "copy.json"  # identity and rows once more, for the day when a bit flips in the others
-STATISTICS_FILE = "statistics.json"
+STATISTICS_FILE = "statistics.jsonl"
 
 Provenance = dict[str, str]  # what computed labels: backend, precision, device, versions
 
@@ -95,7 +92,7 @@ class PseudoLabels:
 
 @dataclass(frozen=True)
 class ChunkState:
-    """What ``chunks/<number>.json`` says of one chunk."""
+    """What ``chunks/<number>.jsonl`` says of one chunk."""
 
     rows: list[RowKey]
     done: list[bool]  # of each row
@@ -105,11 +102,11 @@ class ChunkState:
 
 def chunk_file(chunk: int) -> str:
     """Return the name of the JSON file beside a chunk, relative to the store."""
-    return f"chunks/{chunk}.json"
+    return f"chunks/{chunk}.jsonl"
 
 
 class LabelStore:
-    """A client's teacher labels on disk; ``open_label_store`` makes or finds it.
+    """A client's teacher labels on disk; ``opening`` makes or finds it.
 
     One coordinator creates the store and marks rows done; any worker may write the chunk that it
     was given, whole, for every array (partial writes to a chunk from two writers lose data:
@@ -127,7 +124,7 @@ class LabelStore:
     def create(cls, path: Path, identity: Identity, rows: Sequence[RowKey]) -> LabelStore:
         """Create a store with no row done; it appears at ``path`` complete or not at all."""
         with folder_beside(path) as building:
-            _write_empty(building, identity, rows)
+            write_empty(building, identity, rows)
         return cls(path)
 
     def __len__(self) -> int:
@@ -233,15 +230,12 @@ class LabelStore:
         What computed its other complete rows is kept, before these. Statistics of the store as it
         was are dropped first.
         """
-        if self.statistics is not None:
-            self.set_statistics(None)
+        self.set_statistics(None)
         before, start = self.state(chunk), self.chunk_rows(chunk).start
-        others = np.array(before.done)
-        others[[row - start for row in rows]] = False
-        done = list(before.done)
-        for row in rows:
-            done[row - start] = True
-        every = [*(before.provenance if others.any() else []), *provenance]
+        inside = {row - start for row in rows}
+        done = [mark or row in inside for row, mark in enumerate(before.done)]
+        others = any(mark for row, mark in enumerate(before.done) if row not in inside)
+        every = [*(before.provenance if others else []), *provenance]
         unique = [record for n, record in enumerate(every) if record not in every[:n]]
         # rows that come later change the files, and a kill may come before the marks: no sha256 yet
         names = self.chunk_files(chunk).values() if all(done) else ()
@@ -266,8 +260,8 @@ class LabelStore:
         """Keep a JSON-ready summary of the finished labels beside them; None drops it."""
         if statistics is not None:
             write_sealed(self.path / STATISTICS_FILE, statistics)
-        else:
-            (self.path / STATISTICS_FILE).unlink(missing_ok=True)
+        elif (self.path / STATISTICS_FILE).exists():
+            (self.path / STATISTICS_FILE).unlink()
             flush(self.path)
 
     def read(self, rows: slice = slice(None)) -> PseudoLabels:
@@ -298,24 +292,20 @@ class LabelStore:
         )
 
 
-def write_metadata(path: Path, identity: Identity, rows: Sequence[RowKey]) -> None:
-    """Write all of a label store that never changes, in the folder ``path``, and its copy."""
+def write_empty(path: Path, identity: Identity, rows: Sequence[RowKey]) -> LabelStore:
+    """Write a label store with no row done into the folder ``path``."""
     count, size = len(rows), identity.label_size
     per_chunk = rows_per_chunk(size * size)
     create_array(path, "masks", (count, size, size), rows=per_chunk)
     create_array(path, "confidences", (count, size, size), rows=per_chunk)
     create_array(path, "predicted_iou", (count,), rows=per_chunk, dtype="float32")
-    content = {"identity": identity.model_dump()}
-    write_store_file(path, "labels", content)
-    write_sealed(path / COPY_FILE, {**content, "rows": rows})
-
-
-def _write_empty(path: Path, identity: Identity, rows: Sequence[RowKey]) -> None:
-    write_metadata(path, identity, rows)
-    store = LabelStore(path)
-    for chunk in range(store.chunks):
-        span = store.chunk_rows(chunk)
-        store.forget_chunk(chunk, rows[span.start : span.stop])
+    content = {"kind": "labels", "format": FORMAT, "identity": identity.model_dump()}
+    write_sealed(path / STORE_FILE, {**content, "metadata": store_metadata(path)})
+    empty = LabelStore(path)
+    for chunk in range(empty.chunks):
+        span = empty.chunk_rows(chunk)
+        empty.forget_chunk(chunk, rows[span.start : span.stop])
+    return empty
 
 
 def confidence_to_probability(confidences: Bytes) -> NDArray[np.float32]:
@@ -351,107 +341,3 @@ def check_identity(path: Path, found: Identity, wanted: Identity) -> None:
                 f"{path}: {field} is {value}, the run asks for {asked[field]}; "
                 "run `samfed precompute-sam`"
             )
-
-
-# --------------------------------------------------------------------------- opening
-
-
-def open_label_store(
-    path: Path, identity: Identity, rows: Sequence[RowKey], *, archive: Path
-) -> tuple[LabelStore, str | None]:
-    """Open the store to write to: the one at ``path``, one back from ``archive``, or a new one.
-
-    A store with another identity is moved to ``archive/<its digest>.zarr`` (``-2``, ``-3`` if there
-    is one already: nothing is deleted) and taken back from there when its identity is asked for
-    again; one of another format to ``archive/other-format.zarr``. Rows whose image file is
-    unchanged are kept when images come or go. What a killed run left half done is made good first;
-    the caller holds the lock.
-
-    Returns:
-        the store, and one sentence for the user when something was moved or carried over.
-    """
-    recover_folder(path)
-    notices = _retire(path, identity, archive) if path.exists() else []
-    if not path.exists():
-        kept = _fullest(archive, identity, rows)
-        if kept is None:
-            LabelStore.create(path, identity, rows)
-        else:
-            move(kept, path)
-            notices.append(f"took back labels made earlier from {kept}")
-    remove_partial_files(path)
-    store = LabelStore(path)
-    if store.rows != tuple(rows):
-        store, count = _carry_over(store, rows)
-        notices.append(f"{path}: the images changed; kept the labels of {count} of {len(rows)}")
-    return store, "; ".join(notices) or None
-
-
-def _retire(path: Path, identity: Identity, archive: Path) -> list[str]:
-    """Move the store away if its labels are not those of ``identity``, and say why and where."""
-    name = "other-format"
-    try:
-        found = LabelStore(path).identity
-        name = found.digest
-        check_identity(path, found, identity)
-    except (FormatError, IdentityError) as error:
-        retired = unused_name(archive / f"{name}.zarr")
-        move(path, retired)
-        return [f"{str(error).split('; ')[0]}; moved the old labels to {retired}"]
-    return []
-
-
-def _fullest(archive: Path, identity: Identity, rows: Sequence[RowKey]) -> Path | None:
-    """Return the store with this identity in ``archive`` that has most of ``rows`` labelled."""
-    wanted = set(rows)
-
-    def labelled(path: Path) -> int:
-        try:
-            store = LabelStore(path)
-            return sum(
-                key in wanted for key, done in zip(store.rows, store.done(), strict=True) if done
-            )
-        except CorruptStoreError:
-            return -1  # only if there is no other
-
-    numbered = sorted(archive.glob(f"{identity.digest}-*.zarr"))
-    stores = [*archive.glob(f"{identity.digest}.zarr"), *numbered]
-    return max(stores, key=labelled, default=None)
-
-
-def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, int]:
-    """Rebuild ``old`` for other ``rows``; keep what is finished in both, and count it."""
-    done, provenance = old.done(), old.provenance()
-    where = {key: row for row, key in enumerate(old.rows) if done[row]}
-    read_chunk = lru_cache(maxsize=2)(old.read_chunk)  # rows mostly keep their order
-    count = 0
-    with folder_beside(old.path) as building:
-        _write_empty(building, old.identity, rows)
-        new = LabelStore(building)
-        for chunk in range(new.chunks):
-            targets = [row for row in new.chunk_rows(chunk) if rows[row] in where]
-            if not targets:
-                continue
-            sources = [where[rows[row]] for row in targets]
-            new.write_chunk(chunk, targets, _pick(read_chunk, sources, old.rows_per_chunk))
-            chunks = dict.fromkeys(source // old.rows_per_chunk for source in sources)
-            records = [record for source in chunks for record in provenance[source]]
-            new.mark_done(chunk, targets, records)
-            count += len(targets)
-    return LabelStore(old.path), count
-
-
-def _pick(
-    read_chunk: Callable[[int], PseudoLabels], rows: Sequence[int], per_chunk: int
-) -> PseudoLabels:
-    """Return the labels of ``rows``, in this order, reading each run of one chunk's rows once."""
-    parts = [
-        (read_chunk(chunk), [row - chunk * per_chunk for row in run])
-        for chunk, run in groupby(rows, lambda row: row // per_chunk)
-    ]
-    return PseudoLabels(
-        *(
-            np.concatenate([getattr(p, name)[inside] for p, inside in parts])
-            for name in LABEL_ARRAYS
-        )
-    )

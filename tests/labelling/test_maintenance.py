@@ -207,9 +207,6 @@ def cut(file: Path) -> None:
         ("masks/c.0.0.0", [0]),
         ("confidences/c.1.0.0", [1]),
         ("predicted_iou/c.1", [1]),
-        ("chunks/0.json", [0]),
-        ("copy.json", []),
-        ("store.json", []),
         ("masks/zarr.json", []),
     ],
 )
@@ -232,6 +229,19 @@ def test_repair_computes_what_failed_and_nothing_else(
     assert verify(config).faults == []
     assert not (config.cache.root / "archive").exists()
     assert repair(config) == Repair()
+
+
+def test_repair_of_what_lies_beside_a_chunk(
+    config: Config, teacher: FakeTeacher, whole: dict[str, bytes]
+) -> None:
+    """A flipped bit costs nothing, as all is said twice; a lost file costs its chunk."""
+    file = store_of(config) / "chunks" / "0.jsonl"
+    flip(file, 9)
+    assert [fault.what for fault in repair(config).faults] == ["chunks/0.jsonl"]
+    assert teacher.images == 0
+    file.unlink()
+    assert repair(config).labelled == 64
+    assert content(config.cache.root / "sam") == whole
 
 
 def test_a_killed_repair_leaves_an_unfinished_store(
@@ -281,7 +291,7 @@ def test_a_repair_that_stops_while_it_labels(
 def test_damage_that_shows_once_metadata_is_mended(
     config: Config, teacher: FakeTeacher, whole: dict[str, bytes]
 ) -> None:
-    (store_of(config) / "store.json").unlink()
+    (store_of(config) / "masks" / "zarr.json").unlink()
     flip(store_of(config) / "masks" / "c.1.0.0", 9)
     result = repair(config)
     assert [fault.what for fault in result.faults] == ["metadata", "masks"]
@@ -293,8 +303,7 @@ def test_a_store_that_nothing_vouches_for_is_moved_aside(
     config: Config, teacher: FakeTeacher, whole: dict[str, bytes]
 ) -> None:
     for number in (1, 2):
-        for name in ("store.json", "copy.json"):
-            (store_of(config) / name).unlink()
+        (store_of(config) / "store.jsonl").unlink()
         damaged = content(store_of(config))
         result = repair(config)
         aside = config.cache.root / "archive" / "site" / f"damaged-{number}.zarr"
@@ -344,14 +353,14 @@ def test_what_repair_cannot_mend(config: Config, teacher: FakeTeacher) -> None:
     cache = config.cache.root
     (cache / "sam" / "old.zarr").mkdir()
     flip(cache / "images" / "site" / "train.zarr" / "images" / "c.0.0.0.0", 9)
-    content_of = read_sealed(store_of(config), "store.json")
-    write_sealed(store_of(config) / "store.json", {**content_of, "format": 3})
+    content_of = read_sealed(store_of(config), "store.jsonl")
+    write_sealed(store_of(config) / "store.jsonl", {**content_of, "format": 3})
     before = content(cache)
     result = repair(config)
     assert result.remaining == [
         f"{cache}/images/site/train.zarr: images rows 0..63: damaged; run `samfed prepare` again",
         f"{cache}/sam/old.zarr: 'old' is no client of the partition; remove it",
-        f"{store_of(config)}: format: 3, this samfed reads format 2; "
+        f"{store_of(config)}: format 3, this samfed reads format 2; "
         "run `samfed precompute-sam`, which moves it to the archive and labels anew",
     ]
     assert teacher.images == 0
@@ -439,7 +448,7 @@ def test_info_of_what_is_not_as_it_should_be(config: Config) -> None:
     other, rows = store.identity.model_copy(update={"prompt": "points"}), store.rows
     shutil.rmtree(store.path)
     LabelStore.create(store.path, other, rows[:70])
-    (cache / "sam" / "server.zarr" / "chunks" / "0.json").unlink()
+    (cache / "sam" / "server.zarr" / "chunks" / "0.jsonl").unlink()
     store.path.parent.joinpath("old.zarr").mkdir()
     old = cache / "archive" / "site" / "x.zarr"
     old.mkdir(parents=True)

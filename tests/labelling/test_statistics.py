@@ -20,7 +20,8 @@ from pipeline.labelling.quality import (
     quality_warnings,
     statistics_table,
 )
-from pipeline.stores.label_store import Identity, LabelStore, PseudoLabels, RowKey, open_label_store
+from pipeline.stores.label_store import Identity, LabelStore, PseudoLabels, RowKey
+from pipeline.stores.opening import open_label_store
 
 SIZE = 16
 IDENTITY = Identity(

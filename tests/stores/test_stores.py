@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,15 +20,9 @@ from pipeline.errors import (
     StageError,
     StoreError,
 )
-from pipeline.stores.arrays import CHUNK_ROWS, rows_per_chunk
+from pipeline.stores.arrays import CHUNK_ROWS, canonical_json, rows_per_chunk
 from pipeline.stores.image_store import read_image_store, write_image_store
-from pipeline.stores.integrity import (
-    WHOLE_STORE,
-    check_store,
-    mend_store,
-    restore_metadata,
-    stored_identity,
-)
+from pipeline.stores.integrity import check_store, mend_metadata, mend_store
 from pipeline.stores.label_store import (
     LABEL_ARRAYS,
     Identity,
@@ -38,9 +31,9 @@ from pipeline.stores.label_store import (
     RowKey,
     check_identity,
     confidence_to_probability,
-    open_label_store,
     read_labels,
 )
+from pipeline.stores.opening import open_label_store
 
 SIZE = 8
 IDENTITY = Identity(
@@ -201,12 +194,16 @@ def test_every_flipped_bit_in_an_image_store_is_found(tmp_path: Path) -> None:
     pairs = [(picture, picture[..., 0]) for picture in pictures(2)]
     write_image_store(path, ["a", "b"], pairs, size=SIZE, num_classes=1)
     for file in flips(path, 60):
-        with pytest.raises(CorruptStoreError, match=str(path)):
-            read_image_store(path, image_ids=["a", "b"], size=SIZE, num_classes=1)
         (fault,) = check_store(path)
-        of_metadata = file.suffix == ".json"
+        if file.name == "store.jsonl":  # which says everything twice
+            assert (fault.what, fault.rows) == ("store.jsonl", None)
+            read_image_store(path, image_ids=["a", "b"], size=SIZE, num_classes=1)
+            continue
+        of_metadata = file.name == "zarr.json"
         assert fault.what == ("metadata" if of_metadata else file.parent.name)
         assert fault.rows == (None if of_metadata else range(2))
+        with pytest.raises(CorruptStoreError, match=str(path)):
+            read_image_store(path, image_ids=["a", "b"], size=SIZE, num_classes=1)
     assert check_store(path) == []
 
 
@@ -342,7 +339,7 @@ def test_labels_are_on_the_disk_before_their_marks(
         ("masks", "c.0.0.0"),
         ("confidences", "c.0.0.0"),
         ("predicted_iou", "c.0"),
-        ("chunks", "0.json"),
+        ("chunks", "0.jsonl"),
     ]:
         expected += [("flush", f"{folder}/"), ("rename", f"{folder}/{name}"), ("flush", folder)]
     assert [step[:2] for step in steps] == expected
@@ -452,7 +449,7 @@ def test_two_stores_aside_of_one_identity(path: Path, archive: Path, fuller: str
     assert store.done().all()
     other = copies[fuller == "first"]
     assert content(other) == before[fuller == "first"]
-    (other / "store.json").unlink()  # damaged: not before one that is whole
+    (other / "store.jsonl").unlink()  # damaged: not before one that is whole
     open_label_store(path, OTHER, keys(), archive=archive)
     store, _ = open_label_store(path, IDENTITY, keys(), archive=archive)
     assert store.done().all()
@@ -531,7 +528,7 @@ def test_a_killed_carry_over_loses_no_labels(path: Path, archive: Path, window: 
     before = content(path)
     building = path.with_name(f".{path.name}.building")
     shutil.copytree(path, building)
-    (building / "store.json").unlink()
+    (building / "store.jsonl").unlink()
     if window == "retired":
         path.rename(path.with_name(f".{path.name}.retired"))
     if window == "replaced":
@@ -548,7 +545,7 @@ def test_a_killed_carry_over_loses_no_labels(path: Path, archive: Path, window: 
 def test_partial_files_of_a_killed_writer_go(path: Path, archive: Path, moved: bool) -> None:
     fill(open_label_store(path, IDENTITY, keys(), archive=archive)[0])
     before = content(path)
-    for name in ("masks/.c.0.0.0", "chunks/.0.json"):
+    for name in ("masks/.c.0.0.0", "chunks/.0.jsonl"):
         (path / f"{name}.{'0' * 8}.samfed-tmp").write_bytes(b"half")
     if moved:
         open_label_store(path, OTHER, keys(), archive=archive)
@@ -565,7 +562,7 @@ def of_format_1(path: Path) -> Path:
     path.mkdir(parents=True)
     attributes = {"kind": "labels", "format": 1, "metadata_sha256": "0" * 64}
     group = {"attributes": attributes, "node_type": "group", "zarr_format": 3}
-    (path / "zarr.json").write_text(json.dumps(group))
+    (path / "zarr.json").write_bytes(canonical_json(group))
     return path
 
 
@@ -628,63 +625,47 @@ def read_everything(path: Path) -> None:
 @pytest.mark.parametrize("state", ["finished", "measured", "unfinished", "begun"])
 def test_a_flipped_bit_costs_one_chunk_at_most(path: Path, state: str) -> None:
     """In every file of a store it is found, named and mended; what is lost is labelled anew."""
-    store = LabelStore.create(path, IDENTITY, keys())
-    fill(store, [1] if state == "begun" else [0, 1])
-    if state == "begun":  # a chunk with rows to come, and one that a killed run wrote
-        store.forget_chunk(1, keys()[CHUNK_ROWS:])
-        store.write_chunk(1, range(64, 70), labels_of(keys(6, 64)))
-        store.write_chunk(0, [0, 2], labels_of([keys()[0], keys()[2]]))
-        store.mark_done(0, [0, 2], [PROVENANCE])
+    store = fill(LabelStore.create(path, IDENTITY, keys()))
     if state == "measured":
         store.set_statistics({"empty": 0.5})
     if state == "unfinished":
         store.forget_chunk(1, keys()[CHUNK_ROWS:])
+    if state == "begun":  # a chunk with rows to come, and one that a killed run wrote
+        for chunk in range(2):
+            store.forget_chunk(chunk, [keys()[row] for row in store.chunk_rows(chunk)])
+        store.write_chunk(1, range(64, 70), labels_of(keys(6, 64)))
+        store.write_chunk(0, [0, 2], labels_of([keys()[0], keys()[2]]))
+        store.mark_done(0, [0, 2], [PROVENANCE])
     before, done, provenance = content(path), store.done(), store.provenance()
     for file in flips(path, 100):
         name = file.relative_to(path).as_posix()
-        faults = check_store(path)
-        assert faults, name
-        if name in ("store.json", "zarr.json") or name.endswith("/zarr.json"):
-            assert [(fault.what, fault.rows) for fault in faults] == [("metadata", None)]
-            assert faults[0].reason == f"{name} is damaged"
+        (fault,) = check_store(path)
+        if file.parent.name in LABEL_ARRAYS and file.name != "zarr.json":
+            lost = int(file.name.split(".")[1])
+            assert (fault.what, fault.reason) == (file.parent.name, "damaged")
+            assert fault.rows == store.chunk_rows(lost)
+            mend_store(path, [fault], keys())
+            mended, kept = LabelStore(path), 1 - lost
+            assert (mended.rows, mended.identity) == (tuple(keys()), IDENTITY)
+            assert not mended.done()[list(store.chunk_rows(lost))].any()
+            assert mended.provenance()[kept] == provenance[kept]
+            rows = list(store.chunk_rows(kept))
+            np.testing.assert_array_equal(mended.done()[rows], done[rows])
+            if state in ("finished", "measured"):
+                fill(mended, mended.pending())
+                labels = {key: value for key, value in before.items() if "statistics" not in key}
+                assert content(path) == labels
         else:
-            assert {fault.what for fault in faults} <= {name, file.parent.name}
-        assert stored_identity(path) == IDENTITY
-        if faults[0].what in WHOLE_STORE:
-            restore_metadata(path)
-        else:
-            mend_store(path, faults)
-        assert check_store(path) == []
-        mended = LabelStore(path)
-        assert (mended.rows, mended.identity) == (tuple(keys()), IDENTITY)
-        lost = np.flatnonzero(mended.done() != done)
-        assert len(set(lost // CHUNK_ROWS)) <= 1
-        spoilt = {fault.rows for fault in faults if fault.rows}
-        assert len(spoilt) <= 1
-        if not spoilt and name != "statistics.json":
+            if file.name == "zarr.json":
+                assert (fault.what, fault.reason) == ("metadata", f"{name} is damaged")
+            else:
+                assert (fault.what, fault.reason) == (name, "one of its two lines is damaged")
+                LabelStore(path).done()  # nothing is lost
+            mend_metadata(path)
             assert content(path) == before, name
-        elif state in ("finished", "measured"):
-            fill(mended, mended.pending())
-            assert content(path) == {k: v for k, v in before.items() if k != "statistics.json"}
-        else:
-            kept = [c for c in range(2) if not set(mended.chunk_rows(c)) & set(lost)]
-            assert [mended.provenance()[c] for c in kept] == [provenance[c] for c in kept]
+        assert check_store(path) == []
         for each, whole in before.items():
             (path / each).write_bytes(whole)
-
-
-def test_both_copies_of_the_identity_damaged(path: Path) -> None:
-    fill(LabelStore.create(path, IDENTITY, keys()))
-    for name in ("store.json", "copy.json"):
-        flip(path / name, 40)
-    before = content(path)
-    faults = check_store(path)
-    assert stored_identity(path) is None
-    with pytest.raises(CorruptStoreError, match=r"store\.json and copy\.json are damaged"):
-        restore_metadata(path)
-    with pytest.raises(CorruptStoreError):
-        mend_store(path, faults)
-    assert content(path) == before
 
 
 @pytest.mark.parametrize(
@@ -693,29 +674,54 @@ def test_both_copies_of_the_identity_damaged(path: Path) -> None:
         "masks/c.0.0.0",
         "confidences/c.1.0.0",
         "predicted_iou/c.1",
-        "chunks/0.json",
+        "chunks/0.jsonl",
         "masks/zarr.json",
         "zarr.json",
-        "store.json",
-        "copy.json",
+        "statistics.jsonl",
     ],
 )
 @pytest.mark.parametrize("what", ["missing", "truncated", "empty"])
 def test_a_missing_or_truncated_file_is_found(path: Path, name: str, what: str) -> None:
-    fill(LabelStore.create(path, IDENTITY, keys()))
-    before, file = content(path), path / name
-    file.unlink()
+    store = fill(LabelStore.create(path, IDENTITY, keys()))
+    whole = content(path)
+    store.set_statistics({"empty": 0.5})
+    before = (path / name).read_bytes()
+    (path / name).unlink()
     if what != "missing":
-        file.write_bytes(before[name][: len(before[name]) * 2 // 3] if what == "truncated" else b"")
-    if name != "copy.json":
+        (path / name).write_bytes(before[: len(before) * 2 // 3] if what == "truncated" else b"")
+    elif name == "statistics.jsonl":  # stage one measures again
+        return
+    faults = check_store(path)
+    assert all(("missing" in fault.reason) == (what == "missing") for fault in faults)
+    if name != "statistics.jsonl":
         with pytest.raises(CorruptStoreError) as caught:
             read_everything(path)
         assert str(caught.value).startswith(f"{path}: ")
-    faults = check_store(path)
-    assert all(("missing" in fault.reason) == (what == "missing") for fault in faults)
-    restore_metadata(path) if faults[0].what in WHOLE_STORE else mend_store(path, faults)
+    if faults[0].costs_labels:
+        mend_store(path, faults, keys())
+    else:
+        mend_metadata(path)
     store = LabelStore(path)
-    fill(store, store.pending())
+    assert fill(store, store.pending()).rows == tuple(keys())
+    store.set_statistics(None)
+    assert content(path) == whole
+
+
+def test_what_cannot_be_mended(path: Path) -> None:
+    """Nobody can tell whose labels these are; nothing is touched."""
+    fill(LabelStore.create(path, IDENTITY, keys()))
+    (path / "chunks" / "0.jsonl").unlink()
+    with pytest.raises(CorruptStoreError):
+        mend_store(path, check_store(path), keys()[1:])
+    for place in (9, -9):
+        flip(path / "store.jsonl", place)
+    before = content(path)
+    faults = check_store(path)
+    assert [str(fault) for fault in faults] == [f"{path}: metadata: store.jsonl is damaged"]
+    with pytest.raises(CorruptStoreError):
+        mend_metadata(path)
+    with pytest.raises(CorruptStoreError):
+        mend_store(path, faults, keys())
     assert content(path) == before
 
 
@@ -731,16 +737,13 @@ def test_an_error_names_the_rows(path: Path, what: str) -> None:
 
 def test_a_whole_file_of_another_chunk_is_damage(path: Path) -> None:
     """Its own checksum is right; the sha256 beside the chunk tells."""
-    store = fill(LabelStore.create(path, IDENTITY, keys(2 * CHUNK_ROWS)))
+    fill(LabelStore.create(path, IDENTITY, keys(2 * CHUNK_ROWS)))
     shutil.copy(path / "masks" / "c.1.0.0", path / "masks" / "c.0.0.0")
     assert [str(fault) for fault in check_store(path)] == [f"{path}: masks rows 0..63: damaged"]
-    shutil.copy(path / "chunks" / "1.json", path / "chunks" / "0.json")
-    (fault,) = check_store(store.path)
-    assert str(fault) == f"{path}: chunks/0.json rows 0..63: of other images than copy.json"
 
 
 @pytest.mark.parametrize(
-    "name", ["masks/c.0.0.0", "chunks/0.json", "store.json", "masks/zarr.json"]
+    "name", ["masks/c.0.0.0", "chunks/0.jsonl", "store.jsonl", "masks/zarr.json"]
 )
 @pytest.mark.parametrize(
     "error", [PermissionError(13, "denied"), OSError(116, "Stale file handle")]

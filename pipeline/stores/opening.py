@@ -1,0 +1,126 @@
+"""The label store to write to: the one that is there, one from the archive, or a new one.
+
+No finished label is lost to another teacher, nor, of an image that stays, to other images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.disk import folder_beside, move, recover_folder, unused_name
+from pipeline.errors import CorruptStoreError, FormatError, IdentityError
+from pipeline.stores.arrays import remove_partial_files
+from pipeline.stores.label_store import (
+    LABEL_ARRAYS,
+    Identity,
+    LabelStore,
+    PseudoLabels,
+    RowKey,
+    check_identity,
+    write_empty,
+)
+
+
+def open_label_store(
+    path: Path, identity: Identity, rows: Sequence[RowKey], *, archive: Path
+) -> tuple[LabelStore, str | None]:
+    """Open the store to write to: the one at ``path``, one back from ``archive``, or a new one.
+
+    A store with another identity is moved to ``archive/<its digest>.zarr`` (``-2``, ``-3`` if there
+    is one already: nothing is deleted) and taken back from there when its identity is asked for
+    again; one of another format to ``archive/other-format.zarr``. Rows whose image file is
+    unchanged are kept when images come or go. What a killed run left half done is made good first;
+    the caller holds the lock.
+
+    Returns:
+        the store, and one sentence for the user when something was moved or carried over.
+    """
+    recover_folder(path)
+    notices = _retire(path, identity, archive) if path.exists() else []
+    if not path.exists():
+        kept = _fullest(archive, identity, rows)
+        if kept is None:
+            LabelStore.create(path, identity, rows)
+        else:
+            move(kept, path)
+            notices.append(f"took back labels made earlier from {kept}")
+    remove_partial_files(path)
+    store = LabelStore(path)
+    if store.rows != tuple(rows):
+        store, count = _carry_over(store, rows)
+        notices.append(f"{path}: the images changed; kept the labels of {count} of {len(rows)}")
+    return store, "; ".join(notices) or None
+
+
+def _retire(path: Path, identity: Identity, archive: Path) -> list[str]:
+    """Move the store away if its labels are not those of ``identity``, and say why and where."""
+    name = "other-format"
+    try:
+        found = LabelStore(path).identity
+        name = found.digest
+        check_identity(path, found, identity)
+    except (FormatError, IdentityError) as error:
+        retired = unused_name(archive / f"{name}.zarr")
+        move(path, retired)
+        return [f"{str(error).split('; ')[0]}; moved the old labels to {retired}"]
+    return []
+
+
+def _fullest(archive: Path, identity: Identity, rows: Sequence[RowKey]) -> Path | None:
+    """Return the store with this identity in ``archive`` that has most of ``rows`` labelled."""
+    wanted = set(rows)
+
+    def labelled(path: Path) -> int:
+        try:
+            store = LabelStore(path)
+            return sum(
+                key in wanted for key, done in zip(store.rows, store.done(), strict=True) if done
+            )
+        except CorruptStoreError:
+            return -1  # only if there is no other
+
+    numbered = sorted(archive.glob(f"{identity.digest}-*.zarr"))
+    stores = [*archive.glob(f"{identity.digest}.zarr"), *numbered]
+    return max(stores, key=labelled, default=None)
+
+
+def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, int]:
+    """Rebuild ``old`` for other ``rows``; keep what is finished in both, and count it."""
+    done, provenance = old.done(), old.provenance()
+    where = {key: row for row, key in enumerate(old.rows) if done[row]}
+    read_chunk = lru_cache(maxsize=2)(old.read_chunk)  # rows mostly keep their order
+    count = 0
+    with folder_beside(old.path) as building:
+        new = write_empty(building, old.identity, rows)
+        for chunk in range(new.chunks):
+            targets = [row for row in new.chunk_rows(chunk) if rows[row] in where]
+            if not targets:
+                continue
+            sources = [where[rows[row]] for row in targets]
+            new.write_chunk(chunk, targets, _pick(read_chunk, sources, old.rows_per_chunk))
+            chunks = dict.fromkeys(source // old.rows_per_chunk for source in sources)
+            records = [record for source in chunks for record in provenance[source]]
+            new.mark_done(chunk, targets, records)
+            count += len(targets)
+    return LabelStore(old.path), count
+
+
+def _pick(
+    read_chunk: Callable[[int], PseudoLabels], rows: Sequence[int], per_chunk: int
+) -> PseudoLabels:
+    """Return the labels of ``rows``, in this order, reading each run of one chunk's rows once."""
+    parts = [
+        (read_chunk(chunk), [row - chunk * per_chunk for row in run])
+        for chunk, run in groupby(rows, lambda row: row // per_chunk)
+    ]
+    return PseudoLabels(
+        *(
+            np.concatenate([getattr(p, name)[inside] for p, inside in parts])
+            for name in LABEL_ARRAYS
+        )
+    )
