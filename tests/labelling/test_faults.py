@@ -79,7 +79,7 @@ def test_a_read_only_cache(config: Config, whole: dict[str, bytes], forks: Forks
 # --------------------------------------------------------------------------- a full disk
 
 
-@pytest.mark.parametrize("size", [600, 8600])  # bytes: metadata does not fit; a chunk does not
+@pytest.mark.parametrize("size", [600, 13000])  # bytes: metadata does not fit; a chunk does not
 def test_a_full_disk(config: Config, whole: dict[str, bytes], size: int) -> None:
     """Writing fails in the midst of a file, as on a full disk; what is there stays sound."""
     forget(config)
@@ -96,7 +96,7 @@ def test_a_full_disk(config: Config, whole: dict[str, bytes], size: int) -> None
     assert list(sam.rglob("*.samfed-tmp")) == list(sam.glob(".*")) == []
     assert verify(config).faults == []
     before = labelled_rows(config)
-    assert before == (0 if size == 600 else 2)
+    assert before in ([0] if size == 600 else [2, 38])  # the next chunk is smaller, if it came
     result, images = run(config)
     assert (result.already_labelled, images) == (before, result.labelled)
     assert content(config.cache.root / "sam") == whole
