@@ -32,16 +32,9 @@ IOU_HEAD_DEPTH = 3
 
 
 def _vit(dim: int, depth: int, heads: int, blocks: tuple[int, ...], **more: Any) -> dict[str, Any]:
-    """Return an image encoder's sizes; what ``more`` leaves out is as in all official ones."""
+    """Return arguments of ``ImageEncoderViT``, whose defaults are the other official sizes."""
     sizes = {"embed_dim": dim, "depth": depth, "num_heads": heads, "global_attn_indexes": blocks}
-    return {
-        "img_size": 1024,
-        "window_size": 14,
-        "mlp_ratio": 4.0,
-        "out_chans": 256,
-        **sizes,
-        **more,
-    }
+    return {"img_size": 1024, "window_size": 14, **sizes, **more}
 
 
 ENCODERS = {

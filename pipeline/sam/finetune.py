@@ -92,17 +92,17 @@ def make_teacher(
         the teacher, whose card has neither its Dice nor its adapter's sha256 yet, and the adapter's
         tensors by name, none under a prompt.
     """
-    prompted, device = config.sam.prompt != "none", config.sam.device
+    adapter: State = {}
+    prompter, device = None, config.sam.device
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        adapter: State = {}
-        if prompted:
-            sam = build_base(config.sam, num_classes=MULTIMASK)
-        else:
+        if config.sam.prompt == "none":
             sam, adapter = _adapt(config, partition, progress)
+        else:
+            sam = build_base(config.sam, num_classes=MULTIMASK)
+            prompter = PointGrid(config.sam.points_per_side)
     card = _card(config, partition, sam, adapter)
     merge_lora(sam)
-    prompter = PointGrid(config.sam.points_per_side) if prompted else None
     return Teacher(sam, card, device=device, precision="fp32", prompter=prompter), adapter
 
 
@@ -233,9 +233,9 @@ def _warm_up_then_decay(settings: SamConfig, steps: int) -> Callable[[int], floa
 
 def _augment(pixels: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw a random view of frames: images (B, 3, S, S) float in 0..255, masks (B, S, S) uint8."""
-    maps = random_affine(len(pixels), generator)
-    images = warp_images(pixels.float() / 255, sampling_grid(maps, pixels), padding="zeros")
-    target = warp_labels(masks, sampling_grid(maps, masks), padding="zeros", fill=IGNORE)
+    grid = sampling_grid(random_affine(len(pixels), generator), pixels)
+    images = warp_images(pixels.float() / 255, grid, padding="zeros")
+    target = warp_labels(masks, grid, padding="zeros", fill=IGNORE)
     return change_appearance(images, HEAVY, generator) * 255, target
 
 
