@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 from statistics import median
 
-import safetensors.torch
+import numpy as np
+import torch
 
 from pipeline import methods
 from pipeline.config import Config
@@ -44,12 +45,17 @@ class Averaging(Strategy):
         """Keep a round's updates in the folder ``updates`` until they are averaged."""
         self._config, self._workplace, self._updates = config, workplace, updates
         self._calibration = Calibration()
+        self._norm = 0.0  # of the broadcast weights
+        self._trained: State = {}  # the broadcast weights without batch norm's statistics
         self._arrived: dict[str, tuple[int, float]] = {}  # images and norm, by client
 
     def begin(self, this: Round) -> None:
-        """Measure the calibration: all clients hold D_p, and would measure the same."""
-        self._calibration = self._measure(this.before.weights)
-        self._arrived = {}
+        """Measure the calibration, as each client would: all hold D_p and the same weights."""
+        sent = this.before.weights
+        self._calibration, self._arrived = self._measure(sent), {}
+        self._norm = update_norm(sent, {name: value * 0 for name, value in sent.items()})
+        network = self._workplace.frozen(self._config.model, sent)
+        self._trained = {name: sent[name] for name, _ in network.named_parameters()}
         shutil.rmtree(self._updates, ignore_errors=True)  # of a killed run
         self._updates.mkdir(parents=True)
 
@@ -66,18 +72,17 @@ class Averaging(Strategy):
         """Check an update against the broadcast weights, and put it into its file."""
         update, sent = reply.weights or {}, this.before.weights
         reason = check_update(update, sent)
-        if reason is not None or reply.images < 1:
-            return reason or f"it counts {reply.images} images"
-        zeros = {name: value.new_zeros(()).expand_as(value) for name, value in update.items()}
-        change = update_norm(update, sent) / update_norm(sent, zeros)
-        if change > MAX_CHANGE:
-            return f"it changes the model by {change:.0%}, more than {MAX_CHANGE:.0%}"
-        network = self._workplace.frozen(self._config.model, sent)
-        trained = {name: sent[name] for name, _ in network.named_parameters()}
-        self._arrived[reply.client] = reply.images, update_norm(update, trained)
+        images = {entry.name: entry.images for entry in this.engine.entries}[reply.client]
+        if reason is not None or reply.images != images:
+            return reason or f"it counts {reply.images} images, expected {images}"
+        change = update_norm(update, sent)
+        if change > MAX_CHANGE * self._norm:
+            times = change / self._norm
+            return f"it changes the model by {times:.0%}, more than {MAX_CHANGE:.0%}"
+        self._arrived[reply.client] = images, update_norm(update, self._trained)
         path = self._path(reply.client)
-        with naming(path):
-            safetensors.torch.save_file({k: v.contiguous() for k, v in update.items()}, path)
+        with naming(path):  # not durable: a round that stops is repeated
+            path.write_bytes(b"".join(update[name].numpy().tobytes() for name in sent))
         return None
 
     def finish(self, this: Round) -> State:
@@ -91,7 +96,7 @@ class Averaging(Strategy):
                 reason = f"its norm is {norm / usual:.0f} times the median of the round's"
                 this.reject_update(client, f"{reason}, more than {MAX_MEDIANS:.0f}")
             else:
-                combined.add(safetensors.torch.load_file(self._path(client)), images)
+                combined.add(_read(self._path(client), this.before.weights), images)
         shutil.rmtree(self._updates)
         weights = combined.result()
         if not methods.METHODS[settings.method].tunes_at_server:
@@ -123,3 +128,13 @@ class Averaging(Strategy):
 
     def _path(self, client: str) -> Path:
         return self._updates / f"{client}.safetensors"
+
+
+def _read(path: Path, like: State) -> State:
+    """Read an update, whose names, shapes and dtypes are those of ``like``."""
+    content, start, update = path.read_bytes(), 0, {}
+    for name, old in like.items():
+        values = np.frombuffer(content, old.numpy().dtype, old.numel(), start)
+        update[name] = torch.from_numpy(values.reshape(old.shape).copy())
+        start += old.nbytes
+    return update

@@ -39,8 +39,8 @@ from pipeline.segmentation.metrics import dice_score
 from pipeline.segmentation.networks import get_state, predict_masks
 from pipeline.stores.image_store import ImageSet
 
-# of the round at hand, and of the two before it, from which a server may repeat rounds: it keeps
-# two checkpoints
+# the round at hand, the one it builds on, and one more: a server keeps two checkpoints, and may
+# repeat a round from either
 _KEPT_ROUNDS = 3
 _DISTILLED = "distilled.safetensors"  # the state between distillation and local update
 
@@ -117,14 +117,15 @@ class Client:
             broadcast=broadcast,
         )
         result = local_update(model, self._public, self._data, task, config=self._config)
-        fault = check_update(result.weights, start)
+        # weights that stay here are checked here, and others where they arrive
+        fault = check_update(result.weights, start) if weights is None else None
         if fault is None:
             self._keep(request, result)
         return request.reply(
             metrics=result.metrics,
             fault=fault or "",
             images=len(self._data.images),
-            weights=None if weights is None or fault else result.weights,
+            weights=None if weights is None else result.weights,
         )
 
     def _predict(self, request: PredictRequest) -> Reply:
@@ -231,7 +232,7 @@ class Client:
         """Keep the state after a round, its own network's weights included."""
         own = result.weights if request.weights is None else None
         state = PrivateState(request.round_number, result.state.class_confidence, own)
-        self._states.save(request.round_number, state)
+        self._states.save(request.round_number, state, before=request.state_round)
 
 
 def mean_dice(model: nn.Module, part: ImageSet, *, num_classes: int) -> float:

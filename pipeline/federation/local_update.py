@@ -74,13 +74,9 @@ class Audit:
 def local_update(
     model: nn.Module, public: PublicSet, client: ClientData, task: LocalTask, *, config: Config
 ) -> LocalResult:
-    """Train for ``local_steps`` steps on the client's and the public images.
-
-    ``model`` is a network of the right shape; its own weights are overwritten.
-    """
+    """Train ``model``, which holds the task's weights, on the client's and the public images."""
     settings, traits = config.federate, METHODS[config.federate.method]
     device = next(model.parameters()).device
-    model.load_state_dict(task.weights)
     learner, audit = Learner(model, config, task.state), Audit()
     rule = TARGETS.get(traits.target)
     client = client if rule is None else rule.prepare(learner, client)

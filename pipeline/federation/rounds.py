@@ -57,13 +57,13 @@ class Round:
         Its metrics, the client's seconds, and the tensors' bytes either way go to the reports.
         """
         for request, reply in zip(requests, self.engine.run(requests), strict=True):
-            new = {"images": 0, "seconds": 0.0, "bytes_up": 0, "bytes_down": 0}
-            report = self.reports.setdefault(reply.client, new)
-            report |= reply.metrics
-            report["images"] = reply.images
-            report["seconds"] = round(report["seconds"] + reply.seconds, 3)
-            report["bytes_up"] += reply.nbytes
-            report["bytes_down"] += request.nbytes
+            report = self.reports.setdefault(reply.client, {})
+            report |= reply.metrics | {
+                "images": reply.images,
+                "seconds": round(report.get("seconds", 0.0) + reply.seconds, 3),
+                "bytes_up": report.get("bytes_up", 0) + reply.nbytes,
+                "bytes_down": report.get("bytes_down", 0) + request.nbytes,
+            }
             yield reply
 
     def reject_update(self, client: str, reason: str) -> None:

@@ -48,36 +48,33 @@ class RoundFiles:
     """Plain data by round in a folder, ``round_NNNN.safetensors``; old rounds are dropped."""
 
     def __init__(self, folder: Path, *, kept: int) -> None:
-        self.folder = folder
+        self._folder = folder
         self._kept = kept
 
     def path(self, number: int) -> Path:
         """Return the file of round ``number``."""
-        return self.folder / f"round_{number:04d}.safetensors"
+        return self._folder / f"round_{number:04d}.safetensors"
 
     def last(self) -> Path | None:
         """Return the file of the last round, or None."""
-        return max(self._saved(), key=_by_round, default=None)
+        saved = self._saved()
+        return saved[max(saved)] if saved else None
 
-    def save(self, number: int, value: Any) -> None:
-        """Write a round's data atomically, and drop all but the last ``kept`` rounds.
+    def save(self, number: int, value: Any, *, before: int) -> None:
+        """Write a round's data atomically, and drop what no repeated round can ask for.
 
-        Later rounds go too: a run that begins again would otherwise resume from the old ones.
+        Kept are the round, the one ``before`` that it builds on, and so many before that as make
+        ``kept``. Later rounds go too: a run that begins again would resume from the old ones.
         """
-        path = self.path(number)
-        save(path, value)
-        saved = sorted(self._saved(), key=_by_round)
-        end = saved.index(path) + 1
-        for old in (*saved[end:], *saved[: max(0, end - self._kept)]):
-            old.unlink()
+        save(self.path(number), value)
+        saved = self._saved()
+        older = sorted(each for each in saved if each <= before)
+        for each in saved.keys() - {number, *older[1 - self._kept :]}:
+            saved[each].unlink()
 
-    def _saved(self) -> list[Path]:
-        return list(self.folder.glob("round_*.safetensors"))
-
-
-def _by_round(path: Path) -> tuple[int, str]:
-    """Order files by their rounds, of any number of digits."""
-    return len(path.name), path.name
+    def _saved(self) -> dict[int, Path]:
+        """Return the files by their rounds, of any number of digits."""
+        return {int(p.stem.split("_")[1]): p for p in self._folder.glob("round_*.safetensors")}
 
 
 class RunFolder:
@@ -137,7 +134,7 @@ class RunFolder:
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write a round's checkpoint atomically and drop all but the last two."""
-        self._checkpoints.save(checkpoint.round, checkpoint)
+        self._checkpoints.save(checkpoint.round, checkpoint, before=checkpoint.round - 1)
 
     def load_checkpoint(self) -> Checkpoint | None:
         """Return the last round's checkpoint, or None.

@@ -161,7 +161,7 @@ class Server:
         scores: dict[str, float] = {}
         images = total = 0.0
         for reply in self._evaluate(after, asked, part="val"):
-            scores[reply.client] = dice = reply.metrics["dice"] or 0.0
+            scores[reply.client] = dice = reply.metrics.get("dice") or 0.0
             images, total = images + reply.images, total + dice * reply.images
         return {"dice": total / images if images else None, "clients": scores}
 

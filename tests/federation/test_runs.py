@@ -14,7 +14,7 @@ from conftest import tiny_config
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, CorruptStoreError, DataError, StageError
-from pipeline.federation.runs import Checkpoint, RunFolder
+from pipeline.federation.runs import Checkpoint, RoundFiles, RunFolder
 
 PRINT = "f" * 64
 OTHER = "e" * 64
@@ -247,6 +247,16 @@ def test_settings_of_a_run_that_is_not_there(run: RunFolder) -> None:
     assert (
         str(caught.value) == f"{run.path / 'params.yaml'}: not found; run `samfed federate` first"
     )
+
+
+def test_what_a_rejected_round_left_is_dropped_before_what_it_builds_on(tmp_path: Path) -> None:
+    """A client whose updates are rejected for long still builds on its last accepted round."""
+    files = RoundFiles(tmp_path, kept=3)
+    for number, before in ((1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (6, 2)):
+        files.save(number, {"x": torch.tensor(number)}, before=before)
+    kept = [files.path(number) for number in (1, 2, 6)]
+    assert sorted(tmp_path.iterdir()) == kept
+    assert files.last() == kept[-1]
 
 
 def test_a_run_that_begins_again_outlives_its_old_checkpoints(run: RunFolder) -> None:

@@ -224,6 +224,7 @@ def first(weights: State, value: Any) -> State:
         (lambda w: first(w, lambda v: torch.full_like(v, 1e30)), "it changes the model by"),
         (lambda w: first(w, lambda v: v + 2.0), "times the median of the round's, more than 20"),
     ],
+    ids=["shape", "dtype", "missing", "unexpected", "nan", "1e30", "median"],
 )
 def test_an_update_that_does_not_fit_is_rejected_and_named(
     labelled: Config, change: Any, reason: str
@@ -240,6 +241,16 @@ def test_an_update_that_does_not_fit_is_rejected_and_named(
     assert checkpoint is not None
     assert CLIENT not in checkpoint.client_rounds
     assert not (run.path / "updates").exists()
+
+
+def test_a_client_rejected_for_long_goes_on_from_its_last_accepted_round(labelled: Config) -> None:
+    watched = spoil(lambda w: w if watched.seen[-1][0].round_number == 1 else {})
+    run = federate(changed(labelled, "long", rounds=6), connect=watched.connect)
+    checkpoint = run.load_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.client_rounds == {"site_a": 6, "site_b": 1, "site_c": 6, "site_d": 6}
+    kept = sorted(path.name for path in (run.path / "clients" / CLIENT).glob("round_*"))
+    assert kept == ["round_0001.safetensors", "round_0006.safetensors"]
 
 
 def _is(reply: Reply) -> bool:
