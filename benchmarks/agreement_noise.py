@@ -249,7 +249,7 @@ def measure(draw: Draw, case: Case) -> dict[str, dict[str, float]]:
             config=config,
             state=replace(state, calibration=Calibration() if column == UNCALIBRATED else fitted),
         )
-        scores[column] = score(result.target, result.weight, truth)
+        scores[column] = score(result.label, result.weight, truth)
     scores["adaptive"] |= vars(fitted)
     return scores
 

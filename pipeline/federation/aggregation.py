@@ -39,42 +39,6 @@ def update_norm(update: State, broadcast: State) -> float:
     return math.sqrt(sum(float(change.square().sum()) for change in changes))
 
 
-class _Maximum:
-    def __init__(self, old: Tensor) -> None:
-        self._value = old
-
-    def add(self, value: Tensor, weight: float) -> None:
-        self._value = torch.maximum(self._value, value)
-
-    def result(self) -> Tensor:
-        return self._value
-
-
-class _Mean:
-    def __init__(self, old: Tensor) -> None:
-        self._sum, self._weight = torch.zeros_like(old, dtype=torch.float64), 0.0
-
-    def add(self, value: Tensor, weight: float) -> None:
-        self._sum += value.double() * weight
-        self._weight += weight
-
-    def result(self) -> Tensor:
-        return self._sum / self._weight
-
-
-class _Median:
-    def __init__(self, old: Tensor) -> None:
-        self._values: list[Tensor] = []
-
-    def add(self, value: Tensor, weight: float) -> None:
-        self._values.append(value.clone())
-
-    def result(self) -> Tensor:
-        ordered = torch.stack(self._values).double().sort(dim=0).values
-        middle = len(ordered) // 2
-        return (ordered[middle] + ordered[-middle - 1]) / 2
-
-
 class Aggregation:
     """What combines a round's updates, added one at a time in the order of the clients.
 
@@ -91,12 +55,12 @@ class Aggregation:
 
     def __init__(self, broadcast: State, kind: Literal["fedavg", "median"] = "fedavg") -> None:
         """Expect updates of ``broadcast``, the weights that every client started from."""
-        self._broadcast, self._empty = broadcast, True
-        floats: type[_Mean | _Median] = _Mean if kind == "fedavg" else _Median
-        self._entries = {
-            name: floats(old) if old.is_floating_point() else _Maximum(old)
+        self._broadcast, self._median, self._weight = broadcast, kind == "median", 0.0
+        self._combined = {  # sums of floats, maxima of integers
+            name: torch.zeros_like(old, dtype=torch.float64) if old.is_floating_point() else old
             for name, old in broadcast.items()
         }
+        self._updates: list[State] = []  # for the median alone
 
     def add(self, update: State, weight: float) -> None:
         """Count ``update`` with ``weight`` > 0, such as the client's number of images.
@@ -107,9 +71,14 @@ class Aggregation:
         reason = check_update(update, self._broadcast)
         if reason is not None or not weight > 0:
             raise ValueError(reason or f"weight {weight} is not positive")
-        for name, entry in self._entries.items():
-            entry.add(update[name], weight)
-        self._empty = False
+        self._weight += weight
+        if self._median:
+            self._updates.append({name: value.clone() for name, value in update.items()})
+        for name, value in update.items():
+            if not value.is_floating_point():
+                self._combined[name] = torch.maximum(self._combined[name], value)
+            elif not self._median:
+                self._combined[name] += value.double() * weight
 
     def result(self) -> State:
         """Return the combined weights, each entry in the dtype of the broadcast.
@@ -117,7 +86,18 @@ class Aggregation:
         Raises:
             ValueError: nothing was added.
         """
-        if self._empty:
+        if not self._weight:
             raise ValueError("nothing to aggregate: no client sent a usable update")
-        broadcast = self._broadcast.items()
-        return {name: self._entries[name].result().to(old.dtype) for name, old in broadcast}
+        return {
+            name: (self._floats(name) if old.is_floating_point() else self._combined[name]).to(
+                old.dtype
+            )
+            for name, old in self._broadcast.items()
+        }
+
+    def _floats(self, name: str) -> Tensor:
+        if not self._median:
+            return self._combined[name] / self._weight
+        values = torch.stack([update[name] for update in self._updates]).double()
+        ordered, middle = values.sort(dim=0).values, len(values) // 2
+        return (ordered[middle] + ordered[-middle - 1]) / 2

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,15 +49,6 @@ class AgreementState:
         """Return the state before any learning: every class has the lowest threshold."""
         return cls(torch.zeros(num_classes + 1))
 
-    def as_tensor(self) -> Tensor:
-        """Return the class confidences and a_s, a_c, b as one (K+4,) float32, to be stored."""
-        return torch.cat([self.class_confidence, torch.tensor(astuple(self.calibration))])
-
-    @classmethod
-    def from_tensor(cls, values: Tensor) -> AgreementState:
-        """Return the state whose ``as_tensor`` is ``values``."""
-        return cls(values[:-3].clone(), Calibration(*map(float, values[-3:])))
-
     def thresholds(self, config: AgreementConfig) -> Tensor:
         """Return the class-wise thresholds (K+1,), lowest for a class that is not learnt yet."""
         span = config.max_threshold - config.min_threshold
@@ -65,11 +57,7 @@ class AgreementState:
 
 @dataclass(eq=False)
 class Sources:
-    """What SAM and the client say of the same pixels of B images.
-
-    Raises:
-        ValueError: the shapes do not belong together.
-    """
+    """What SAM and the client say of the same pixels of B images."""
 
     sam_label: Tensor  # (B, H, W) int64 in 0..K
     sam_probability: Tensor  # (B, H, W) float32, of that label
@@ -80,13 +68,6 @@ class Sources:
     dice: Tensor = field(init=False)  # (B,) float32, ``foreground_dice`` of the labels
 
     def __post_init__(self) -> None:
-        sam, s = tuple(self.sam_label.shape), tuple(self.sam_probability.shape)
-        client = tuple(self.client_probabilities.shape)
-        if not sam == s == (client[0], *client[2:]):
-            raise ValueError(
-                f"SAM's labels {sam}, its probabilities {s} and the client's {client} "
-                "do not belong together"
-            )
         self.client_probability, self.client_label = self.client_probabilities.max(dim=1)
         self.same = self.sam_label == self.client_label
         self.dice = foreground_dice(self.sam_label, self.client_label)
@@ -120,54 +101,41 @@ class Sources:
         )
 
 
-@dataclass
-class AgreementStatistics:
-    """Sums over a client's round: ``agreement`` over images, what follows it over pixels."""
+class PseudoLabel(NamedTuple):
+    """What the unlabelled term trains towards."""
 
-    images: int = 0
-    pixels: int = 0
-    agreement: float = 0.0  # foreground Dice(y_s, y_c)
-    coverage: int = 0  # pixels with a weight
-    from_sam: int = 0  # those in conflicts that SAM won
-    from_client: int = 0
-    weight: float = 0.0
-
-    def add(self, other: AgreementStatistics) -> None:
-        """Count ``other`` too."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
-    def summary(self) -> dict[str, float]:
-        """Return the means, each in 0..1."""
-        names = ("coverage", "from_sam", "from_client", "weight")
-        shares = {name: getattr(self, name) / self.pixels for name in names}
-        return {"agreement": self.agreement / self.images, **shares}
+    label: Tensor  # (B, H, W) int64
+    weight: Tensor  # (B, H, W) float32 in 0..1
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Target (B, H, W) int64, weight (B, H, W) float32 in [0, 1], and what was counted."""
-
-    target: Tensor
-    weight: Tensor
-    statistics: AgreementStatistics = field(repr=False)
-
-
-def agree(sources: Sources, *, config: AgreementConfig, state: AgreementState) -> Agreement:
+def agree(sources: Sources, *, config: AgreementConfig, state: AgreementState) -> PseudoLabel:
     """Return the target and the weight of every pixel under ``config.rule``."""
-    target, weight = RULES[config.rule](sources, config, state)
-    kept = weight > 0
-    conflict, sam_won = kept & ~sources.same, target == sources.sam_label
-    statistics = AgreementStatistics(
-        images=len(sources.dice),
-        pixels=target.numel(),
-        agreement=float(sources.dice.sum()),
-        coverage=int(kept.sum()),
-        from_sam=int((conflict & sam_won).sum()),
-        from_client=int((conflict & ~sam_won).sum()),
-        weight=float(weight.sum()),
-    )
-    return Agreement(target, weight, statistics)
+    return RULES[config.rule](sources, config, state)
+
+
+def count_agreement(sources: Sources, target: PseudoLabel) -> dict[str, float]:
+    """Return what a batch adds to the sums of a client's round; ``shares_of`` reads these."""
+    kept = target.weight > 0
+    conflict, sam_won = kept & ~sources.same, target.label == sources.sam_label
+    return {
+        "images": len(sources.dice),
+        "pixels": kept.numel(),
+        "agreement": float(sources.dice.sum()),
+        "coverage": int(kept.sum()),
+        "from_sam": int((conflict & sam_won).sum()),
+        "from_client": int((conflict & ~sam_won).sum()),
+        "weight": float(target.weight.sum()),
+    }
+
+
+def shares_of(counts: Mapping[str, float]) -> dict[str, float]:
+    """Return means in 0..1: ``agreement`` is the images' foreground Dice, the others of pixels.
+
+    They are the pixels with a weight, those in conflicts that SAM or the client won, the weight.
+    """
+    names = ("coverage", "from_sam", "from_client", "weight")
+    shares = {name: counts[name] / counts["pixels"] for name in names}
+    return {"agreement": counts["agreement"] / counts["images"], **shares}
 
 
 def update_state(
@@ -205,12 +173,10 @@ def logit(probability: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------- rules
 
-#: Target and weight, as in ``Agreement``.
-Decision = tuple[Tensor, Tensor]
-AgreementRule = Callable[[Sources, AgreementConfig, AgreementState], Decision]
+AgreementRule = Callable[[Sources, AgreementConfig, AgreementState], PseudoLabel]
 
 
-def _adaptive(sources: Sources, config: AgreementConfig, state: AgreementState) -> Decision:
+def _adaptive(sources: Sources, config: AgreementConfig, state: AgreementState) -> PseudoLabel:
     s, c = sources.calibrated(state.calibration)
     h, b = sources.client_reliability(), state.calibration.conflict_log_odds
     bias = max(b, 0.0) + h * min(b, 0.0)
@@ -222,32 +188,34 @@ def _adaptive(sources: Sources, config: AgreementConfig, state: AgreementState) 
     conflict = posterior * accepted * torch.where(sam_wins, 1.0, h)
     # Bayes with a uniform prior: two wrong witnesses must also hit the same one of K classes
     classes = math.log(len(state.class_confidence) - 1)
-    return target, torch.where(sources.same, torch.sigmoid(s + c + classes), conflict)
+    weight = torch.where(sources.same, torch.sigmoid(s + c + classes), conflict)
+    return PseudoLabel(target, weight)
 
 
-def _confident(sources: Sources, config: AgreementConfig, state: AgreementState) -> Decision:
+def _confident(sources: Sources, config: AgreementConfig, state: AgreementState) -> PseudoLabel:
     s, c = sources.sam_probability, sources.client_probability
     target = torch.where(s >= c, sources.sam_label, sources.client_label)
-    return target, (torch.maximum(s, c) >= config.threshold).float()
+    return PseudoLabel(target, (torch.maximum(s, c) >= config.threshold).float())
 
 
-def _soft(sources: Sources, config: AgreementConfig, state: AgreementState) -> Decision:
+def _soft(sources: Sources, config: AgreementConfig, state: AgreementState) -> PseudoLabel:
     """Take the mean of both distributions; SAM's other classes share what its label leaves."""
     s, client = sources.sam_probability, sources.client_probabilities
     rest = ((1 - s) / (client.shape[1] - 1))[:, None].expand_as(client)
     sam = rest.scatter(1, sources.sam_label[:, None], s[:, None])
     weight, target = ((sam + client) / 2).max(dim=1)
-    return target, weight
+    return PseudoLabel(target, weight)
 
 
 RULES: Mapping[Rule, AgreementRule] = {
     "adaptive": _adaptive,
-    "consensus": lambda both, config, state: (both.sam_label, both.same.float()),
+    "consensus": lambda both, config, state: PseudoLabel(both.sam_label, both.same.float()),
     "confident": _confident,
     "soft": _soft,
-    "sam_only": lambda both, config, state: (both.sam_label, torch.ones_like(both.sam_probability)),
-    "client_only": lambda both, config, state: (
-        both.client_label,
-        (both.client_probability >= config.threshold).float(),
+    "sam_only": lambda both, config, state: PseudoLabel(
+        both.sam_label, torch.ones_like(both.sam_probability)
+    ),
+    "client_only": lambda both, config, state: PseudoLabel(
+        both.client_label, (both.client_probability >= config.threshold).float()
     ),
 }

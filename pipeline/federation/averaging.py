@@ -21,7 +21,7 @@ from pipeline.disk import naming
 from pipeline.federation.aggregation import Aggregation, check_update, update_norm
 from pipeline.federation.agreement import Calibration
 from pipeline.federation.diagnostics import FEWEST_TO_COMPARE
-from pipeline.federation.local_update import ServerTraining, train_on_server
+from pipeline.federation.local_update import train_on_server
 from pipeline.federation.messages import FitRequest, Reply
 from pipeline.federation.panels import public_examples
 from pipeline.federation.rounds import Round, Strategy
@@ -101,13 +101,10 @@ class Averaging(Strategy):
         weights = combined.result()
         if not methods.METHODS[settings.method].tunes_at_server:
             return weights
-        training = ServerTraining(
-            steps=settings.local_steps,
-            rate=lambda _: this.rates.learning_rate,
-            seed=server_seed(self._config.seed, this.number),
-        )
         model = self._workplace.loaded(self._config.model, weights)
-        return train_on_server(model, self._workplace.public, training, settings=settings)
+        rates = [this.rates.learning_rate] * settings.local_steps
+        seed, public = server_seed(self._config.seed, this.number), self._workplace.public
+        return train_on_server(model, public, rates, seed=seed, settings=settings)
 
     def shared(self, weights: State) -> State:
         """Return the global model's weights, which all clients are scored with."""

@@ -14,8 +14,6 @@ from pipeline.federation.agreement import Calibration, Sources, logit
 
 _INVERSE_TEMPERATURES = torch.logspace(-1.5, 0.7, 89, base=10.0)  # candidates for a_s and a_c
 _BINS = 128  # of logits
-_TEMPERATURE_PRIOR = 1.0  # standard deviation of ln(a) around 0
-_LOG_ODDS_PRIOR = 1.0  # standard deviation of b around 0
 
 
 def calibrate(
@@ -74,7 +72,7 @@ def split_in_halves(groups: Sequence[str]) -> list[Tensor]:
 def fit_inverse_temperature(probability: Tensor, label: Tensor, truth: Tensor) -> float:
     """Return the ``a`` for which ``sigmoid(a logit(p))`` best predicts that the label is right.
 
-    It minimises the mean negative log-likelihood, with a Gaussian prior on ln(a) worth one unit.
+    It minimises the mean negative log-likelihood, with a standard normal prior on ln(a).
     Predicted classes weigh equally, because background would drown the rest.
 
     Args:
@@ -95,7 +93,7 @@ def fit_inverse_temperature(probability: Tensor, label: Tensor, truth: Tensor) -
         misses, hits = count.float()
         nll = -(hits * F.logsigmoid(scaled)).sum(1) - (misses * F.logsigmoid(-scaled)).sum(1)
         loss += nll / count.sum() / len(present)
-    prior = (torch.log(_INVERSE_TEMPERATURES) / _TEMPERATURE_PRIOR).square() / 2 / len(probability)
+    prior = torch.log(_INVERSE_TEMPERATURES).square() / 2 / len(probability)
     return float(_INVERSE_TEMPERATURES[(loss + prior).argmin()])
 
 
@@ -106,7 +104,7 @@ def fit_conflict_log_odds(
 
     What is predicted is whether SAM is right where exactly one of the two is. ``agree`` uses b in
     the same way: log-odds that favour the client count by its reliability h. Each image with
-    conflicts weighs one, whatever its number of pixels, and b has a Gaussian prior around 0.
+    conflicts weighs one, whatever its number of pixels, and b has a standard normal prior.
 
     Args:
         evidence, reliability: (N, H, W) float32. sam_right, client_right: (N, H, W) bool.
@@ -122,7 +120,7 @@ def fit_conflict_log_odds(
     def loss(b: Tensor, slope: Tensor) -> Tensor:
         logits = value + slope * b
         data = (weight * (F.softplus(logits) - won * logits)).sum()
-        return data + b.square() / 2 / _LOG_ODDS_PRIOR**2
+        return data + b.square() / 2
 
     # the two signs of b are two convex problems that meet at 0
     full = torch.ones_like(slope)
@@ -136,8 +134,8 @@ def _minimise(value: Tensor, slope: Tensor, weight: Tensor, won: Tensor) -> Tens
     b = torch.zeros((), dtype=torch.float64)
     for _ in range(50):
         chance = torch.sigmoid(value + slope * b)
-        gradient = (weight * slope * (chance - won)).sum() + b / _LOG_ODDS_PRIOR**2
-        curvature = (weight * slope.square() * chance * (1 - chance)).sum() + 1 / _LOG_ODDS_PRIOR**2
+        gradient = (weight * slope * (chance - won)).sum() + b
+        curvature = (weight * slope.square() * chance * (1 - chance)).sum() + 1
         step = (gradient / curvature).clamp(-1, 1)
         b = b - step
         if abs(float(step)) < 1e-9:

@@ -10,7 +10,7 @@ with an unlabelled term on the same unlabelled batches and views; only the targe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from pipeline.config import Config, FederateConfig
-from pipeline.federation.agreement import AgreementState
-from pipeline.federation.targets import TARGETS, Learner, PseudoLabel
+from pipeline.federation.agreement import AgreementState, PseudoLabel, shares_of
+from pipeline.federation.targets import TARGETS, Learner
 from pipeline.federation.views import ClientData, PublicSet, Views, draw_views, labelled_batch
 from pipeline.methods import METHODS
 from pipeline.segmentation.losses import agreement_loss, distillation_loss, supervised_loss
@@ -52,23 +52,18 @@ class LocalResult:
     metrics: Metrics
 
 
-@dataclass
-class Audit:
-    """Dice of the kept pseudo-labels' foreground with the truth, pooled over a round's pixels."""
+def audit(target: PseudoLabel, truth: Tensor) -> dict[str, float]:
+    """Count the foreground of a batch's kept pixels in pseudo-label and truth (B, S, S) int64."""
+    kept = target.weight > 0
+    found, true = (target.label > 0) & kept, (truth > 0) & kept
+    overlap = int((found & (target.label == truth)).sum())
+    return {"overlap": overlap, "foreground": int(found.sum()) + int(true.sum())}
 
-    overlap: int = 0
-    total: int = 0
 
-    def add(self, target: PseudoLabel, truth: Tensor) -> None:
-        """Count a batch; ``truth`` is (B, S, S) int64."""
-        kept = target.weight > 0
-        found, true = (target.label > 0) & kept, (truth > 0) & kept
-        self.overlap += int((found & (target.label == truth)).sum())
-        self.total += int(found.sum()) + int(true.sum())
-
-    def dice(self) -> float | None:
-        """Return the Dice, or None where no kept pixel is foreground in either."""
-        return 2 * self.overlap / self.total if self.total else None
+def audited_dice(counts: Mapping[str, float]) -> float | None:
+    """Return the Dice, pooled over a round, or None where no kept pixel is foreground in either."""
+    total = counts.get("foreground")
+    return 2 * counts["overlap"] / total if total else None
 
 
 def local_update(
@@ -77,7 +72,7 @@ def local_update(
     """Train ``model``, which holds the task's weights, on the client's and the public images."""
     settings, traits = config.federate, METHODS[config.federate.method]
     device = next(model.parameters()).device
-    learner, audit = Learner(model, config, task.state), Audit()
+    learner = Learner(model, config, task.state)
     rule = TARGETS.get(traits.target)
     client = client if rule is None else rule.prepare(learner, client)
     optimizer = make_optimizer(model, task.learning_rate, settings.weight_decay)
@@ -92,18 +87,18 @@ def local_update(
                 views = draw_views(client, settings.unlabelled_batch, unlabelled, device)
                 pair = views, rule.label(learner, views)
                 if views.truth is not None:
-                    audit.add(pair[1], views.truth)
+                    learner.count(audit(pair[1], views.truth))
             terms = losses(learner, task, (images, truth), pair)
             terms["gradient_norm"] = optimiser_step(model, optimizer, terms["loss"])
             for name, value in terms.items():
                 sums[name] += float(value.detach())
     metrics: Metrics = {name: value / settings.local_steps for name, value in sums.items()}
     if traits.uses_sam:
-        metrics |= learner.statistics.summary()
+        metrics |= shares_of(learner.counts)
     if traits.uses_agreement:
         metrics |= vars(learner.state.calibration)
     if client.truth is not None:
-        metrics["pseudo_label_dice"] = audit.dice()
+        metrics["pseudo_label_dice"] = audited_dice(learner.counts)
     metrics["drift"] = _relative_change(model, task.weights)
     return LocalResult(get_state(model), learner.state, metrics)
 
@@ -151,32 +146,28 @@ def optimiser_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Ten
     return norm
 
 
-@dataclass(frozen=True)
-class ServerTraining:
-    """Steps on D_p's training part alone: a first model, or SemiFL's server step."""
-
-    steps: int
-    rate: Callable[[int], float]  # learning rate of step i, from 0
-    seed: int
-    progress: Callable[[int], None] | None = None  # is shown the number of steps done
-
-
 def train_on_server(
-    model: nn.Module, public: PublicSet, training: ServerTraining, *, settings: FederateConfig
+    model: nn.Module,
+    public: PublicSet,
+    rates: Iterable[float],
+    *,
+    seed: int,
+    settings: FederateConfig,
 ) -> State:
-    """Train ``model`` from its present weights; return what it ends with."""
+    """Train ``model`` on D_p's training part alone, a step at each learning rate of ``rates``.
+
+    It goes on from its present weights. Return what it ends with.
+    """
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
-    generator = Generator().manual_seed(training.seed)
-    with seeded(training.seed, model):
+    generator = Generator().manual_seed(seed)
+    with seeded(seed, model):
         model.train()
-        for step in range(training.steps):
+        for rate in rates:
             for group in optimizer.param_groups:
-                group["lr"] = training.rate(step)
+                group["lr"] = rate
             images, truth = labelled_batch(public, settings.labelled_batch, generator, device)
             optimiser_step(model, optimizer, supervised_loss(model(normalise(images)), truth))
-            if training.progress is not None:
-                training.progress(step + 1)
     return get_state(model)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 
 from pipeline.config import Config, NetworkConfig, deciding_settings, network_settings
 from pipeline.federation.inputs import RESULT_VERSION
-from pipeline.federation.local_update import ServerTraining, cosine, train_on_server
+from pipeline.federation.local_update import cosine, train_on_server
 from pipeline.federation.plain_data import State, load, save
 from pipeline.federation.schedule import Progress
 from pipeline.federation.views import PublicSet
@@ -36,19 +37,17 @@ def first_model(
     if path.is_file():
         return load(path, State)
 
-    def advance(step: int) -> None:
-        if progress is not None:
-            progress(f"server start: {network.architecture}, {network.encoder}", step, steps)
+    def rates() -> Iterator[float]:
+        for step in range(steps):
+            yield settings.learning_rate * cosine(step, steps)
+            if progress is not None:  # the step is done
+                progress(
+                    f"server start: {network.architecture}, {network.encoder}", step + 1, steps
+                )
 
-    training = ServerTraining(
-        steps=steps,
-        rate=lambda step: settings.learning_rate * cosine(step, steps),
-        seed=config.seed,
-        progress=advance,
-    )
     model = build_model(config, seed=config.seed, network=network)
-    device = resolve_device(settings.device)
-    weights = train_on_server(model.to(device), public, training, settings=settings)
+    model = model.to(resolve_device(settings.device))
+    weights = train_on_server(model, public, rates(), seed=config.seed, settings=settings)
     save(path, weights)
     return weights
 

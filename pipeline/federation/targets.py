@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -12,24 +13,17 @@ from torch import Tensor, nn
 from pipeline.config import AgreementConfig, Config
 from pipeline.federation.agreement import (
     AgreementState,
-    AgreementStatistics,
     Calibration,
+    PseudoLabel,
     Sources,
     agree,
+    count_agreement,
     update_state,
 )
 from pipeline.federation.calibration import calibrate
 from pipeline.federation.views import ClientData, PublicSet, Views
 from pipeline.methods import METHODS, Target
 from pipeline.segmentation.networks import normalise, predict_probabilities
-
-
-@dataclass(frozen=True)
-class PseudoLabel:
-    """What the unlabelled term trains towards."""
-
-    label: Tensor  # (B, S, S) int64
-    weight: Tensor  # (B, S, S) float32 in 0..1
 
 
 @dataclass
@@ -39,7 +33,12 @@ class Learner:
     model: nn.Module
     config: Config
     state: AgreementState
-    statistics: AgreementStatistics = field(default_factory=AgreementStatistics)
+    counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def count(self, more: Mapping[str, float]) -> None:
+        """Add what agreement or the audit counted of a batch."""
+        for name, value in more.items():
+            self.counts[name] += value
 
     def predict(self, images: Tensor) -> Tensor:
         """Return probabilities (B, K+1, S, S) on the weak view, in evaluation mode."""
@@ -90,10 +89,10 @@ def _agree(learner: Learner, views: Views) -> PseudoLabel:
     """Weigh SAM's label against the client's prediction, and learn from the batch."""
     rule = agreement_rule(learner.config)
     sources = Sources(_given(views.masks), _given(views.confidences), learner.predict(views.weak))
-    result = agree(sources, config=rule, state=learner.state)
+    target = agree(sources, config=rule, state=learner.state)
     learner.state = update_state(learner.state, sources, config=rule)
-    learner.statistics.add(result.statistics)
-    return PseudoLabel(result.target, result.weight)
+    learner.count(count_agreement(sources, target))
+    return target
 
 
 def _own_prediction(learner: Learner, views: Views) -> PseudoLabel:

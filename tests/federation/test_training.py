@@ -11,17 +11,16 @@ from torch import Tensor
 from pipeline.config import Config, parse_config
 from pipeline.errors import ConfigError
 from pipeline.federation import local_update as training
-from pipeline.federation.agreement import AgreementState
+from pipeline.federation.agreement import AgreementState, PseudoLabel
 from pipeline.federation.local_update import (
-    Audit,
     LocalResult,
     LocalTask,
-    ServerTraining,
+    audit,
+    audited_dice,
     cosine,
     local_update,
     train_on_server,
 )
-from pipeline.federation.targets import PseudoLabel
 from pipeline.federation.views import ClientData, PublicSet
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.segmentation.augmentation import (
@@ -216,8 +215,8 @@ def test_training_learns() -> None:
     public, _ = make_data()
     config = settings(labelled_batch=6)
     model = build_model(config, seed=0)
-    training = ServerTraining(steps=60, rate=lambda step: 5e-3 * cosine(step, 60), seed=0)
-    train_on_server(model, public, training, settings=config.federate)
+    rates = [5e-3 * cosine(step, 60) for step in range(60)]
+    train_on_server(model, public, rates, seed=0, settings=config.federate)
     images, truth = blobs(8, 9)
     predicted = predict_probabilities(model, images).argmax(dim=1)
     overlap = 2 * (predicted * truth).sum() / (predicted.sum() + truth.sum())
@@ -226,14 +225,15 @@ def test_training_learns() -> None:
 
 def test_an_audit_by_hand() -> None:
     """Kept: 1|1, 1|0, 0|1, 0|0 (target|truth); dropped: 1|1. Dice = 2*1 / (2 + 2)."""
-    audit = Audit()
-    assert audit.dice() is None
+    assert audited_dice({}) is None
     label, truth = torch.tensor([[[1, 1, 0, 0, 1]]]), torch.tensor([[[1, 0, 1, 0, 1]]])
-    audit.add(PseudoLabel(label, torch.tensor([[[1.0, 0.5, 0.1, 1.0, 0.0]]])), truth)
-    assert audit.dice() == 0.5
+    counts = audit(PseudoLabel(label, torch.tensor([[[1.0, 0.5, 0.1, 1.0, 0.0]]])), truth)
+    assert audited_dice(counts) == 0.5
     classes = torch.tensor([[[2]]])  # foreground in both, but another class
-    audit.add(PseudoLabel(classes, torch.ones(1, 1, 1)), torch.tensor([[[1]]]))
-    assert audit.dice() == pytest.approx(2 / 6)
+    more = audit(PseudoLabel(classes, torch.ones(1, 1, 1)), torch.tensor([[[1]]]))
+    assert audited_dice(
+        {name: value + more[name] for name, value in counts.items()}
+    ) == pytest.approx(2 / 6)
 
 
 def test_geometry_is_shared() -> None:
