@@ -493,7 +493,8 @@ def test_a_forked_child_does_not_have_its_parents_lock(path: Path) -> None:
         "    if not os.fork(): sys.exit()\n"
         "    os.wait()\n"
         "    child = os.fork()\n"
-        "    print(child, path.stat().st_size > 0, flush=True)\n"
+        # in one write each, so that the lines of parent and child cannot mix
+        "    os.write(1, f'{child} {path.stat().st_size > 0}\\n'.encode())\n"
         "    time.sleep(60)\n"
     )
     with subprocess.Popen(
