@@ -38,8 +38,8 @@ Advance = Callable[[int], None]  # takes the bytes read since the last call
 _CHUNK_BYTES = 2**24  # uncompressed
 _CONFIG: Any = {"write_empty_chunks": True}  # per array: threads share zarr's global setting
 
-# Measured (docs/benchmarks.md): Blosc's bit shuffle makes photographs a sixth smaller; of labels it
-# saves nothing, and costs twice the time to read and three times the time to write.
+# Measured (docs/benchmarks.md): Blosc's bit shuffle makes photographs a sixth smaller. It saves
+# nothing on labels, which take half as long again to read and to write with it.
 LABEL_CODECS = (ZstdCodec(level=3), Crc32cCodec())
 PHOTO_CODECS = (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec())
 
