@@ -371,7 +371,7 @@ def parse_config(raw: dict[str, Any], *, source: str) -> Config:
             now = RENAMED.get(key)
             advice = f"it is now called {now}" if now else _known_keys(first["loc"])
             raise ConfigError(f"{source}: unknown key '{key}'; {advice}") from error
-        value, message = first["input"], first["msg"]
+        value, message = first["input"], first["msg"].removeprefix("Value error, ")
         found = "" if isinstance(value, dict | BaseModel) else f"found {value!r}, "
         raise ConfigError(f"{source}: {key}: {found}{message[0].lower()}{message[1:]}") from error
 

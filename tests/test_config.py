@@ -133,11 +133,11 @@ def test_unknown_section_lists_the_sections(tmp_path: Path) -> None:
         ),
         (
             "partition: {test_fraction: 0.6, val_fraction: 0.4}",
-            "partition: value error, val_fraction + test_fraction must leave something to train on",
+            "partition: val_fraction + test_fraction must leave something to train on",
         ),
         (
             "partition: {scheme: sizes}",
-            "partition: value error, scheme 'sizes' needs partition.sizes, e.g. [120, 80, 40]",
+            "partition: scheme 'sizes' needs partition.sizes, e.g. [120, 80, 40]",
         ),
         (
             "partition: {sizes: [3, 0]}",

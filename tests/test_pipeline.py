@@ -113,6 +113,12 @@ def test_stopping_after_a_round_changes_nothing(labelled: Config, run: RunFolder
     resumed = federate(labelled, mode="resume", progress=stop)
     assert rounds == [1, 2]  # round 1 was not computed again
     assert resumed.model_path.read_bytes() == run.model_path.read_bytes()
+    history = resumed.path / "history.jsonl"
+    history.write_bytes(history.read_bytes().splitlines(keepends=True)[0])
+    kept = digest(resumed.path)
+    with pytest.raises(DataError, match=r"found 1 rounds, expected at least 2, .* --restart`"):
+        federate(labelled)
+    assert digest(resumed.path) == kept  # a damaged history costs no checkpoint
 
 
 def test_kill_9_between_rounds_changes_nothing(

@@ -91,7 +91,7 @@ def load(path: Path, kind: type[Value]) -> Value:
     try:
         value: Value = from_bytes(path.read_bytes(), kind)
     except ValueError as error:
-        raise CorruptStoreError(f"{path}: {error}; delete it and run again") from error
+        raise CorruptStoreError(f"{path}: {error}; delete it and run `samfed federate`") from error
     return value
 
 

@@ -130,7 +130,10 @@ class RunFolder:
         path = self.path / "params.yaml"
         if not path.is_file():
             raise StageError(f"{path}: not found; run `samfed federate` first")
-        return load_config(path)
+        try:
+            return load_config(path)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; run `samfed federate`, which wrote it") from error
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write a round's checkpoint atomically and drop all but the last two."""
@@ -184,8 +187,8 @@ class RunFolder:
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
-                entry["round"], entry["clients"], entry["val"]
-            except (ValueError, KeyError, TypeError) as error:
+                _check_entry(entry, number)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 fault = f"line {number} is no round of a history ({error})"
                 raise DataError(f"{path}: {fault}; run `samfed federate --restart`") from error
             history.append(entry)
@@ -242,3 +245,14 @@ class RunFolder:
                 f"{self.path}: made on another partition than {partition_file}; "
                 "run `samfed federate` again"
             )
+
+
+def _check_entry(entry: dict[str, Any], number: int) -> None:
+    """Raise ValueError, KeyError or TypeError unless ``entry`` is that of round ``number``."""
+    if type(entry["round"]) is not int or entry["round"] != number:
+        raise ValueError(f"found round {entry['round']!r}, expected {number}")
+    dice = entry["val"]["dice"]
+    if dice is not None and not 0 <= dice <= 1:
+        raise ValueError(f"found a validation Dice of {dice}, expected 0..1")
+    if not all(isinstance(report, dict) for report in entry["clients"].values()):
+        raise ValueError("a client's report is no table")

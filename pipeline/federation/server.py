@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.disk import writer_lock
+from pipeline.errors import DataError
 from pipeline.federation.averaging import Averaging
 from pipeline.federation.diagnostics import (
     client_warnings,
@@ -104,13 +105,20 @@ class Server:
         self._conclude(checkpoint)
 
     def _last(self) -> Checkpoint | None:
-        """Return the checkpoint to go on from; None if there is none, or its history has gaps."""
-        checkpoint = self.run.load_checkpoint()
-        rounds = [entry["round"] for entry in self.run.history()]
-        if checkpoint is None or rounds[: checkpoint.round] == [*range(1, checkpoint.round + 1)]:
-            return checkpoint
-        log.warning("%s: history.jsonl lacks rounds; starting again", self.run.path)
-        return None
+        """Return the checkpoint to go on from, or None if there is none.
+
+        Raises:
+            DataError: its history is damaged or lacks rounds. A round's entry is written before its
+            checkpoint, so that no kill can have caused it.
+        """
+        checkpoint, rounds = self.run.load_checkpoint(), len(self.run.history())
+        if checkpoint is not None and rounds < checkpoint.round:
+            raise DataError(
+                f"{self.run.path / 'history.jsonl'}: found {rounds} rounds, expected at least "
+                f"{checkpoint.round}, as many as the last checkpoint has; run `samfed federate "
+                "--restart`, which keeps this run in the archive"
+            )
+        return checkpoint
 
     def _first(self, progress: Progress | None) -> Checkpoint:
         """Train every kind of network on D_p; return round 0 with the server's."""

@@ -87,7 +87,10 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(bytes(content))
     with pytest.raises(CorruptStoreError) as caught:
         load(path, Outer)
-    assert str(caught.value) == f"{path}: damaged (sha256 differs); delete it and run again"
+    assert (
+        str(caught.value)
+        == f"{path}: damaged (sha256 differs); delete it and run `samfed federate`"
+    )
 
 
 def test_examples_round_trip(tmp_path: Path) -> None:

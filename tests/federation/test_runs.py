@@ -124,7 +124,10 @@ def test_a_flipped_byte_in_the_data_names_the_file(run: RunFolder) -> None:
     path.write_bytes(bytes(damaged))
     with pytest.raises(CorruptStoreError) as caught:
         run.load_checkpoint()
-    assert str(caught.value) == f"{path}: damaged (sha256 differs); delete it and run again"
+    assert (
+        str(caught.value)
+        == f"{path}: damaged (sha256 differs); delete it and run `samfed federate`"
+    )
     path.unlink()  # as the message says: the round before is still there
     equal(run.load_checkpoint(), checkpoint(1))
 
@@ -135,7 +138,7 @@ def test_a_truncated_checkpoint(run: RunFolder, settings: Config, size: int) -> 
     run.save_checkpoint(checkpoint(2))
     path = run.path / "checkpoints" / "round_0002.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CorruptStoreError, match=r"delete it and run again$"):
+    with pytest.raises(CorruptStoreError, match=r"delete it and run `samfed federate`$"):
         begin(run, settings)
     assert "moved the earlier run to" in begin(run, settings, mode="restart")
 
@@ -214,10 +217,13 @@ def test_a_damaged_history_is_one_line(run: RunFolder) -> None:
     path = run.path / "history.jsonl"
     whole = path.read_bytes()
     # a line separator within a string is no end of a line in JSON lines
-    odd = '{"round": 2, "clients": {}, "val": {}, "warnings": ["a\u2028b"]}\n'.encode()
+    odd = '{"round": 2, "clients": {}, "val": {"dice": null}, "warnings": ["a\u2028b"]}\n'.encode()
     path.write_bytes(whole + odd)
     assert run.history()[1]["warnings"] == ["a\u2028b"]
-    for damaged in (b'{"round": 2, "cli', b'{"round": 2}', b"[]", b"\xff"):
+    other_round, other_key = odd.replace(b": 2", b": 3"), odd.replace(b"dice", b"dicf")
+    text, far = odd.replace(b": 2", b': "2"'), odd.replace(b"null", b"9.5")
+    cut = (b'{"round": 2, "cli', b'{"round": 2}', b"[]", b"\xff")
+    for damaged in (*cut, other_round, other_key, text, far):
         path.write_bytes(whole + damaged)
         with pytest.raises(DataError, match=r"line 2 is no round .*samfed federate --restart`$"):
             run.history()
