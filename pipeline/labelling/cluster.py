@@ -247,9 +247,10 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Callable[[Job], Dask
         SamfedError: a worker does not start.
     """
     gpus = _visible_gpus() if resolve_device(device).type == "cuda" else []
-    nanny = logging.getLogger("distributed.nanny")
+    nanny, loops = logging.getLogger("distributed.nanny"), logging.getLogger("tornado.application")
     with ExitStack() as started:
         started.callback(nanny.setLevel, nanny.level)
+        started.callback(loops.setLevel, loops.level)
         loop = started.enter_context(_loop_without_ctrl_c())
         try:
             cluster = started.enter_context(
@@ -267,8 +268,10 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Callable[[Job], Dask
                 "what stopped them (memory?), or give fewer"
             ) from error
         share = max(1, (os.cpu_count() or 1) // workers)
-        # whatever a worker does when we close, nobody waits for: that it is killed is no news
+        # whatever a worker does when we close, nobody waits for: that it is killed is no news, nor
+        # that a callback of the event loop no longer finds what it was for
         started.callback(nanny.setLevel, logging.ERROR)
+        started.callback(loops.setLevel, logging.CRITICAL)
         yield partial(DaskExecutor, client, threads=share, device="cuda" if gpus else None)
 
 
