@@ -273,9 +273,13 @@ def test_the_input_folder_is_never_the_cache(tiny_images: Path, tmp_path: Path) 
     assert digest(root) == before
 
 
-def test_lost_history_starts_the_run_again(finished: Config, run: RunFolder) -> None:
+def test_a_lost_history_is_an_error_and_a_restart_its_way_out(
+    finished: Config, run: RunFolder
+) -> None:
     (finished.cache.root / "runs" / "sam_fed" / "history.jsonl").unlink()
-    again = federate(finished)
+    with pytest.raises(DataError, match=r"found 0 rounds, expected at least 2, .* --restart`"):
+        federate(finished)
+    again = federate(finished, mode="restart")
     assert len(again.history()) == len(run.history())
     assert again.model_path.read_bytes() == run.model_path.read_bytes()
 
