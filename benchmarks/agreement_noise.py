@@ -36,7 +36,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config import AgreementConfig, Rule
-from pipeline.data.images import resize_mask, scan
+from pipeline.data.folder import scan
+from pipeline.data.images import resize_mask
 from pipeline.data.synthetic import write_dataset
 from pipeline.disk import write_bytes
 from pipeline.federation.agreement import (

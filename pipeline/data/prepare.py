@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.data.drawing import draw_partition
+from pipeline.data.folder import scan
 from pipeline.data.images import (
     Pixels,
     load_image,
@@ -17,7 +18,6 @@ from pipeline.data.images import (
     read_mask,
     resize_image,
     resize_mask,
-    scan,
 )
 from pipeline.data.partition import (
     ImageEntry,
