@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.data.images import load_image
 from pipeline.data.partition import Partition, load_partition
+from pipeline.params import load_config
 from pipeline.runtime import resolve_device
 from pipeline.sam.teacher import load_teacher
 from pipeline.stores.label_store import PseudoLabels

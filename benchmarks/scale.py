@@ -27,12 +27,13 @@ import torch
 from inputs import prepare_with_labels
 from torch import Tensor
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
 from pipeline.data.synthetic import write_dataset
 from pipeline.federation.engines import InProcess, in_process
 from pipeline.federation.inputs import ClientContext, load_client, load_inputs, load_part
 from pipeline.federation.server import federate
 from pipeline.federation.workplace import Workplace
+from pipeline.params import parse_config
 
 ROUNDS = 3  # the first is left out
 SERVER_IMAGES = 12

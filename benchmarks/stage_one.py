@@ -35,12 +35,13 @@ from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
 from pipeline.data.partition import Partition, ServerPart
 from pipeline.disk import file_sha256
 from pipeline.labelling.backoff import TeacherBackend
 from pipeline.labelling.job import Job
 from pipeline.labelling.worker import ChunkTask, label_chunks
+from pipeline.params import parse_config
 from pipeline.runtime import resolve_device
 from pipeline.sam import teacher as teaching
 from pipeline.sam.build import build_sam

@@ -31,13 +31,14 @@ import segmentation_models_pytorch as smp
 import torch
 from inputs import prepare_with_labels
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.data.synthetic import write_dataset
 from pipeline.federation import averaging, client, exchange, targets, workplace
 from pipeline.federation import local_update as training
 from pipeline.federation.codistillation import BestClient
 from pipeline.federation.runs import RoundFiles, RunFolder
 from pipeline.federation.server import federate
+from pipeline.params import load_config
 from pipeline.runtime import resolve_device
 
 NETWORKS = [  # of the heterogeneous clients, in turn

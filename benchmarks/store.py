@@ -27,11 +27,12 @@ from numcodecs.zstd import decompress
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
 from pipeline.data.partition import Partition, ServerPart
 from pipeline.disk import file_sha256
 from pipeline.labelling.job import Job
 from pipeline.labelling.worker import ChunkTask, label_chunks
+from pipeline.params import parse_config
 from pipeline.stores.label_store import LabelStore, PseudoLabels, RowKey, read_labels
 from pipeline.stores.teacher_card import TeacherCard
 

@@ -24,7 +24,8 @@ import yaml
 from filelock import FileLock
 from forks import Forks, start_server
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
+from pipeline.params import parse_config
 
 with warnings.catch_warnings():  # typer < 0.21 imports names that click 8.5 calls deprecated
     warnings.simplefilter("ignore", DeprecationWarning)

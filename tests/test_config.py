@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import RENAMED, Config, deciding_settings, load_config, parse_config
+from pipeline.config import Config, deciding_settings
 from pipeline.errors import ConfigError
+from pipeline.params import RENAMED, load_config, parse_config
 from pipeline.segmentation.networks import build_model
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"

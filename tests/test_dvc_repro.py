@@ -14,7 +14,7 @@ import yaml
 from conftest import TINY, digest
 from forks import Forks
 
-from pipeline.config import parse_config
+from pipeline.params import parse_config
 
 ROOT = Path(__file__).parent.parent
 STAGES = list(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])

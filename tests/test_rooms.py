@@ -12,7 +12,17 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = ROOT / "pipeline"
-GROUND = {"__init__", "config", "disk", "errors", "methods", "progress", "runtime"}
+GROUND = {
+    "__init__",
+    "config",
+    "console",
+    "disk",
+    "errors",
+    "methods",
+    "params",
+    "progress",
+    "runtime",
+}
 BELOW = {
     "stores": {"segmentation"},
     "segmentation": set(),

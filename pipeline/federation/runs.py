@@ -18,11 +18,12 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.disk import file_sha256, move, unused_name, write_bytes
 from pipeline.errors import ConfigError, CorruptStoreError, DataError, IdentityError, StageError
 from pipeline.federation.examples import Example, load_examples, save_examples
 from pipeline.federation.plain_data import Plain, State, load, save
+from pipeline.params import load_config
 
 EXAMPLES = "examples.safetensors"
 _KEPT_CHECKPOINTS = 2

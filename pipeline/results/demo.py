@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, with_settings
+from pipeline.config import Config
 from pipeline.data.prepare import prepare
 from pipeline.data.synthetic import write_dataset
 from pipeline.errors import ConfigError
 from pipeline.federation.server import federate
 from pipeline.labelling.precompute import precompute
 from pipeline.methods import METHODS
+from pipeline.params import with_settings
 from pipeline.progress import Progress
 from pipeline.results.evaluate import evaluate
 from pipeline.results.pages import render

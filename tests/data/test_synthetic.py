@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import load_config
 from pipeline.data import synthetic
 from pipeline.data.synthetic import SITE_NAMES, write_dataset
 from pipeline.errors import ConfigError, DataError
+from pipeline.params import load_config
 
 
 def make(out: Path, *, images_per_site: int = 3, seed: int = 5) -> dict[str, bytes]:

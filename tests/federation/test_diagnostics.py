@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
 from pipeline.federation.diagnostics import (
     client_warnings,
     quality_warnings,
@@ -15,6 +15,7 @@ from pipeline.federation.diagnostics import (
 from pipeline.federation.messages import ClientEntry
 from pipeline.federation.rounds import finite
 from pipeline.federation.schedule import Rates, client_seed, participants
+from pipeline.params import parse_config
 
 
 def settings(**federate: Any) -> Config:

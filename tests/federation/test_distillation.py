@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import parse_config
 from pipeline.federation.codistillation import (
     CONDENSATION_MIN_GRADE,
     BestClient,
@@ -29,6 +28,7 @@ from pipeline.federation.codistillation import (
     structure_loss,
 )
 from pipeline.federation.local_update import optimiser_step
+from pipeline.params import parse_config
 from pipeline.segmentation.networks import build_model
 
 SETTINGS = parse_config(

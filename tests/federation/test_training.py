@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.federation import local_update as training
 from pipeline.federation.agreement import AgreementState, PseudoLabel
@@ -23,6 +23,7 @@ from pipeline.federation.local_update import (
 )
 from pipeline.federation.views import ClientData, PublicSet
 from pipeline.federation.workplace import Workplace, build_networks
+from pipeline.params import parse_config
 from pipeline.segmentation.augmentation import (
     LIGHT,
     STRONG,

@@ -16,10 +16,11 @@ import torch
 from conftest import copy_cache, tiny_config
 from page_reader import Page, pictures
 
-from pipeline.config import Config, with_settings
+from pipeline.config import Config
 from pipeline.data.images import load_labelled, resize_mask
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
+from pipeline.params import with_settings
 from pipeline.results.evaluate_teacher import (
     EXAMPLES,
     TEACHERS,

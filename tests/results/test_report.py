@@ -14,10 +14,11 @@ from conftest import copy_cache
 from page_reader import Page, pictures
 from PIL import ImageColor
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
 from pipeline.errors import StageError
 from pipeline.federation.examples import Example, save_examples
 from pipeline.federation.runs import RunFolder
+from pipeline.params import parse_config
 from pipeline.results.curves import CURVES, Panel, run_curves
 from pipeline.results.finished import Evaluation, FinishedRun, read_run
 from pipeline.results.pages import GREY, Key, figure_uri

@@ -25,11 +25,11 @@ from conftest import Project, answer, build_once, fails, listing
 from numpy.typing import NDArray
 from teachers import on_workers, thread_workers
 
-from pipeline.config import load_config
 from pipeline.data.partition import load_partition
 from pipeline.disk import file_sha256, write_json, writer_lock
 from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
 from pipeline.labelling.precompute import precompute
+from pipeline.params import load_config
 from pipeline.sam import export
 from pipeline.sam import onnx as backend
 from pipeline.sam.build import build_sam

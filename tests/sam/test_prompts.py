@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from teachers import content, on_workers, thread_workers
 from torch import Tensor
 
-from pipeline.config import Config, SamConfig, parse_config
+from pipeline.config import Config, SamConfig
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
 from pipeline.errors import ConfigError, IdentityError
 from pipeline.labelling.precompute import precompute
+from pipeline.params import parse_config
 from pipeline.sam.checkpoints import build_base
 from pipeline.sam.finetune import finetune
 from pipeline.sam.prompts import MULTIMASK, PointGrid, rank_masks

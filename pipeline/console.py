@@ -1,0 +1,115 @@
+"""What every command of the command line has: its options, errors as one line, and its printing."""
+
+# Annotations are evaluated here, unlike elsewhere: typer makes options of them.
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any, Protocol, TypeVar
+
+import typer
+from typer import Option
+
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_PARTIAL, SamfedError
+from pipeline.progress import console_progress
+
+OS_ADVICE = "check the path, its permissions and the space left on the disk"
+
+
+class Result(Protocol):
+    """What a command returns; it may have ``failures()``, lines, and an ``exit_code`` (else 6)."""
+
+    def text(self) -> str:
+        """Return it for a person."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for a machine."""
+
+
+C = TypeVar("C", bound=Callable[..., Result])
+
+
+def command(group: typer.Typer, /, *, params_file: bool = True, **helps: Any) -> Callable[[C], C]:
+    """Make a command of a function, with its own options and those that every command has.
+
+    The function is given the validated settings as ``config`` and, if it asks for it, a display as
+    ``progress``. What it returns is printed; an error becomes one line and an exit code.
+
+    Args:
+        params_file: whether settings come from a file; else they are the defaults.
+        helps: the help of each of the function's options, or an ``Option`` or ``Argument``.
+    """
+
+    def register(function: C) -> C:
+        own = dict(inspect.signature(function).parameters)
+
+        def run(
+            *,
+            params: Annotated[Path, Option(help="Settings file.")] = Path("params.yaml"),
+            overrides: Annotated[
+                list[str] | None,
+                Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. seed=5."),
+            ] = None,
+            as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+            debug: Annotated[bool, Option("--debug", help="Show an error's traceback.")] = False,
+            **given: Any,
+        ) -> None:
+            with _errors(debug):
+                from pipeline.params import load_config
+
+                logging.basicConfig(format="%(levelname)s: %(message)s", force=True)
+                logging.getLogger("samfed").setLevel(logging.DEBUG if debug else logging.INFO)
+                config = load_config(params if params_file else None, tuple(overrides or ()))
+                with console_progress() if "progress" in own else nullcontext() as progress:
+                    given |= {"progress": progress} if "progress" in own else {}
+                    result = function(config, **given)
+            _show(result, as_json)
+
+        left_out = ("config", "progress", "given") + (() if params_file else ("params",))
+        every = own | dict(inspect.signature(run).parameters)
+        options = [_option(every[key], helps.get(key)) for key in every if key not in left_out]
+        run.__annotations__ = {each.name: each.annotation for each in options}
+        run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        group.command()(run)
+        return function
+
+    return register
+
+
+def _option(parameter: inspect.Parameter, given: Any) -> inspect.Parameter:
+    """Return a keyword-only parameter with this help, or with this ``Option`` or ``Argument``."""
+    option = Option(help=given) if isinstance(given, str) else given
+    annotation = parameter.annotation if given is None else Annotated[parameter.annotation, option]
+    return parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=annotation)
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """Turn an error into one line on stderr and an exit code, unless ``debug`` asks for more."""
+    try:
+        yield
+    except (SamfedError, OSError, KeyboardInterrupt) as error:
+        if debug or isinstance(error, BrokenPipeError):
+            raise
+        line, code = f"error: {error}", getattr(error, "exit_code", SamfedError.exit_code)
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename is not None else ""
+            line = f"error: {where}{error.strerror or error}; {OS_ADVICE}"
+        elif isinstance(error, KeyboardInterrupt):
+            line, code = "interrupted: run the same command again to continue", EXIT_INTERRUPTED
+        typer.echo(line, err=True)
+        raise typer.Exit(code) from error
+
+
+def _show(result: Result, as_json: bool) -> None:
+    """Print a result, and name on stderr what it failed to do."""
+    typer.echo(json.dumps(result.as_json(), sort_keys=True) if as_json else result.text())
+    failures = getattr(result, "failures", list[str])()
+    for line in failures:
+        typer.echo(f"error: {line}", err=True)
+    if failures:
+        raise typer.Exit(getattr(result, "exit_code", EXIT_PARTIAL))
