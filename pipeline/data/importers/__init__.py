@@ -1,0 +1,1 @@
+"""Public and clinical data as people have them become the input layout."""
