@@ -121,11 +121,13 @@ def precompute_sam(
     backend: str | None = None,
 ) -> Result:
     """Stage one: label every client's images with the teacher, once."""
-    from pipeline.labelling.precompute import choose_cluster, precompute
+    from pipeline.cluster import choose_cluster
+    from pipeline.labelling.precompute import precompute
     from pipeline.params import with_settings
 
     config = with_settings(config, "--backend", precompute={"backend": backend})
-    cluster = choose_cluster(config, scheduler=scheduler, workers=workers)
+    device = config.precompute.device
+    cluster = choose_cluster(scheduler=scheduler, workers=workers, device=device)
     return precompute(config, clients=tuple(client or ()), cluster=cluster, progress=progress)
 
 
@@ -210,10 +212,11 @@ def repair(
     config: "Config", progress: Progress, scheduler: str | None = None, workers: int | None = None
 ) -> Result:
     """Label anew what is damaged in the label stores, and finish these stores."""
-    from pipeline.labelling.precompute import choose_cluster
+    from pipeline.cluster import choose_cluster
     from pipeline.labelling.repair import repair
 
-    cluster = choose_cluster(config, scheduler=scheduler, workers=workers)
+    device = config.precompute.device
+    cluster = choose_cluster(scheduler=scheduler, workers=workers, device=device)
     return repair(config, cluster=cluster, progress=progress)
 
 

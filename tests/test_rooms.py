@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PIPELINE = ROOT / "pipeline"
 GROUND = {
     "__init__",
+    "cluster",
     "config",
     "console",
     "disk",
@@ -98,7 +99,7 @@ def test_libraries_stay_in_their_room() -> None:
         "segmentation_models_pytorch": {"segmentation"},
         "segment_anything": {"sam"},
         "onnxruntime": {"sam"},
-        "distributed": {"labelling"},
+        "distributed": {"cluster"},
     }
     for package, allowed in owners.items():
         users = {

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.cluster import Workers
 from pipeline.config import Config
 from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError, DataError
+from pipeline.labelling.cluster import DaskExecutor
 from pipeline.labelling.job import Job, Meter, Progress, load_job, store_lock
 from pipeline.labelling.quality import Statistics, quality_warnings, statistics_table
-from pipeline.labelling.worker import ChunkResult, ChunkTask, Executor, InProcess, Workplace
+from pipeline.labelling.worker import ChunkResult, ChunkTask, Executor, InProcess
 from pipeline.runtime import torch_threads
 from pipeline.stores.label_store import LabelStore
 from pipeline.stores.opening import open_label_store
@@ -51,33 +53,11 @@ class StageOneResult:
         return [*self.failed, count] if self.failed else []
 
 
-def choose_cluster(
-    config: Config, *, scheduler: str | None, workers: int | None
-) -> Workplace | None:
-    """Return the workers that a scheduler's address or a number of processes asks for.
-
-    None is this process; dask is imported for nobody else.
-
-    Raises:
-        ConfigError: both are given.
-    """
-    if scheduler is not None and workers is not None:
-        raise ConfigError("--scheduler and --workers: give one of them")
-    if scheduler is None and workers is None:
-        return None
-    from pipeline.labelling.cluster import connect, local_cluster
-
-    logging.getLogger("distributed").setLevel(logging.WARNING)  # its own import sets INFO
-    if workers is None:
-        return connect(str(scheduler))
-    return local_cluster(workers, device=config.precompute.device)
-
-
 def precompute(
     config: Config,
     *,
     clients: Sequence[str] = (),
-    cluster: Workplace | None = None,
+    cluster: Workers | None = None,
     progress: Progress | None = None,
 ) -> StageOneResult:
     """Label the images of ``clients`` (all if empty) and the server's calibration part.
@@ -100,10 +80,13 @@ def precompute(
 
 
 @contextmanager
-def executor_on(job: Job, workplace: Workplace | None) -> Iterator[Executor]:
-    """Enter the workplace, this process if it is None, and do the job there."""
-    with workplace or nullcontext(InProcess) as executor_for:
-        yield executor_for(job)
+def executor_on(job: Job, cluster: Workers | None) -> Iterator[Executor]:
+    """Enter the cluster, this process if it is None, and do the job there."""
+    if cluster is None:
+        yield InProcess(job)
+        return
+    with cluster as workers:
+        yield DaskExecutor(workers, job)
 
 
 def label_owners(

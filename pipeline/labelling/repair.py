@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster import Workers
 from pipeline.config import Config
 from pipeline.disk import move, recover_folder, writer_lock
 from pipeline.errors import EXIT_PARTIAL, CorruptStoreError, IdentityError, StoreError
 from pipeline.labelling.job import Job, Meter, Progress, load_job, owner_images, store_lock
 from pipeline.labelling.maintenance import check_at_rest, image_stores, label_stores, reading
 from pipeline.labelling.precompute import executor_on, label_owners
-from pipeline.labelling.worker import Executor, Workplace
+from pipeline.labelling.worker import Executor
 from pipeline.stores.arrays import remove_partial_files
 from pipeline.stores.integrity import Fault, check_store, mend_metadata, mend_store
 from pipeline.stores.label_store import LabelStore, check_identity
@@ -51,7 +52,10 @@ class Repair:
 
 
 def repair(
-    config: Config, *, cluster: Workplace | None = None, progress: Progress | None = None
+    config: Config,
+    *,
+    cluster: Workers | None = None,
+    progress: Progress | None = None,
 ) -> Repair:
     """Label anew the chunks of label stores that fail verification, and finish these stores.
 

@@ -10,9 +10,8 @@ another backend: the chunk's provenance names both.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -66,9 +65,6 @@ class Executor(Protocol):
 
     def check(self, owner: str) -> None:
         """Do all that comes before labelling the owner's images; it fails where that would."""
-
-
-Workplace = AbstractContextManager[Callable[[Job], Executor]]  # e.g. ``cluster.connect(address)``
 
 
 class InProcess:

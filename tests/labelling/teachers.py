@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.cluster import Cluster, Workers
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.disk import write_json
-from pipeline.labelling.cluster import DaskExecutor
 from pipeline.labelling.precompute import StageOneResult, precompute
-from pipeline.labelling.worker import Workplace
 from pipeline.stores.label_store import LabelStore, PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard
 
@@ -130,9 +128,9 @@ def thread_workers() -> Iterator[distributed.Client]:
         yield client
 
 
-def on_workers(client: distributed.Client) -> Workplace:
+def on_workers(client: distributed.Client) -> Workers:
     """Return what labels on these workers."""
-    return nullcontext(partial(DaskExecutor, client))
+    return nullcontext(Cluster(client))
 
 
 def teacher_of(config: Config, **changes: object) -> FakeTeacher:

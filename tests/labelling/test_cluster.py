@@ -20,13 +20,13 @@ import pytest
 from conftest import ADAPTED, call, copy_cache, tiny_config, write_params
 from teachers import content
 
+from pipeline.cluster import connect, local_cluster
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
 from pipeline.data.synthetic import write_dataset
 from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError, SamfedError
-from pipeline.labelling.cluster import connect, local_cluster
 from pipeline.labelling.job import owner_images, store_lock
 from pipeline.labelling.precompute import precompute
 from pipeline.sam.finetune import finetune
@@ -176,7 +176,7 @@ def group_is_there(group: int) -> bool:
 
 
 def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.labelling.cluster.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.cluster.CONNECT_SECONDS", 0.5)
     with pytest.raises(ConfigError) as caught, connect("tcp://127.0.0.1:1"):
         pass
     assert str(caught.value) == (
@@ -187,7 +187,7 @@ def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_scheduler_without_workers(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     workers.add(0)
-    monkeypatch.setattr("pipeline.labelling.cluster.WORKERS_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.cluster.WORKERS_SECONDS", 0.5)
     with pytest.raises(ConfigError, match=r"no worker within 0\.5 s"), connect(workers.address):
         pass
 
@@ -240,7 +240,7 @@ class Refused(Mute):
 def test_local_workers_that_do_not_start(
     monkeypatch: pytest.MonkeyPatch, kind: type[Mute], reason: str
 ) -> None:
-    monkeypatch.setattr("pipeline.labelling.cluster.WORKERS_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.cluster.WORKERS_SECONDS", 0.2)
     monkeypatch.setattr(distributed, "Nanny", kind)
     with pytest.raises(SamfedError) as caught, local_cluster(1, device="cpu"):
         pass

@@ -99,8 +99,8 @@ def scheduler() -> Iterator[Threads]:
 @pytest.fixture
 def threads(scheduler: Threads, monkeypatch: pytest.MonkeyPatch) -> Threads:
     """One worker, as often as tests lose it; the executor soon misses one."""
-    monkeypatch.setattr("pipeline.labelling.cluster.LOOK_SECONDS", 0.1)
-    monkeypatch.setattr("pipeline.labelling.cluster.WORKERS_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.cluster.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.cluster.WORKERS_SECONDS", 0.2)
     scheduler.add()
     return scheduler
 
