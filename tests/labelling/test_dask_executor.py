@@ -65,8 +65,8 @@ class Threads:
         self.workplace = on_workers(client)
         self.where = f"the dask scheduler at {client.scheduler_info()['address']}"
         self.lost = (
-            f"{self.where} lost its last worker and found no other within 0.2 s; finished chunks "
-            "are kept: see why workers stop, and run the same command again"
+            f"{self.where} lost its last worker and found no other within 0.2 s; what is finished "
+            "is kept: see why workers stop, and run the same command again"
         )
 
     def lose(self) -> None:
