@@ -2,7 +2,8 @@
 
 Every teacher is a ``segment_anything`` ``Sam``: an image encoder, a prompt encoder and a mask
 decoder. ``vit_b``, ``vit_l`` and ``vit_h`` are the official sizes; ``vit_t`` is the tiny one that
-this package ships; ``timm:<name>`` puts a timm feature backbone in the encoder's place.
+this package ships; ``mobile_sam`` has MobileSAM's encoder, and ``timm:<name>`` puts a timm feature
+backbone in the encoder's place.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, first_line
 from pipeline.sam.attention import fold_attention
+from pipeline.sam.tiny_vit import TinyVitEncoder
 
 STRIDE = 16  # pixels of the input per cell of the embedding, in every variant
 IOU_HEAD_DEPTH = 3
+MOBILE_SAM = "mobile_sam"
 
 
 def _vit(dim: int, depth: int, heads: int, blocks: tuple[int, ...], **more: Any) -> dict[str, Any]:
@@ -114,9 +117,9 @@ def build_sam(variant: str, *, input_size: int | None = None, num_multimask: int
     """Build an untrained SAM of ``variant`` with exact fused attention.
 
     Args:
-        variant: ``vit_t``, ``vit_b``, ``vit_l``, ``vit_h`` or ``timm:<name>``.
-        input_size: side of the square input in pixels, a multiple of 16; the variant's own if None.
-            Only ``timm:`` encoders take another than their own.
+        variant: ``vit_t``, ``vit_b``, ``vit_l``, ``vit_h``, ``mobile_sam`` or ``timm:<name>``.
+        input_size: side of the square input in pixels, a multiple of 32; the variant's own if None.
+            Only ``mobile_sam`` and ``timm:`` encoders take another than their own.
         num_multimask: masks beside the first that the decoder predicts (K for K classes).
 
     Raises:
@@ -124,8 +127,12 @@ def build_sam(variant: str, *, input_size: int | None = None, num_multimask: int
     """
     if variant.startswith("timm:"):
         return _build_timm(variant.removeprefix("timm:"), input_size or 256, num_multimask)
+    if variant == MOBILE_SAM:
+        _check_multiple(input_size or 1024)
+        encoder = TinyVitEncoder(img_size=input_size or 1024, out_channels=Decoder.dim)
+        return _assemble(encoder, Decoder(), num_multimask)
     if variant not in ENCODERS:
-        known = ", ".join(ENCODERS)
+        known = ", ".join([*ENCODERS, MOBILE_SAM])
         raise ConfigError(
             f"sam.variant: '{variant}' is unknown; expected {known} or timm:<backbone>"
         )
@@ -136,16 +143,18 @@ def build_sam(variant: str, *, input_size: int | None = None, num_multimask: int
             f"made for {own_size}; leave it null"
         )
     norm = partial(nn.LayerNorm, eps=1e-6)
-    encoder = ImageEncoderViT(
-        **ENCODERS[variant], patch_size=STRIDE, norm_layer=norm, use_rel_pos=True
-    )
+    vit = ImageEncoderViT(**ENCODERS[variant], patch_size=STRIDE, norm_layer=norm, use_rel_pos=True)
     decoder = _SMALL_DECODERS.get(variant, Decoder())
-    return _assemble(fold_attention(encoder), decoder, num_multimask)
+    return _assemble(fold_attention(vit), decoder, num_multimask)
+
+
+def _check_multiple(input_size: int) -> None:
+    if input_size % 32:
+        raise ConfigError(f"sam.input_size: {input_size} is not a multiple of 32")
 
 
 def _build_timm(name: str, input_size: int, num_multimask: int) -> Sam:
-    if input_size % 32:
-        raise ConfigError(f"sam.input_size: {input_size} is not a multiple of 32")
+    _check_multiple(input_size)
     decoder = _SMALL_DECODERS["timm"]
     encoder = TimmImageEncoder(name, img_size=input_size, out_channels=decoder.dim)
     sam = _assemble(encoder, decoder, num_multimask)

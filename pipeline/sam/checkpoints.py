@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,18 +14,26 @@ from torch import Tensor
 from pipeline.config import SamConfig
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, DataError
-from pipeline.sam.build import IOU_HEAD_DEPTH, build_sam
+from pipeline.sam.build import ENCODERS, IOU_HEAD_DEPTH, MOBILE_SAM, build_sam
+from pipeline.sam.tiny_vit import from_mobile_sam
+
+log = logging.getLogger("samfed.sam.checkpoints")
 
 State = dict[str, Tensor]
 
 EMBEDDED_WEIGHTS = Path(__file__).parent / "weights" / "vit_t.safetensors"
 
-#: sha256 of the official checkpoints (github.com/facebookresearch/segment-anything).
+#: sha256 of the official checkpoints (github.com/facebookresearch/segment-anything, MobileSAM).
 OFFICIAL_SHA256 = {
     "vit_b": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
     "vit_l": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
     "vit_h": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+    MOBILE_SAM: "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
 }
+
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state")  # of training checkpoints
+_PREFIXES = ("module.", "model.", "sam.")  # of DataParallel, Lightning, and wrappers of a SAM
+_NAMED = 3  # names that an error shows of each kind
 
 _TOKENS = "mask_decoder.mask_tokens.weight"
 _IOU_OUTPUT = f"mask_decoder.iou_prediction_head.layers.{IOU_HEAD_DEPTH - 1}."
@@ -35,7 +44,7 @@ def base_checkpoint(config: SamConfig) -> tuple[Path | None, str]:
     """Return the pretrained weights that the variant starts from, and their identity (the card's).
 
     Raises:
-        ConfigError: a checkpoint is needed. DataError: it is missing, or not the official one.
+        ConfigError: a checkpoint is needed. DataError: it is missing.
     """
     path = config.checkpoint
     if path is None and config.variant == "vit_t":
@@ -44,19 +53,25 @@ def base_checkpoint(config: SamConfig) -> tuple[Path | None, str]:
         return None, "random"
     if path is None:
         raise ConfigError(
-            f"sam.checkpoint: {config.variant} needs the official checkpoint; download it from "
-            "segment-anything's page and give its path"
+            f"sam.checkpoint: {config.variant} needs a checkpoint; download the official one, or "
+            "another of this variant, and give its path"
         )
     if not path.is_file():
         raise DataError(f"{path}: no such checkpoint; check sam.checkpoint in params.yaml")
-    digest = file_sha256(path)
-    official = OFFICIAL_SHA256.get(config.variant, digest)
-    if digest != official:
-        raise DataError(
-            f"{path}: sha256 is {digest[:12]}..., the official {config.variant} checkpoint's is "
-            f"{official[:12]}...; download it again"
+    return path, file_sha256(path)
+
+
+def note_unofficial(config: SamConfig) -> None:
+    """Log one line if the weights are other than the official ones of the variant."""
+    path, digest = base_checkpoint(config)
+    if digest != OFFICIAL_SHA256.get(config.variant, digest):
+        log.info(
+            "%s: not the official %s checkpoint (sha256 %s...); used as it is, and named by its "
+            "sha256 in the card",
+            path,
+            config.variant,
+            digest[:12],
         )
-    return path, digest
 
 
 def build_base(config: SamConfig, *, num_classes: int) -> Sam:
@@ -70,6 +85,8 @@ def build_base(config: SamConfig, *, num_classes: int) -> Sam:
     if path is None:
         return sam
     state, module = load_state(path), sam
+    if config.variant == MOBILE_SAM:
+        state = from_mobile_sam(state)
     if config.variant.startswith("timm:"):
         module = sam.image_encoder.backbone
         wanted = module.state_dict()
@@ -79,9 +96,8 @@ def build_base(config: SamConfig, *, num_classes: int) -> Sam:
         state = _deal_mask_tokens(path, state, num_classes + 1)
     fault = misfit(state, module.state_dict())
     if fault is not None:
-        raise DataError(
-            f"{path}: {fault}; expected the weights of the model that sam.variant names"
-        )
+        found = "" if module is not sam else f", found {_looks_like(state)}"
+        raise DataError(f"{path}: {fault}; expected {config.variant}{found}")
     module.load_state_dict(state)
     return sam
 
@@ -112,34 +128,88 @@ def misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str |
             name for name, value in state.items() if value.shape != expected.get(name, value).shape
         ],
     }
-    counts = ", ".join(f"{len(names)} {what}" for what, names in faults.items())
+    parts = []
     for what, names in faults.items():
-        if names:
-            return f"'{names[0]}' is {what} (in all: {counts})"
+        shown = ", ".join(f"'{name}'" for name in names[:_NAMED])
+        more = ", ..." if len(names) > _NAMED else ""
+        parts += [f"{len(names)} {what} ({shown}{more})"] if names else []
+    return ", ".join(parts) or None
+
+
+def _looks_like(state: Mapping[str, Tensor]) -> str:
+    """Say which variant has an encoder of this width and depth."""
+    if any(name.startswith(("image_encoder.layers.", "image_encoder.stages.")) for name in state):
+        return f"what looks like {MOBILE_SAM}"
+    patches = state.get("image_encoder.patch_embed.proj.weight")
+    if patches is None:
+        return "no encoder of SAM"
+    prefix = "image_encoder.blocks."
+    depth = len({name.split(".")[2] for name in state if name.startswith(prefix)})
+    width = len(patches)
+    for variant, sizes in ENCODERS.items():
+        if (sizes["embed_dim"], sizes["depth"]) == (width, depth):
+            return f"what looks like {variant}"
+    return f"an encoder of width {width} and depth {depth}"
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Name the first tensor that holds NaN or infinity; None if there is none."""
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            return f"'{name}' holds values that are not finite"
     return None
 
 
 def load_state(path: Path) -> State:
     """Read a checkpoint's tensors without ever executing code from it.
 
+    Tensors that a training run wrapped (``{"model": ...}``, ``module.``) get their own names back.
+
     Raises:
-        DataError: the file is missing, damaged, or holds anything but a flat table of tensors.
+        DataError: the file is missing, damaged, or holds no table of tensors. OSError: it cannot be
+        read.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such checkpoint; check the path in params.yaml (sam.*)")
+    path.open("rb").close()  # what cannot be opened is not damaged
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state: object = torch.load(path, map_location="cpu", weights_only=True)
+        state: object = (
+            safetensors.torch.load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
         raise DataError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); expected safetensors or "
             "a torch file of plain tensors"
         ) from error
+    tensors = _unprefixed(_unwrapped(path, state))
+    fault = not_finite(tensors)
+    if fault is not None:
+        raise DataError(f"{path}: {fault}; the training that wrote it diverged")
+    return tensors
+
+
+def _unwrapped(path: Path, state: object) -> State:
+    """Return the table of tensors in what ``torch.load`` returned."""
+    while isinstance(state, dict):
+        inside = [state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)]
+        if not inside:
+            break
+        state = inside[0]
     advice = "expected tensors by name; save the model's own state_dict()"
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds a {type(state).__name__}; {advice}")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise DataError(f"{path}: {name!r} holds a {type(value).__name__}; {advice}")
+    return state
+
+
+def _unprefixed(state: State) -> State:
+    """Drop the prefixes that all names share."""
+    while prefix := next(
+        (p for p in _PREFIXES if state and all(n.startswith(p) for n in state)), None
+    ):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state

@@ -3,7 +3,8 @@
 Zhang & Liu, "Customized Segment Anything Model for Medical Image Segmentation", 2023: LoRA on the
 query and value of every encoder block, the mask decoder and the default prompt embedding trained,
 no prompts, 0.2 CE + 0.8 Dice on the low-resolution logits, AdamW, warm-up and polynomial decay.
-A ``timm:`` teacher is trained whole. The IoU head learns the real IoU by mean squared error.
+Of ``mobile_sam`` the attention of its last three stages
+has query and value. A ``timm:`` teacher is trained whole. The IoU head learns the real IoU by mean squared error.
 Under ``sam.prompt`` SAM stays as it comes: nothing is adapted.
 """
 
@@ -26,7 +27,7 @@ from pipeline.data.images import LabelledImage, load_labelled
 from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import file_sha256, folder_beside, write_json, writer_lock
 from pipeline.runtime import resolve_device
-from pipeline.sam.checkpoints import State, base_checkpoint, build_base
+from pipeline.sam.checkpoints import State, base_checkpoint, build_base, note_unofficial
 from pipeline.sam.frame import LOGIT_STRIDE, to_input_frame
 from pipeline.sam.lora import add_adapter, merge_lora
 from pipeline.sam.prompts import MULTIMASK, PointGrid, check_prompt
@@ -68,6 +69,7 @@ def finetune(config: Config, *, progress: Progress | None = None) -> TeacherCard
         LockedStoreError: another process fine-tunes into this cache.
     """
     check_prompt(config)
+    note_unofficial(config.sam)
     cache = config.cache.root
     partition = load_partition(cache / "partition.json")
     with writer_lock(cache / "locks" / "teacher.lock"):

@@ -39,7 +39,9 @@ PointDecoder = Callable[[Sam, Tensor, Tensor], tuple[Tensor, Tensor]]
 def why_not_prompted(config: Config) -> str | None:
     """Say why the settings' SAM cannot be prompted; None if it can."""
     if config.sam.variant.startswith("timm:"):
-        return f"{config.sam.variant} was never trained with prompts; only vit_* were"
+        return (
+            f"{config.sam.variant} was never trained with prompts; only vit_* and mobile_sam were"
+        )
     if config.data.num_classes > 1:
         return f"a prompt's mask has one class, data.num_classes is {config.data.num_classes}"
     return None

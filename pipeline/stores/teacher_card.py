@@ -86,10 +86,10 @@ def label_precision(variant: str, asked: str) -> str | None:
     """Return the precision that labels of ``variant`` depend on; None where masks do not.
 
     SAM's own encoders keep their masks in lower precision (IoU to fp32 above 0.99,
-    ``benchmarks/precision.py``), the convolutional ``timm:`` ones do not: theirs is fp32 unless
-    another is asked for.
+    ``benchmarks/precision.py``), those with convolutions, ``timm:`` and ``mobile_sam``, do not:
+    theirs is fp32 unless another is asked for.
     """
-    if not variant.startswith("timm:"):
+    if variant.startswith("vit_"):
         return None
     return "fp32" if asked == "auto" else asked
 
