@@ -32,6 +32,10 @@ class StageError(SamfedError):
     exit_code = 4
 
 
+class NetworkError(SamfedError):
+    """A server cannot be reached, refuses, or is not to be trusted; exit code 1."""
+
+
 class StoreError(SamfedError):
     """A store on disk cannot be used."""
 
