@@ -12,7 +12,7 @@ from typer import Argument, Option
 from pipeline import __version__
 from pipeline.console import Result, command
 from pipeline.errors import ConfigError
-from pipeline.progress import Progress
+from pipeline.progress import Progress, console_progress
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -63,6 +63,31 @@ def demo(
     from pipeline.results.demo import demo_config, run_demo
 
     return run_demo(demo_config(config, out, seed=seed), methods=method, progress=progress)
+
+
+@command(
+    app,
+    name=Argument(metavar="[NAME]", help="What to get (default: list all names)."),
+    out="Folder for it (default: weights, or data/NAME).",
+    yes=Option("--yes", help="Accept the licence without being asked."),
+)
+def fetch(
+    config: "Config", name: str | None = None, out: Path | None = None, yes: bool = False
+) -> Result:
+    """Download public weights or a public data set, once its licence and size are accepted."""
+    from pipeline.data.fetching import Catalogue, fetch, offer
+    from pipeline.data.sources import SOURCES
+
+    if name is None:
+        return Catalogue(SOURCES)
+    offered = offer(name, out=out, cache=config.cache.root)
+    if not yes and not can_ask():
+        raise ConfigError(f"fetch: cannot ask here; give --yes to accept {offered.terms}")
+    typer.echo(offered.text(), err=True)
+    if not yes:
+        typer.confirm("Accept the licence and download?", abort=True, err=True)
+    with console_progress() as progress:
+        return fetch(offered, progress=progress)
 
 
 @command(app, out=Argument(help="Folder to write, in the input layout."))

@@ -50,7 +50,7 @@ class RemoteFile:
     confirmed: bool = True
 
 
-def http() -> Any:
+def require_pooch() -> Any:
     """Return pooch, which is in the extra ``fetch``.
 
     Raises:
@@ -73,7 +73,7 @@ def remote_bytes(file: RemoteFile) -> int | None:
     """
     if file.bytes is not None:
         return file.bytes
-    http()
+    require_pooch()
     import requests
 
     try:
@@ -114,8 +114,9 @@ def download(
 
     Raises:
         NetworkError: the server cannot be reached, refuses, or leads to an unsafe address.
-        DataError: the bytes have another sha256 or size. A received file is then removed, one that
-        was there before stays. LockedStoreError: another process receives the same file.
+        DataError: the bytes have another size or sha256. What was received is then removed, or
+        gets another name if the digest is not confirmed; a file that was there before stays.
+        LockedStoreError: another process receives the same file.
     """
     final = folder / file.name
     if final.is_file():
@@ -126,19 +127,11 @@ def download(
     with _alone(part) as stream, naming(part):
         _receive(file, stream, _version_of(part), progress=progress, pauses=pauses)
         os.fsync(stream.fileno())
-    try:
-        changed = "the publisher may have changed it" if file.confirmed else _UNVERIFIED
-        _check_digest(file, part, advice=f"what was received is removed; {changed}")
-    except DataError:
-        _forget(part)
-        raise
+    _check_received(file, part)
     os.replace(part, final)
     flush(folder)
     _version_of(part).unlink(missing_ok=True)
     return final
-
-
-_UNVERIFIED = "this digest comes from one source alone, and the publisher may have another file"
 
 
 def _part_of(final: Path) -> Path:
@@ -149,10 +142,25 @@ def _version_of(part: Path) -> Path:
     return part.with_name(f"{part.name}.version")
 
 
-def _forget(part: Path) -> None:
-    """Remove what was received; the version goes last, as it would not fit another part."""
-    part.unlink(missing_ok=True)
-    _version_of(part).unlink(missing_ok=True)
+def _check_received(file: RemoteFile, part: Path) -> None:
+    """Remove the part if its digest is wrong, or keep it by another name if ours may be wrong."""
+    doubtful = part.with_name(f"unverified-{file.name}")
+    try:
+        _check_digest(
+            file,
+            part,
+            advice="it is removed, as the publisher's file has changed or was damaged on the way"
+            if file.confirmed
+            else f"it is kept as {doubtful}, as the expected digest comes from one source alone; "
+            "compare it with the publisher's",
+        )
+    except DataError:
+        if file.confirmed:
+            part.unlink()
+        else:
+            os.replace(part, doubtful)
+        _version_of(part).unlink(missing_ok=True)
+        raise
 
 
 def _check_digest(file: RemoteFile, path: Path, *, advice: str) -> None:
@@ -187,7 +195,7 @@ def _receive(
     pauses: Sequence[float],
 ) -> None:
     """Fill ``stream``, with as many requests as that takes."""
-    http()
+    require_pooch()
     import requests
 
     failures = 0
@@ -225,7 +233,7 @@ class _Transfer:
         """
         if self.offset and self.offset == self.expected:
             return
-        pooch = http()
+        pooch = require_pooch()
         get = pooch.HTTPDownloader(
             progressbar=self,
             chunk_size=_CHUNK,
