@@ -126,13 +126,13 @@ class SamConfig(_Section):
 
     decides = _TEACHER
 
-    variant: str = "vit_t"  # vit_t | vit_b | vit_l | vit_h | timm:<backbone>
-    checkpoint: Path | None = None  # vit_b|l|h: official .pth; timm: backbone .safetensors
-    input_size: Annotated[int, Field(ge=64, multiple_of=32)] | None = None  # timm only, pixels
+    variant: str = "vit_t"  # vit_t | vit_b | vit_l | vit_h | mobile_sam | timm:<backbone>
+    checkpoint: Path | None = None  # of SAM, or timm: of the backbone; .pth or .safetensors
+    input_size: Annotated[int, Field(ge=64, multiple_of=32)] | None = None  # timm and mobile_sam only, pixels
     # none: adapted; points: SAM as it comes, prompted by a grid
     prompt: Annotated[Literal["none", "points"], BeforeValidator(_refuse_box)] = "none"
     points_per_side: Annotated[int, Field(ge=1, le=64)] = 16  # points: of the grid
-    lora_rank: PositiveInt = 8  # vit_*: rank of the updates to q and v
+    lora_rank: PositiveInt = 8  # vit_* and mobile_sam: rank of the updates to q and v
     epochs: PositiveInt = 60
     batch_size: PositiveInt = 4
     learning_rate: PositiveFloat = 2e-3  # decoder, prompt embedding, LoRA; timm: neck and decoder

@@ -3,8 +3,7 @@
 Zhang & Liu, "Customized Segment Anything Model for Medical Image Segmentation", 2023: LoRA on the
 query and value of every encoder block, the mask decoder and the default prompt embedding trained,
 no prompts, 0.2 CE + 0.8 Dice on the low-resolution logits, AdamW, warm-up and polynomial decay.
-Of ``mobile_sam`` the attention of its last three stages
-has query and value. A ``timm:`` teacher is trained whole. The IoU head learns the real IoU by mean squared error.
+A ``timm:`` teacher is trained whole. The IoU head learns the real IoU by mean squared error.
 Under ``sam.prompt`` SAM stays as it comes: nothing is adapted.
 """
 
