@@ -128,7 +128,9 @@ class SamConfig(_Section):
 
     variant: str = "vit_t"  # vit_t | vit_b | vit_l | vit_h | mobile_sam | timm:<backbone>
     checkpoint: Path | None = None  # of SAM, or timm: of the backbone; .pth or .safetensors
-    input_size: Annotated[int, Field(ge=64, multiple_of=32)] | None = None  # timm and mobile_sam only, pixels
+    input_size: Annotated[int, Field(ge=64, multiple_of=32)] | None = (
+        None  # timm and mobile_sam only, pixels
+    )
     # none: adapted; points: SAM as it comes, prompted by a grid
     prompt: Annotated[Literal["none", "points"], BeforeValidator(_refuse_box)] = "none"
     points_per_side: Annotated[int, Field(ge=1, le=64)] = 16  # points: of the grid
