@@ -92,7 +92,7 @@ WEIGHTS = {
             "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
             40_728_226,
         ),
-        variant="vit_tiny",
+        variant="mobile_sam",
     ),
     "medsam": Source(
         "MedSAM, ViT-B",
