@@ -143,7 +143,7 @@ def load_truth(images_per_site: int) -> Truth:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name) / "data"
         write_dataset(root, images_per_site=images_per_site, size_px=SIZE_PX, seed=SEED)
-        records = scan(root)
+        records = scan(root).images
         for site in sorted({record.site for record in records.values()}):
             own: list[str] = []
             for record in (r for r in records.values() if r.site == site):

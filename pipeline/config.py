@@ -9,6 +9,7 @@ share a first model, and whether two runs are seeds of one experiment all follow
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -58,6 +59,14 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _mask_pattern(pattern: str) -> str:
+    if not re.fullmatch(r"[^/\\{}*]*\{id\}[^/\\{}*]*\.(\*|png|jpe?g|tiff?|bmp|gif)", pattern):
+        raise ValueError(
+            "expected a file name with {id} and an image ending, e.g. {id}_mask.png or {id}.*"
+        )
+    return pattern
+
+
 def _refuse_box(prompt: object) -> object:
     if prompt == "box":  # an adapted teacher labels better
         raise ValueError("the box prompt was removed; use none (adapted), or points (SAM as it is)")
@@ -75,6 +84,8 @@ class DataConfig(_Section):
     """What comes in."""
 
     root: Path = Path("data/synthetic")  # folder with images/, masks/ and optionally sites.csv
+    # name of the mask of image {id} in masks/; .* is any of png jpg jpeg tif tiff bmp gif
+    mask_pattern: Annotated[str, AfterValidator(_mask_pattern)] = "{id}.*"
     num_classes: Annotated[int, Field(ge=1, le=254), _FIRST_MODEL] = 1  # K foreground classes
     # side of the client's frame, px
     image_size: Annotated[int, Field(ge=16, le=2048, multiple_of=16), _FIRST_MODEL] = 64

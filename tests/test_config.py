@@ -302,6 +302,7 @@ REPETITION = ["seed", "federate.threads", "federate.device"]  # of one experimen
 AUDIT = ["federate.audit"]
 TEACHER = [f"sam.{key}" for key in Config().sam.model_dump()]  # rounds depend on its labels
 NOTHING = [
+    "data.mask_pattern",
     "data.root",
     "cache.root",
     *(f"synth.{key}" for key in Config().synth.model_dump()),

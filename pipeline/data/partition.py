@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.disk import is_folder_name, read_json, write_json
 from pipeline.errors import ConfigError, DataError
@@ -20,7 +20,17 @@ from pipeline.stores.label_store import RowKey
 FORMAT = 1
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-FilePath = Annotated[str, Field(pattern="^[^\0]+$")]  # no system takes another
+
+
+def _inside(file: str) -> str:
+    path = PureWindowsPath(file)  # splits at both kinds of slash
+    if path.anchor or ".." in path.parts:
+        raise ValueError(f"'{file}' leads out of data.root")
+    return file
+
+
+# no system takes another character; read by nobody but below data.root
+FilePath = Annotated[str, Field(pattern="^[^\0]+$"), AfterValidator(_inside)]
 
 
 class _Model(BaseModel):
@@ -101,7 +111,8 @@ def load_partition(path: Path) -> Partition:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        raise DataError(f"{path}: {key}: {first['msg']}; expected a samfed partition") from error
+        fault = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path}: {key}: {fault}; expected a samfed partition") from error
     fault = _fault(partition)
     if fault is not None:
         raise DataError(f"{path}: {fault}")

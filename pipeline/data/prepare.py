@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.data.drawing import draw_partition
-from pipeline.data.folder import scan
+from pipeline.data.folder import InputFolder, scan
 from pipeline.data.images import (
     Pixels,
     load_image,
@@ -39,20 +39,25 @@ class PrepareResult:
     """What ``samfed prepare`` gave to whom."""
 
     partition: Partition
+    folder: InputFolder
 
     def as_json(self) -> dict[str, dict[str, int]]:
-        """Return the number of images by owner and split."""
+        """Return what ``data.root`` holds, and the number of images by owner and split."""
+        return {"data.root": self.folder.as_json()} | self._splits()
+
+    def text(self) -> str:
+        """Return a line for ``data.root`` and one for each owner."""
+        lines = [
+            f"{owner}: " + ", ".join(f"{count} {split}" for split, count in splits.items())
+            for owner, splits in self._splits().items()
+        ]
+        return "\n".join([self.folder.text(), *lines])
+
+    def _splits(self) -> dict[str, dict[str, int]]:
         return {
             owner: {split: len(ids) for split, ids in self.partition.splits(owner).items()}
             for owner in self.partition.owners
         }
-
-    def text(self) -> str:
-        """Return a line for each owner."""
-        return "\n".join(
-            f"{owner}: " + ", ".join(f"{count} {split}" for split, count in splits.items())
-            for owner, splits in self.as_json().items()
-        )
 
 
 def prepare(
@@ -76,15 +81,15 @@ def prepare(
             "ever read; choose another folder"
         )
     advance = progress or (lambda *_: None)
-    partition = _plan(config, advance)
+    folder = scan(config.data.root, mask_pattern=config.data.mask_pattern)
+    partition = _plan(config, folder.images, advance)
     with writer_lock(config.cache.root / "locks" / "prepare.lock"):
         _write(config, partition, with_oracle, advance)
-    return PrepareResult(partition)
+    return PrepareResult(partition, folder)
 
 
-def _plan(config: Config, advance: Progress) -> Partition:
+def _plan(config: Config, found: Mapping[str, ImageFiles], advance: Progress) -> Partition:
     """Check every file, and draw the partition or read it back in; writes nothing."""
-    found = scan(config.data.root)
     entries, foreground = dict[str, ImageEntry](), dict[str, float]()
     for i, (image_id, files) in enumerate(found.items(), start=1):
         entries[image_id], mask = _check(config, files)

@@ -367,6 +367,35 @@ def _no_path(raw: dict[str, Any]) -> str:
     return f"images.{image_id}.image: String should match pattern"
 
 
+@pytest.mark.parametrize("kind", ["image", "mask"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../x.png",
+        "/etc/x.png",
+        "masks/../../x.png",
+        "..\\x.png",
+        "C:\\x.png",
+        "C:x.png",
+        "//h/s/x.png",
+    ],
+)
+def test_a_file_outside_of_the_data_is_refused(
+    written: tuple[Path, Records], kind: str, file: str
+) -> None:
+    path, _ = written
+    raw = json.loads(path.read_text())
+    image_id = raw["server"]["train"][0]
+    raw["images"][image_id][kind] = file
+    path.write_text(json.dumps(raw))
+    with pytest.raises(DataError) as caught:
+        load_partition(path)
+    assert str(caught.value) == (
+        f"{path}: images.{image_id}.{kind}: '{file}' leads out of data.root; expected a samfed "
+        "partition"
+    )
+
+
 @pytest.mark.parametrize(
     "tamper",
     [
@@ -552,10 +581,21 @@ def test_preparing_again_gives_the_same_bytes(folder: Path, tmp_path: Path) -> N
     assert prepare(config) == result
     assert listing(tmp_path / "cache") == before
     assert result.as_json() == {
+        "data.root": {
+            "images": 12,
+            "masks": 12,
+            "groups": 6,
+            "ignored_files": 0,
+            "ignored_subfolders": 0,
+            "rows_without_image": 0,
+        },
         "server": {"train": 2, "calibration": 2},
         "north": {"train": 4, "val": 2, "test": 2},
     }
-    assert result.text() == "server: 2 train, 2 calibration\nnorth: 4 train, 2 val, 2 test"
+    assert result.text() == (
+        "12 images, 12 masks, 6 groups\nserver: 2 train, 2 calibration\n"
+        "north: 4 train, 2 val, 2 test"
+    )
 
 
 def test_a_smaller_server_set_changes_nothing_else() -> None:

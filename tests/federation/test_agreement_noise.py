@@ -222,9 +222,9 @@ def test_calibration_part_shares_no_patient(monkeypatch: pytest.MonkeyPatch) -> 
     scan = agreement_noise.scan
     monkeypatch.setattr(agreement_noise, "scan", lambda root: seen.setdefault("all", scan(root)))
     truth = agreement_noise.load_truth(6)
-    assert len(truth.unlabelled) + len(truth.calibration) == len(seen["all"]) == 24
+    assert len(truth.unlabelled) + len(truth.calibration) == len(seen["all"].images) == 24
     assert len(truth.groups) == len(truth.calibration)
-    inside = [r for r in seen["all"].values() if r.group in truth.groups]
+    inside = [r for r in seen["all"].images.values() if r.group in truth.groups]
     assert len(inside) == len(truth.calibration)
     assert truth.unlabelled.any(axis=(1, 2)).all()
 
