@@ -111,6 +111,7 @@ def test_one_line_from_a_real_process(tmp_path: Path) -> None:
 def test_every_stage_answers_in_json(finished: tuple[Project, dict[str, Any]]) -> None:
     project, said = finished
     assert said["synth"] == {"folder": str(project.images), "images": 32}
+    assert said["prepare"].pop("data.root")["images"] == 32
     assert sum(said["prepare"]["server"].values()) <= 6
     assert len(said["prepare"]) == 5
     assert said["finetune-sam"]["variant"] == "vit_t"
@@ -129,7 +130,7 @@ def test_every_stage_answers_in_json(finished: tuple[Project, dict[str, Any]]) -
 
 
 def test_every_stage_answers_in_words(project: Project) -> None:
-    assert call("prepare", *project.options).stdout.startswith("server: ")
+    assert call("prepare", *project.options).stdout.startswith("32 images, 32 masks, ")
     again = call("precompute-sam", *project.options)
     assert again.stdout.startswith("0 images labelled, ")
     owners = [line.split()[0] for line in again.stdout.splitlines()[2:]]

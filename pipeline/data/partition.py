@@ -113,9 +113,9 @@ def load_partition(path: Path) -> Partition:
         key = ".".join(str(part) for part in first["loc"]) or "(top level)"
         fault = first["msg"].removeprefix("Value error, ")
         raise DataError(f"{path}: {key}: {fault}; expected a samfed partition") from error
-    fault = _fault(partition)
-    if fault is not None:
-        raise DataError(f"{path}: {fault}")
+    wrong = _fault(partition)
+    if wrong is not None:
+        raise DataError(f"{path}: {wrong}")
     return partition
 
 
