@@ -1,127 +1,70 @@
-"""Reading images and masks: the only module that knows file formats."""
+"""Reading images, with their masks where they have one, and bringing both to the client's frame."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.config import Config
+from pipeline.data.decoding import Values, decode
+from pipeline.data.masks import read_mask
 from pipeline.data.partition import Partition
 from pipeline.errors import DataError
-
-_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # by content; no EPS reaches Ghostscript by another name
-MAX_PIXELS = 100_000_000  # a larger image is refused, not decoded
-MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits; a larger file is refused, not read
-
-Image.MAX_IMAGE_PIXELS = None  # our own limit above is an error, Pillow's a warning
 
 Pixels = NDArray[np.uint8]
 
 
 class Decoded(NamedTuple):
-    """The pixels of a file, and the sha256 of the very bytes that they were decoded from."""
+    """An image's pixels, the sha256 of the bytes they were decoded from, and what EXIF said."""
 
     pixels: Pixels
     sha256: str
+    orientation: int = 1  # 1..8; the pixels are upright
 
 
 def read_image(path: Path, *, sha256: str | None = None) -> Decoded:
     """Read an image as (H, W, 3) uint8 RGB, upright (EXIF orientation applied).
 
     Grey images are repeated over the channels, alpha is dropped. Images with more than 8 bits a
-    channel are scaled from their own minimum and maximum to 0..255, because scanners store 10 to
-    14 significant bits in 16-bit files and do not say how many.
+    channel are scaled from their own minimum and maximum to 0..255, over all channels jointly,
+    because scanners store 10 to 14 significant bits in 16-bit files and do not say how many.
 
     Raises:
-        DataError: the file is missing, too large, damaged or no image, cannot be read, or has
-        another digest than ``sha256``.
+        DataError: the file is missing, too large, damaged or no image, cannot be read, has several
+        pages, or has another digest than ``sha256``.
     """
-    image, digest = _open(path, sha256)
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return Decoded(np.asarray(image.convert("RGB"), dtype=np.uint8), digest)
-    values = np.asarray(image, dtype=np.float64)
+    raster = decode(path, sha256=sha256)
+    colour = raster.layers().colour
+    if raster.mode == "1":
+        colour = colour * np.uint8(255)
+    if colour.dtype != np.uint8:
+        colour = _in_8_bits(path, colour)
+    if colour.shape[2] == 1:
+        colour = np.repeat(colour, 3, axis=2)
+    return Decoded(np.ascontiguousarray(colour), raster.sha256, raster.orientation)
+
+
+def _in_8_bits(path: Path, values: Values) -> Pixels:
+    """Scale from the values' own minimum and maximum to 0..255."""
     if not np.isfinite(values).all():
         raise DataError(f"{path}: values are not finite (NaN or infinity); replace or remove it")
     low, high = float(values.min()), float(values.max())
-    scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-    return Decoded(np.repeat(np.rint(scaled).astype(np.uint8)[:, :, None], 3, axis=2), digest)
-
-
-def read_mask(
-    path: Path, *, size_hw: tuple[int, ...], num_classes: int, sha256: str | None = None
-) -> Decoded:
-    """Read a mask as class indices (H, W) uint8 in 0..K.
-
-    With one class any non-zero value is foreground; with more, values are class indices.
-
-    Raises:
-        DataError: as ``read_image``; or another size than its image's, several channels, or an
-        unknown class.
-    """
-    image, digest = _open(path, sha256)
-    values = np.asarray(image)
-    if image.mode in ("RGB", "RGBA", "LA"):
-        channels = np.asarray(image.convert("RGB"))
-        values = channels[:, :, 0]
-        if (channels != channels[:, :, :1]).any():
-            raise DataError(f"{path}: a colour image; expected class indices in one channel")
-    if values.shape != size_hw:
-        raise DataError(
-            f"{path}: mask is {values.shape[1]} x {values.shape[0]} pixels, its image is "
-            f"{size_hw[1]} x {size_hw[0]}; they must be equal"
-        )
-    values = (values != 0) if num_classes == 1 else values.astype(np.int64)
-    if values.max(initial=0) > num_classes:
-        raise DataError(
-            f"{path}: found class {values.max()}, expected 0..{num_classes} (data.num_classes)"
-        )
-    return Decoded(values.astype(np.uint8), digest)
+    if low == high:
+        return np.zeros(values.shape, np.uint8)
+    deep = values.dtype == np.uint16  # computed once for each value there can be, not each pixel
+    numbers = np.arange(high + 1) if deep else values.astype(np.float64)
+    scaled = np.rint((numbers - low) * (255.0 / (high - low))).clip(0).astype(np.uint8)
+    return scaled[values] if deep else scaled
 
 
 def load_image(root: Path, file: str, *, sha256: str) -> Pixels:
     """Return the image ``root/file``, refusing one that changed since ``samfed prepare``."""
     return read_image(root / file, sha256=sha256).pixels
-
-
-def _open(path: Path, sha256: str | None) -> tuple[Image.Image, str]:
-    """Read a file once; return its first frame, upright, and its digest."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise DataError(f"{path}: {size} bytes; at most {MAX_BYTES} are read; scale it down")
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; run `samfed prepare` again") from error
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); check its permissions and its disk"
-        ) from error
-    digest = hashlib.sha256(content).hexdigest()
-    if sha256 not in (None, digest):
-        raise DataError(f"{path}: changed since `samfed prepare`; run `samfed prepare` again")
-    try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are "
-                    "read; scale it down"
-                )
-            image.load()
-            return ImageOps.exif_transpose(image), digest
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path}: not an image that can be read; replace or remove it") from error
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # Pillow's plugins raise many kinds for damaged bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: damaged image ({reason}); replace or remove it") from error
 
 
 def resize_image(image: Pixels, size: int) -> Pixels:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import struct
+import zlib
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data import images
+from pipeline.data import decoding
 from pipeline.data.images import (
     load_image,
     read_image,
-    read_mask,
     resize_image,
     resize_mask,
 )
@@ -130,10 +134,101 @@ def test_exif_orientation_is_applied(tmp_path: Path, suffix: str) -> None:
     assert found[18:].max() < 5
 
 
-def test_only_the_first_page_of_a_tiff_is_read(tmp_path: Path) -> None:
-    pages = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
-    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
-    np.testing.assert_array_equal(read(tmp_path / "x.tif"), RGB)
+# --------------------------------------------------------------------------- depth and pages
+
+
+def tiff(values: NDArray[np.uint16], *, order: str = "<", planar: bool = False) -> bytes:
+    """Return an uncompressed TIFF of several channels (H, W, C) of 16 bits."""
+    height, width, channels = values.shape
+    stored = np.moveaxis(values, -1, 0) if planar else values
+    pixels = stored.astype(f"{order}u2").tobytes()
+    bits = np.full(channels, 16, f"{order}u2").tobytes()
+    planes = channels if planar else 1
+    size = len(pixels) // planes
+    offsets = 8 + size * np.arange(planes)
+    tail = 8 + len(pixels)
+    extra = bits + offsets.astype(f"{order}u4").tobytes()
+    extra += np.full(planes, size, f"{order}u4").tobytes()
+    places, many = (tail + len(bits), tail + len(bits) + 4 * planes), planes > 1
+    entries = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, channels, tail if channels > 2 else 16 * 65537),
+        (262, 4, 1, 1 if channels == 2 else 2),
+        (273, 4, planes, places[0] if many else 8),
+        (277, 4, 1, channels),
+        (278, 4, 1, height),
+        (279, 4, planes, places[1] if many else size),
+        (284, 4, 1, 2 if planar else 1),
+    ] + [(338, 4, 1, 2)] * (channels in (2, 4))
+    start = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, tail + len(extra))
+    tags = b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries)
+    return start + pixels + extra + struct.pack(f"{order}H", len(entries)) + tags + bytes(4)
+
+
+DEEP = np.array([[[1000, 2000, 3000], [1500, 1000, 2500]]], np.uint16)  # 12 bits of 16
+DEEP_IN_8_BITS = [[[0, 128, 255], [64, 0, 191]]]  # one scale for all channels
+
+
+@pytest.mark.parametrize("channels", ["RGB", "RGBA", "LA"])
+def test_16_bits_of_png_are_scaled_over_all_colours_jointly(tmp_path: Path, channels: str) -> None:
+    alpha = np.full((1, 2, 1), 65535, np.uint16)
+    kinds = {"RGB": DEEP, "RGBA": np.dstack([DEEP, alpha]), "LA": np.dstack([DEEP[..., :1], alpha])}
+    (tmp_path / "x.png").write_bytes(imagecodecs.png_encode(kinds[channels]))
+    grey = [[[0, 0, 0], [255, 255, 255]]]
+    assert read(tmp_path / "x.png").tolist() == (grey if channels == "LA" else DEEP_IN_8_BITS)
+
+
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("channels", ["RGB", "RGBA", "LA"])
+def test_16_bits_of_tiff_are_scaled_over_all_colours_jointly(
+    tmp_path: Path, channels: str, order: str, planar: bool
+) -> None:
+    alpha = np.full((1, 2, 1), 65535, np.uint16)
+    kinds = {"RGB": DEEP, "RGBA": np.dstack([DEEP, alpha]), "LA": np.dstack([DEEP[..., :1], alpha])}
+    (tmp_path / "x.tif").write_bytes(tiff(kinds[channels], order=order, planar=planar))
+    grey = [[[0, 0, 0], [255, 255, 255]]]
+    assert read(tmp_path / "x.tif").tolist() == (grey if channels == "LA" else DEEP_IN_8_BITS)
+
+
+def test_deep_colour_of_unknown_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.tif").write_bytes(tiff(np.ones((2, 2, 5), np.uint16)))
+    assert refusal(tmp_path / "x.tif") == (
+        f"{tmp_path}/x.tif: 5 channels of 16 bits (photometric 2); expected grey, grey and alpha, "
+        "RGB or RGBA; save it so"
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_deep_images_are_turned_as_others_are(tmp_path: Path, orientation: int) -> None:
+    values = np.arange(0, 18 * 15, 15).clip(max=255).astype(np.uint8).reshape(2, 3, 3)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    save(tmp_path / "x.png", values, exif=exif)
+    deep = imagecodecs.png_encode(values.astype(np.uint16))  # 0..255: scaled to itself
+    chunk = b"eXIf" + exif.tobytes()[6:]
+    sealed = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "deep.png").write_bytes(deep[:-12] + sealed + deep[-12:])
+    np.testing.assert_array_equal(read(tmp_path / "deep.png"), read(tmp_path / "x.png"))
+    assert read_image(tmp_path / "deep.png").orientation == orientation
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png", "gif"])
+def test_several_pages_or_frames_are_refused(tmp_path: Path, suffix: str) -> None:
+    pages = [Image.fromarray(np.full((4, 4, 3), grey, np.uint8)) for grey in (0, 99, 255)]
+    path = tmp_path / f"x.{suffix}"
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    assert refusal(path) == (
+        f"{path}: 3 pages or frames; expected one image a file; save the one that is meant, or "
+        "each under a name of its own"
+    )
+
+
+def test_further_pictures_in_a_jpeg_are_previews(tmp_path: Path) -> None:
+    main, preview = (Image.fromarray(np.full((16, 16, 3), v, np.uint8)) for v in (200, 10))
+    main.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[preview])
+    assert (read(tmp_path / "x.jpg") == 200).all()
 
 
 # --------------------------------------------------------------------------- damage
@@ -149,13 +244,17 @@ def test_a_truncated_image_is_refused(tmp_path: Path, suffix: str) -> None:
     assert text.endswith("; replace or remove it")
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "deep.png", "deep.tif"])
 def test_damaged_bytes_give_an_image_or_a_refusal(tmp_path: Path, suffix: str) -> None:
     rng = np.random.default_rng(1)
     noise = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     path = tmp_path / f"x.{suffix}"
-    Image.fromarray(noise).save(path)
-    whole = path.read_bytes()
+    if suffix.startswith("deep"):
+        deep = noise.astype(np.uint16) * 257
+        whole = tiff(deep) if suffix == "deep.tif" else imagecodecs.png_encode(deep)
+    else:
+        Image.fromarray(noise).save(path)
+        whole = path.read_bytes()
     for _ in range(150):
         content = bytearray(whole)
         for place in rng.integers(0, min(len(whole), 300), 3):
@@ -181,10 +280,9 @@ def test_not_an_image(tmp_path: Path, content: bytes) -> None:
     assert "replace or remove it" in refusal(path)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "EPS"])
-def test_another_format_under_a_known_name(tmp_path: Path, kind: str) -> None:
+def test_another_format_under_a_known_name(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
-    Image.fromarray(RGB).save(path, kind)
+    Image.fromarray(RGB).save(path, "EPS")
     assert refusal(path) == f"{path}: not an image that can be read; replace or remove it"
 
 
@@ -194,14 +292,14 @@ def test_missing_image(tmp_path: Path) -> None:
 
 
 def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 23)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 23)
     path = save(tmp_path / "x.png", RGB)
     assert refusal(path) == f"{path}: 4 x 6 pixels; at most 23 are read; scale it down"
 
 
 def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "x.bmp", RGB)
-    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    monkeypatch.setattr(decoding, "MAX_BYTES", 100)
     assert refusal(path) == (
         f"{path}: {path.stat().st_size} bytes; at most 100 are read; scale it down"
     )
@@ -211,6 +309,34 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> Non
     (tmp_path / "x.png").mkdir()
     assert refusal(tmp_path / "x.png") == (
         f"{tmp_path}/x.png: cannot be read (Is a directory); check its permissions and its disk"
+    )
+
+
+def test_a_broken_link_is_named_with_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "x.png").symlink_to("../elsewhere/x.png")
+    assert refusal(tmp_path / "x.png") == (
+        f"{tmp_path}/x.png: cannot be read (a link to ../elsewhere/x.png, which is not there); "
+        "mend the link, or mount what it points to"
+    )
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    assert "cannot be read (a pipe or a device)" in refusal(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_failing_disk_is_not_called_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = save(tmp_path / "x.png", RGB)
+
+    def fail(self: Path) -> bytes:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    assert refusal(path) == (
+        f"{path}: cannot be read ({os.strerror(number)}); check its permissions and its disk"
     )
 
 
@@ -229,64 +355,6 @@ def test_changed_since_prepare(root: Path) -> None:
 def test_gone_since_prepare(root: Path) -> None:
     with pytest.raises(DataError, match=r"no such file; run `samfed prepare` again"):
         load_image(root, "images/c.png", sha256="0" * 64)
-
-
-# --------------------------------------------------------------------------- masks
-
-
-@pytest.mark.parametrize("foreground", [1, 255])
-def test_binary_masks(tmp_path: Path, foreground: int) -> None:
-    path = save(tmp_path / "m.png", np.array([[0, foreground]], np.uint8))
-    found = read_mask(path, size_hw=(1, 2), num_classes=1).pixels
-    assert found.dtype == np.uint8
-    assert found.tolist() == [[0, 1]]
-
-
-def test_a_grey_mask_in_three_channels_is_read(tmp_path: Path) -> None:
-    path = save(tmp_path / "m.png", np.repeat(np.array([[[0], [255]]], np.uint8), 3, axis=2))
-    assert read_mask(path, size_hw=(1, 2), num_classes=1).pixels.tolist() == [[0, 1]]
-
-
-def test_a_one_bit_and_a_palette_mask_are_read(tmp_path: Path) -> None:
-    path = save(tmp_path / "m.png", np.array([[True, False]]))
-    assert read_mask(path, size_hw=(1, 2), num_classes=1).pixels.tolist() == [[1, 0]]
-    palette = Image.fromarray(np.array([[2, 0, 1]], np.uint8)).convert("P")
-    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
-    palette = Image.frombytes("P", (3, 1), bytes([2, 0, 1]))
-    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
-    palette.save(path)
-    assert read_mask(path, size_hw=(1, 3), num_classes=2).pixels.tolist() == [[2, 0, 1]]
-
-
-def test_a_colour_mask_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "m.png", RGB)
-    with pytest.raises(DataError) as caught:
-        read_mask(path, size_hw=(6, 4), num_classes=1)
-    assert str(caught.value) == (f"{path}: a colour image; expected class indices in one channel")
-
-
-def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "m.png", np.zeros((4, 6), np.uint8))
-    with pytest.raises(DataError) as caught:
-        read_mask(path, size_hw=(6, 4), num_classes=1)
-    assert str(caught.value) == (
-        f"{path}: mask is 6 x 4 pixels, its image is 4 x 6; they must be equal"
-    )
-
-
-def test_an_unknown_class_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "m.png", np.array([[0, 1, 3]], np.uint8))
-    assert read_mask(path, size_hw=(1, 3), num_classes=3).pixels.tolist() == [[0, 1, 3]]
-    with pytest.raises(DataError) as caught:
-        read_mask(path, size_hw=(1, 3), num_classes=2)
-    assert str(caught.value) == f"{path}: found class 3, expected 0..2 (data.num_classes)"
-
-
-def test_a_truncated_mask_is_refused(root: Path) -> None:
-    path = root / "masks" / "a.png"
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(DataError, match="replace or remove it"):
-        read_mask(path, size_hw=(6, 4), num_classes=1)
 
 
 def test_resizing(tmp_path: Path) -> None:
