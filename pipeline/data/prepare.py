@@ -15,10 +15,10 @@ from pipeline.data.images import (
     load_image,
     load_labelled,
     read_image,
-    read_mask,
     resize_image,
     resize_mask,
 )
+from pipeline.data.masks import read_mask
 from pipeline.data.partition import (
     ImageEntry,
     ImageFiles,
@@ -113,11 +113,17 @@ def _plan(config: Config, found: Mapping[str, ImageFiles], advance: Progress) ->
 def _check(config: Config, files: ImageFiles) -> tuple[ImageEntry, Pixels | None]:
     """Decode and digest an image and its mask, and return the mask if there is one."""
     root, classes = config.data.root, config.data.num_classes
-    image, digest = read_image(root / files.image)
+    image = read_image(root / files.image)
     if files.mask is None:
-        return ImageEntry(**dict(files), image_sha256=digest), None
-    mask = read_mask(root / files.mask, size_hw=image.shape[:2], num_classes=classes)
-    return ImageEntry(**dict(files), image_sha256=digest, mask_sha256=mask.sha256), mask.pixels
+        return ImageEntry(**dict(files), image_sha256=image.sha256), None
+    mask = read_mask(
+        root / files.mask,
+        size_hw=image.pixels.shape[:2],
+        num_classes=classes,
+        image_orientation=image.orientation,
+    )
+    entry = ImageEntry(**dict(files), image_sha256=image.sha256, mask_sha256=mask.sha256)
+    return entry, mask.pixels
 
 
 def _write(config: Config, partition: Partition, with_oracle: bool, advance: Progress) -> None:

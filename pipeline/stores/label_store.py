@@ -39,7 +39,7 @@ from pipeline.stores.arrays import (
 #: Version of how labels come from an image and a teacher. Raised whenever resizing, cropping,
 #: rounding or loading changes them, so that older labels are made anew. A golden-label test guards
 #: it.
-LABEL_VERSION = 1
+LABEL_VERSION = 2
 
 LABEL_ARRAYS = ("masks", "confidences", "predicted_iou")
 STATISTICS_FILE = "statistics.jsonl"

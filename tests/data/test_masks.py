@@ -212,7 +212,10 @@ def soft_map() -> NDArray[np.uint8]:
         (np.random.default_rng(0).integers(0, 256, DISC.shape, dtype=np.uint8), "values 0, 1, 2"),
         # classes, as greys or with one value for "ignore", would be merged or lost by a cut
         (np.where(DISC, 128, (COLUMNS > 55) * 255).astype(np.uint8), "values 0, 128, 255, "),
-        (np.where(DISC, 1, (COLUMNS > 60) * 255).astype(np.uint8), "values 0, 1, 255, "),
+        (
+            np.where(DISC, 1, (COLUMNS > 60) * 255).astype(np.uint8),
+            "values 0, 1, 255 (several classes?)",
+        ),
         (DISC.astype(np.uint8) + np.roll(DISC, 20, 0), "values 0, 1, 2 (several classes? then"),
         ((DISC + 1).astype(np.uint8), "values 1, 2 (several classes?"),
         (np.where(DISC, 200, 150).astype(np.uint8), "values 150, 200, "),
