@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from numpy.random import Generator
 from pipeline.config import PartitionConfig
 from pipeline.data.partition import ClientPart, ImageFiles, ServerPart
 from pipeline.errors import ConfigError
+
+log = logging.getLogger("samfed.data")
 
 _SIZE_BINS = 5  # dirichlet over lesion size: quantiles of the foreground fraction
 
@@ -51,6 +54,7 @@ def draw_partition(
     rest = _shuffled(_without(groups, [*train, *calibration]), rng)
     owners = _assign(rest, config, rng)
     clients = {name: _split_client(name, owners[name], config, rng) for name in sorted(owners)}
+    _name_untested(owners, config)
     server = ServerPart(train=_ids(train), calibration=_ids(calibration))
     return _thin(server, config, seed), clients
 
@@ -110,10 +114,12 @@ def _draw_server(groups: Groups, config: PartitionConfig, rng: Generator) -> tup
         )
     eligible = [group for group in _labelled(groups) if site in (None, group.site)]
     if _size(eligible) < config.server_images:
-        raise ConfigError(
-            f"partition.server_images: {config.server_images} asked for, {_size(eligible)} "
-            f"labelled images are there{f' at {site}' if site else ''}; lower it or add masks"
-        )
+        count, where = _size(eligible), f" at {site}" if site else ""
+        there = f"{count} labelled images are there{where}; lower it or add masks"
+        if not count:
+            there = f"found no masks{where or ' in data.root'}; add some"
+            there += ", or choose another server_site" if site else ""
+        raise ConfigError(f"partition.server_images: {config.server_images} asked for, {there}")
     chosen = _take(_shuffled(eligible, rng), config.server_images)
     total = _size(chosen)
     wanted = max(config.calibration_min, round(config.calibration_fraction * total))
@@ -234,12 +240,23 @@ def _split_client(
     if len(val) == len(left):  # a small client trains before it is validated
         val = []
     train = _without(left, val)
-    if not train or (config.test_fraction > 0 and not test):
+    if not train:  # a client without masks has no test part, and trains all the same
         raise ConfigError(
             f"partition: client '{client}' has {total} images in {len(groups)} groups, too few to "
             "give it a train and a test part; use fewer clients, or more images"
         )
     return ClientPart(train=_ids(train), val=_ids(val), test=_ids(test))
+
+
+def _name_untested(owners: Mapping[str, Groups], config: PartitionConfig) -> None:
+    """Say which clients train and are not tested, as no group of theirs has masks."""
+    untested = [name for name, groups in sorted(owners.items()) if not _labelled(groups)]
+    if untested and config.test_fraction > 0:
+        few = ", ".join(untested[:5]) + (", ..." if len(untested) > 5 else "")
+        log.warning(
+            "%d of %d clients have no group with masks, so they train and are not tested: %s",
+            len(untested), len(owners), few,
+        )  # fmt: skip
 
 
 def _part(groups: Groups, target: float) -> Groups:

@@ -132,6 +132,11 @@ def _read_seed(folder: Path) -> FinishedRun:
         raise ConfigError(
             f"{folder}: made with seed {seed}, but its name says {int(named[1])}; rename it"
         )
+    if not run.images:
+        raise StageError(
+            f"{folder}: no client has test images, so there is nothing to compare; add masks at "
+            "the clients and run `samfed prepare` again"
+        )
     return run
 
 

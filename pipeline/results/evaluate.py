@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, fields
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ from torch import nn
 from pipeline.config import Config, NetworkConfig
 from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import write_bytes, write_json
-from pipeline.errors import StageError
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.views import as_tensor
 from pipeline.progress import Progress
@@ -23,7 +23,10 @@ from pipeline.segmentation.metrics import ImageMetrics, image_metrics, summarise
 from pipeline.segmentation.networks import build_model, predict_masks
 from pipeline.stores.image_store import read_image_store
 
+log = logging.getLogger("samfed.evaluation")
+
 ROUND_MEANS = ("loss", "agreement", "coverage", "pseudo_label_dice", "gradient_norm", "drift")
+NO_SCORES = dict.fromkeys(("dice", "iou", "hd95", "assd"))
 ROUND_SUMS = ("bytes_up", "bytes_down")
 
 
@@ -43,14 +46,19 @@ def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None
     ``params.yaml`` says; the images are those of ``config``'s cache. Distances are in pixels at
     ``data.image_size``.
 
+    Where no client has a test part there are no scores, and a warning says why.
+
     Raises:
-        StageError: the run is not complete, or no client has a test part. IdentityError: the
-        partition or the image stores are not the ones that the run was made on.
+        StageError: the run is not complete. IdentityError: the partition or the image stores are
+        not the ones that the run was made on.
     """
     used = run.config().model_copy(update={"cache": config.cache})
     partition_file = config.cache.root / "partition.json"
     run.check_partition(partition_file)
-    scores = list(_score(used, run, load_partition(partition_file), progress))
+    partition = load_partition(partition_file)
+    scores = list(_score(used, run, partition, progress))
+    if not scores:
+        log.warning("no client has a test part%s; nothing is scored", _why_untested(partition))
     federate = used.federate
     found = Evaluation(federate.method, used.seed, federate.rounds, _test(scores, seed=used.seed))
     write_bytes(run.path / "per_image.csv", _per_image(scores).encode())
@@ -64,10 +72,6 @@ def _score(
 ) -> Iterator[Score]:
     """Yield the scores of every client's test images, client by client."""
     tested = {name: part.test for name, part in partition.clients.items() if part.test}
-    if not tested:
-        raise StageError(
-            "no client has a test part; raise partition.test_fraction and prepare again"
-        )
     size, num_classes = config.data.image_size, config.data.num_classes
     shared = None if config.heterogeneous else final_model(run, config)
     names = list(partition.clients)
@@ -83,6 +87,12 @@ def _score(
             yield Score(name, image_id, partition.images[image_id].group, score)
         if progress is not None:
             progress("evaluating", number, len(tested))
+
+
+def _why_untested(partition: Partition) -> str:
+    ids = [i for part in partition.clients.values() for _, each in part for i in each]
+    bare = all(partition.images[i].mask is None for i in ids)
+    return ", as their images have no masks" if bare else " (partition.test_fraction)"
 
 
 def final_model(
@@ -103,16 +113,15 @@ def final_model(
 
 def _test(scores: Sequence[Score], *, seed: int) -> dict[str, Any]:
     """Summarise all images, those of each client, and the clients, each counting the same."""
+    if not scores:
+        return {"pooled": {"n": 0} | NO_SCORES, "clients": {}, "client_mean": NO_SCORES}
 
     def summary(chosen: Sequence[Score]) -> dict[str, Any]:
         return summarise([s.metrics for s in chosen], [s.group for s in chosen], seed=seed)
 
     names = dict.fromkeys(score.client for score in scores)
     clients = {name: summary([s for s in scores if s.client == name]) for name in names}
-    means = {
-        key: float(np.mean([client[key] for client in clients.values()]))
-        for key in ("dice", "iou", "hd95", "assd")
-    }
+    means = {key: float(np.mean([client[key] for client in clients.values()])) for key in NO_SCORES}
     return {"pooled": summary(scores), "clients": clients, "client_mean": means}
 
 

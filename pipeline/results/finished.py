@@ -37,6 +37,8 @@ class Evaluation:
     def text(self) -> str:
         """Return the pooled scores as one line."""
         row = self.test["pooled"]
+        if not row["n"]:
+            return f"{self.method}: no test images, so no scores"
         low, high = row["dice_ci95"]
         return (
             f"{self.method}: Dice {row['dice']:.3f} ({low:.3f} to {high:.3f}), "
@@ -82,8 +84,10 @@ def read_run(run: RunFolder) -> FinishedRun:
     path = run.path / "per_image.csv"
     table = _read_scores(path)
     scores = np.array([table[image] for image in sorted(table)], dtype=np.float64)
+    scores = scores.reshape(-1, len(SCORES))
     pooled = evaluation.test["pooled"]
-    if pooled["n"] != len(scores) or abs(pooled["dice"] - scores[:, 0].mean()) >= 1e-5:
+    wrong = len(scores) and abs(pooled["dice"] - scores[:, 0].mean()) >= 1e-5
+    if pooled["n"] != len(scores) or wrong:
         # a file cut short, or left by a killed evaluation
         raise DataError(f"{path}: not the images of metrics.json; run `samfed evaluate` again")
     own = [path.name for path in run.path.glob("clients/*")]
@@ -126,8 +130,6 @@ def _read_scores(path: Path) -> dict[ImageKey, list[float]]:
                 if image in table or not all(map(math.isfinite, values)):
                     raise ValueError(f"{image[1]} is there twice or has no score")
                 table[image] = values
-        if not table:
-            raise ValueError("no images")
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise DataError(
             f"{path}: not the scores of images ({error}); run `samfed evaluate` again"

@@ -125,7 +125,9 @@ def check_promises(records: Records, config: PartitionConfig, drawn: Drawn) -> N
         assert part.train
         assert len(part.test) <= max(6, round(config.test_fraction * total))  # one group at least
         assert len(part.val) <= max(6, round(config.val_fraction * total))
-        assert bool(part.test) == (config.test_fraction > 0)
+        groups = {records[i].group for _, ids in part for i in ids}
+        bare = {r.group for r in records.values() if r.mask is None}
+        assert bool(part.test) == (config.test_fraction > 0 and bool(groups - bare))
         assert part.val == () or config.val_fraction > 0
     check_scheme(records, config, drawn)
 
@@ -222,6 +224,32 @@ def test_too_many_server_images() -> None:
         "partition.server_images: 4 asked for, 3 labelled images are there at a; lower it or add "
         "masks"
     )
+
+
+def test_a_server_without_masks() -> None:
+    records = make_records([("a", 1, 1)] * 9 + [("b", 1, 0)] * 9)
+    assert refusal(records, server_images=4, server_site="a") == (
+        "partition.server_images: 4 asked for, found no masks at a; add some, or choose another "
+        "server_site"
+    )
+    assert refusal(make_records([("a", 1, 1)] * 9), server_images=4) == (
+        "partition.server_images: 4 asked for, found no masks in data.root; add some"
+    )
+
+
+def test_a_client_without_masks_trains_and_is_not_tested(caplog: pytest.LogCaptureFixture) -> None:
+    records = make_records([("a", 1, 0)] * 20 + [("b", 2, 1)] * 3 + [("c", 1, 1)])
+    config = PartitionConfig(server_images=8, server_site="a", calibration_min=2)
+    _, clients = draw(records, config)
+    assert [len(ids) for _, ids in clients["b"]] == [6, 0, 0]
+    assert [len(ids) for _, ids in clients["c"]] == [1, 0, 0]
+    assert clients["a"].test
+    assert caplog.messages == [
+        "2 of 3 clients have no group with masks, so they train and are not tested: b, c"
+    ]
+    caplog.clear()
+    draw(records, config.model_copy(update={"test_fraction": 0.0}))
+    assert caplog.messages == []
 
 
 def test_unknown_server_site() -> None:

@@ -449,7 +449,7 @@ def test_scores_that_are_cut_short(runs: Path) -> None:
     lines = path.read_text().splitlines()
     for kept, fault in (
         (lines[:-1], "not the images of metrics.json"),
-        (lines[:1], "not the scores of images (no images)"),
+        (lines[:1], "not the images of metrics.json"),
     ):
         path.write_text("\n".join(kept))
         with pytest.raises(DataError) as caught:
