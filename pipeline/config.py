@@ -154,6 +154,7 @@ class SamConfig(_Section):
     warmup_fraction: Fraction = 0.1  # of all steps, linear
     decay_power: PositiveFloat = 0.9  # polynomial decay after the warm-up
     dice_weight: Fraction = 0.8  # rest is cross-entropy (SAMed: 0.8 and 0.2)
+    threads: PositiveInt = 2  # torch threads of fine-tuning on the CPU; pinned, for equal results
     device: str = "auto"
 
     @property

@@ -3,7 +3,6 @@
 # Annotations are evaluated here, unlike elsewhere: typer makes options of them.
 
 import inspect
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 import typer
 from typer import Option
 
+from pipeline.disk import to_json
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_PARTIAL, SamfedError
 from pipeline.progress import console_progress
 
@@ -107,7 +107,7 @@ def _errors(debug: bool) -> Iterator[None]:
 
 def _show(result: Result, as_json: bool) -> None:
     """Print a result, and name on stderr what it failed to do."""
-    typer.echo(json.dumps(result.as_json(), sort_keys=True) if as_json else result.text())
+    typer.echo(to_json(result.as_json()) if as_json else result.text())
     failures = getattr(result, "failures", list[str])()
     for line in failures:
         typer.echo(f"error: {line}", err=True)

@@ -1,6 +1,7 @@
 """Files written whole or not at all, digests of files, and locks for one writer at a time.
 
-What is to last is written in this order: bytes, flush, rename, flush of the folder.
+What is to last is written in this order: bytes, flush, rename, flush of the folder. (Folders:
+``pipeline.folders``.)
 """
 
 from __future__ import annotations
@@ -8,16 +9,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``path`` atomically and durably: readers see the old file or the new, never a part."""
+    path = real(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     try:
@@ -65,7 +66,24 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON with sorted keys, atomically; the same value, same bytes."""
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    write_bytes(path, (to_json(value, indent=1) + "\n").encode())
+
+
+def to_json(value: Any, **how: Any) -> str:
+    """Return ``value`` as JSON with sorted keys; NaN and infinity, which JSON lacks, become null.
+
+    Args:
+        how: what else ``json.dumps`` is told.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **{"sort_keys": True, **how})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path, *, stage: str) -> Any:
@@ -84,69 +102,9 @@ def read_json(path: Path, *, stage: str) -> Any:
         ) from error
 
 
-@contextmanager
-def folder_beside(final: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``final`` that takes its place when the block ends without error.
-
-    It is built as ``.<name>.building``, and the old folder is out of the way as ``.<name>.retired``
-    for a moment; what a killed run left under these names is dealt with first. One at a time: the
-    caller holds a lock.
-    """
-    recover_folder(final)
-    building, retired = _names_beside(final)
-    building.mkdir(parents=True)
-    try:
-        with naming(final):
-            yield building
-            flush_tree(building)
-        if os.path.lexists(final):
-            os.replace(final, retired)
-        os.replace(building, final)
-        flush(final.parent)
-    finally:  # the old folder returns, or goes; an error in that is not the one to show
-        with suppress(OSError):
-            recover_folder(final)
-
-
-def recover_folder(final: Path) -> None:
-    """Make good what a killed ``folder_beside`` left: the old folder returns if none replaced it.
-
-    Whoever calls it holds the lock under which ``final`` is written.
-    """
-    building, retired = _names_beside(final)
-    _remove(building)
-    if os.path.lexists(retired):
-        if not os.path.lexists(final):
-            os.replace(retired, final)
-            return
-        os.replace(retired, building)  # a folder half removed is never taken for a whole one
-        _remove(building)
-
-
-def move(source: Path, target: Path) -> None:
-    """Move a folder durably to ``target``, where nothing is yet.
-
-    On another file system it is copied whole before it goes; a kill in between leaves both.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.replace(source, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        with folder_beside(target) as building:
-            shutil.copytree(source, building, symlinks=True, dirs_exist_ok=True)
-        discard(source)
-    flush(target.parent)
-    flush(source.parent)
-
-
-def discard(path: Path) -> None:
-    """Remove a folder or file so that, wherever a kill comes, no half of it keeps its name."""
-    doomed, _ = _names_beside(path)
-    _remove(doomed)
-    os.replace(path, doomed)
-    _remove(doomed)
+def real(path: Path) -> Path:
+    """Return where ``path`` leads once its links are followed, whether or not it is there."""
+    return Path(os.path.realpath(path))
 
 
 def flush(path: Path) -> None:
@@ -193,33 +151,14 @@ def leftovers(root: Path, *, seconds: float = 60 * 60) -> list[Path]:
     return sorted(found)
 
 
-def unused_name(path: Path) -> Path:
-    """Return ``path``, or the first of ``<stem>-2<suffix>``, ``-3``, ... that is not there."""
-    others = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
-    return next(name for name in chain([path], others) if not os.path.lexists(name))
-
-
 def is_folder_name(name: str) -> bool:
     """Tell whether ``name`` can be one folder's name that leads nowhere else, on any system."""
     return name.isprintable() and re.fullmatch(r"[^./\\:][^/\\:]*", name) is not None
 
 
 def _files(root: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(root):
+    for folder, _, names in os.walk(root, followlinks=True):
         yield from (Path(folder, name) for name in names)
-
-
-def _names_beside(final: Path) -> tuple[Path, Path]:
-    """Return where ``final`` is built, and where the old one waits meanwhile."""
-    return final.with_name(f".{final.name}.building"), final.with_name(f".{final.name}.retired")
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, a file or a link, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------- locks
@@ -240,7 +179,7 @@ def writer_lock(path: Path) -> Iterator[None]:
         LockedStoreError: another process holds it, or this one already does; says which, and what
         to do.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    real(path).parent.mkdir(parents=True, exist_ok=True)
     with _kernel_lock(path) as lock:
         holder, elsewhere = _holder(path)
         if elsewhere:

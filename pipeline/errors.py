@@ -58,6 +58,10 @@ class LockedStoreError(StoreError):
     """Another process holds the store's lock."""
 
 
+class NotFiniteError(SamfedError):
+    """Numbers became NaN or infinite: a training diverged, or a precision is too low."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, or its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

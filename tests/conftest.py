@@ -44,7 +44,7 @@ TINY = {
         "test_fraction": 0.3,
         "server_site": None,
     },
-    "sam": {"epochs": 1, "batch_size": 2, "lora_rank": 2, "points_per_side": 3},
+    "sam": {"epochs": 1, "batch_size": 2, "lora_rank": 2, "points_per_side": 3, "threads": 1},
     # one epoch makes no teacher that is worth a warning
     "precompute": {"batch_size": 3, "warn_consistency": 0, "warn_empty": 1},
     "model": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]},

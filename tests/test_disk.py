@@ -17,15 +17,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.disk import (
-    discard,
     file_sha256,
     flush,
     flush_tree,
-    folder_beside,
-    move,
     naming,
     read_json,
-    recover_folder,
     tree_bytes,
     unlock,
     write_bytes,
@@ -34,6 +30,7 @@ from pipeline.disk import (
     writer_of,
 )
 from pipeline.errors import DataError, LockedStoreError, StageError
+from pipeline.folders import discard, folder_beside, move, recover_folder
 
 
 def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:

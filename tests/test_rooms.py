@@ -19,6 +19,7 @@ GROUND = {
     "console",
     "disk",
     "errors",
+    "folders",
     "methods",
     "params",
     "progress",

@@ -26,8 +26,9 @@ from pipeline.data.partition import (
     read_partition_file,
     save_partition,
 )
-from pipeline.disk import discard, flush, folder_beside, writer_lock
+from pipeline.disk import flush, writer_lock
 from pipeline.errors import ConfigError
+from pipeline.folders import discard, folder_beside
 from pipeline.progress import Progress
 from pipeline.stores.image_store import write_image_store
 

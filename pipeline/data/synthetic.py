@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.dermoscopy import SITES, draw_patient, render
-from pipeline.disk import folder_beside
 from pipeline.errors import DataError
+from pipeline.folders import folder_beside
 
 GENERATOR = "samfed.synthetic"
 GENERATOR_VERSION = 1  # raise it with every change that changes bytes

@@ -27,7 +27,6 @@ from pipeline.federation.messages import (
     Request,
 )
 from pipeline.federation.panels import client_examples, public_examples
-from pipeline.federation.plain_data import Plain, State, load, save
 from pipeline.federation.pretraining import first_model
 from pipeline.federation.runs import RoundFiles, RunFolder
 from pipeline.federation.schedule import client_seed
@@ -38,6 +37,7 @@ from pipeline.methods import METHODS
 from pipeline.segmentation.metrics import dice_score
 from pipeline.segmentation.networks import get_state, predict_masks
 from pipeline.stores.image_store import ImageSet
+from pipeline.stores.plain_data import Plain, State, load, not_finite, save, tensors_of
 
 # the round at hand, the one it builds on, and one more: a server keeps two checkpoints, and may
 # repeat a round from either
@@ -117,8 +117,8 @@ class Client:
             broadcast=broadcast,
         )
         result = local_update(model, self._public, self._data, task, config=self._config)
-        # weights that stay here are checked here, and others where they arrive
-        fault = check_update(result.weights, start) if weights is None else None
+        # what is not finite is never kept; others' weights are checked again where they arrive
+        fault = check_update(result.weights, start) or not_finite(tensors_of(result.state))
         if fault is None:
             self._keep(request, result)
         return request.reply(

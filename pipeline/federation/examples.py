@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.federation.plain_data import load, save
+from pipeline.stores.plain_data import load, save
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pipeline.federation.agreement import Calibration
-from pipeline.federation.plain_data import Plain, State, tensors_of
 from pipeline.federation.schedule import Rates
+from pipeline.stores.plain_data import Plain, State, tensors_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from pipeline.errors import SamfedError
 from pipeline.federation.agreement import Calibration
 from pipeline.federation.messages import AnyRequest, ClientEntry, FitRequest, Reply
-from pipeline.federation.plain_data import State
 from pipeline.federation.runs import Checkpoint, RunFolder
 from pipeline.federation.schedule import Rates
+from pipeline.stores.plain_data import State
 
 
 class Engine(Protocol):

@@ -19,11 +19,12 @@ from typing import Any
 import yaml
 
 from pipeline.config import Config
-from pipeline.disk import file_sha256, move, unused_name, write_bytes
+from pipeline.disk import file_sha256, to_json, write_bytes
 from pipeline.errors import ConfigError, CorruptStoreError, DataError, IdentityError, StageError
 from pipeline.federation.examples import Example, load_examples, save_examples
-from pipeline.federation.plain_data import Plain, State, load, save
+from pipeline.folders import move, unused_name
 from pipeline.params import load_config
+from pipeline.stores.plain_data import Plain, State, load, save
 
 EXAMPLES = "examples.safetensors"
 _KEPT_CHECKPOINTS = 2
@@ -117,7 +118,6 @@ class RunFolder:
             target = unused_name(archive / f"{self.path.name}-{found[:12]}")
             move(self.path, target)
             notice = f"{self.path}: moved the earlier run to {target}"
-        self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
         write_bytes(self.path / "params.yaml", text.encode())
         return notice
@@ -172,7 +172,7 @@ class RunFolder:
     def append_history(self, entry: dict[str, Any]) -> None:
         """Add one round to ``history.jsonl``, in place of an entry of a later or the same round."""
         kept = [line for line in self.history() if line["round"] < entry["round"]]
-        text = "".join(json.dumps(line) + "\n" for line in [*kept, entry])
+        text = "".join(to_json(line, sort_keys=False) + "\n" for line in [*kept, entry])
         write_bytes(self.path / "history.jsonl", text.encode())
 
     def history(self) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import SamfedError
+from pipeline.errors import NotFiniteError, SamfedError
 from pipeline.stores.label_store import Provenance, PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard
 
@@ -67,7 +67,8 @@ class MemoryAwareTeacher:
         """Label ``images`` in as many passes as memory asks for.
 
         Raises:
-            SamfedError: memory does not suffice for one image.
+            SamfedError: memory does not suffice for one image. NotFiniteError: a label is NaN or
+            infinite, as where numbers exceed float16.
         """
         with self._turn:
             while True:
@@ -82,7 +83,14 @@ class MemoryAwareTeacher:
                         raise
                     self._back_off(error)
             self._last.limit = self._limit
-        return join(parts)
+        labels = join(parts)
+        if not np.isfinite(labels.predicted_iou).all():
+            precision = self._teacher.provenance().get("precision")
+            raise NotFiniteError(
+                f"the teacher's labels are not finite in {precision}; use "
+                "precompute.precision=fp32, or run `samfed finetune-sam` at a lower rate"
+            )
+        return labels
 
     def provenance(self) -> Provenance:
         """Return the teacher's, with the batch size where it is not the one asked for."""

@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.partition import Partition, load_partition
-from pipeline.disk import discard, leftovers, recover_folder, tree_bytes, writer_lock, writer_of
+from pipeline.disk import leftovers, tree_bytes, writer_lock, writer_of
 from pipeline.errors import CorruptStoreError, StageError, StoreError
+from pipeline.folders import discard, recover_folder
 from pipeline.labelling.job import Meter, Progress, owner_images, store_lock, store_path
 from pipeline.stores.arrays import canonical_json
 from pipeline.stores.integrity import Fault, check_store

@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.cluster import Workers
 from pipeline.config import Config
-from pipeline.disk import move, recover_folder, writer_lock
+from pipeline.disk import writer_lock
 from pipeline.errors import EXIT_PARTIAL, CorruptStoreError, IdentityError, StoreError
+from pipeline.folders import move, recover_folder
 from pipeline.labelling.job import Job, Meter, Progress, load_job, owner_images, store_lock
 from pipeline.labelling.maintenance import check_at_rest, image_stores, label_stores, reading
 from pipeline.labelling.precompute import executor_on, label_owners

@@ -16,10 +16,9 @@ from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, DataError
 from pipeline.sam.build import ENCODERS, IOU_HEAD_DEPTH, MOBILE_SAM, build_sam
 from pipeline.sam.tiny_vit import from_mobile_sam
+from pipeline.stores.plain_data import State, not_finite
 
 log = logging.getLogger("samfed.sam.checkpoints")
-
-State = dict[str, Tensor]
 
 EMBEDDED_WEIGHTS = Path(__file__).parent / "weights" / "vit_t.safetensors"
 
@@ -152,14 +151,6 @@ def _looks_like(state: Mapping[str, Tensor]) -> str:
     return f"an encoder of width {width} and depth {depth}"
 
 
-def not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """Name the first tensor that holds NaN or infinity; None if there is none."""
-    for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            return f"'{name}' holds values that are not finite"
-    return None
-
-
 def load_state(path: Path) -> State:
     """Read a checkpoint's tensors without ever executing code from it.
 
@@ -186,7 +177,7 @@ def load_state(path: Path) -> State:
     tensors = _unprefixed(_unwrapped(path, state))
     fault = not_finite(tensors)
     if fault is not None:
-        raise DataError(f"{path}: {fault}; the training that wrote it diverged")
+        raise DataError(f"{path}: {fault}; the training that wrote it has diverged")
     return tensors
 
 

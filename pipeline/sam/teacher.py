@@ -86,11 +86,13 @@ def to_labels(probabilities: Tensor, iou: Tensor) -> tuple[Tensor, Tensor, Tenso
         probabilities: (B, K+1, S, S) float32 in the client's frame. iou: (B, K+1) float32.
 
     Returns:
-        masks (B, S, S) uint8, confidences (B, S, S) uint8 in 0..255, predicted_iou (B,) float32.
+        masks (B, S, S) uint8, confidences (B, S, S) uint8 in 0..255, predicted_iou (B,) float32,
+        NaN where a probability was not finite, which 8 bits could not tell.
     """
     confidences, masks = probabilities.max(dim=1)
     levels = (confidences * 255).round().clamp(0, 255).to(torch.uint8)
-    return masks.to(torch.uint8), levels, image_score(masks, iou)
+    broken = ~confidences.isfinite().flatten(1).all(dim=1)
+    return masks.to(torch.uint8), levels, image_score(masks, iou).masked_fill(broken, torch.nan)
 
 
 def resolve_precision(precision: str, device: torch.device, variant: str) -> str:

@@ -23,7 +23,7 @@ from zarr.buffer.cpu import NDBuffer
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
-from pipeline.disk import file_sha256, leftovers, write_bytes
+from pipeline.disk import file_sha256, leftovers, to_json, write_bytes
 from pipeline.errors import CorruptStoreError, FormatError
 
 FORMAT = 2
@@ -129,7 +129,7 @@ def read_rows(path: Path, array: Any, rows: range) -> Any:
 
 def canonical_json(value: Any) -> bytes:
     """Return ``value`` as JSON that is the same bytes for the same value."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return to_json(value, separators=(",", ":")).encode()
 
 
 def write_sealed(file: Path, content: Any) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.disk import file_sha256, folder_beside
+from pipeline.disk import file_sha256
 from pipeline.errors import IdentityError, StageError
+from pipeline.folders import folder_beside
 from pipeline.stores.arrays import (
     FORMAT,
     METADATA_FILE,

@@ -14,12 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.disk import (
-    file_sha256,
-    flush,
-    folder_beside,
-)
+from pipeline.disk import file_sha256, flush
 from pipeline.errors import IdentityError, StageError, StoreError
+from pipeline.folders import folder_beside
 from pipeline.stores.arrays import (
     FORMAT,
     STORE_FILE,

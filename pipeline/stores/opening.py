@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.disk import folder_beside, move, recover_folder, unused_name
 from pipeline.errors import CorruptStoreError, FormatError, IdentityError
+from pipeline.folders import folder_beside, is_occupied, move, recover_folder, unused_name
 from pipeline.stores.arrays import remove_partial_files
 from pipeline.stores.label_store import (
     LABEL_ARRAYS,
@@ -41,8 +41,8 @@ def open_label_store(
         the store, and one sentence for the user when something was moved or carried over.
     """
     recover_folder(path)
-    notices = _retire(path, identity, archive) if path.exists() else []
-    if not path.exists():
+    notices = _retire(path, identity, archive) if is_occupied(path) else []
+    if not is_occupied(path):
         kept = _fullest(archive, identity, rows)
         if kept is None:
             LabelStore.create(path, identity, rows)

@@ -89,7 +89,7 @@ def label_precision(variant: str, asked: str) -> str | None:
     ``benchmarks/precision.py``), those with convolutions, ``timm:`` and ``mobile_sam``, do not:
     theirs is fp32 unless another is asked for.
     """
-    if variant.startswith("vit_"):
+    if not variant.startswith(("timm:", "mobile_sam")):
         return None
     return "fp32" if asked == "auto" else asked
 

@@ -14,9 +14,9 @@ from pipeline.federation.client import Client
 from pipeline.federation.engines import InProcess, in_process
 from pipeline.federation.inputs import ClientContext, load_public
 from pipeline.federation.messages import AnyRequest, ClientEntry, Reply
-from pipeline.federation.plain_data import from_bytes, to_bytes
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.runtime import resolve_device
+from pipeline.stores.plain_data import from_bytes, to_bytes
 
 Change = Callable[[AnyRequest, Reply], Reply]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config import Config, NetworkConfig
 from pipeline.data.partition import load_partition
-from pipeline.errors import SamfedError
+from pipeline.errors import NotFiniteError, SamfedError
 from pipeline.federation.engines import in_process
 from pipeline.federation.inputs import ClientContext
 from pipeline.federation.messages import AnyRequest, FitRequest, Reply
@@ -258,13 +258,20 @@ def _is(reply: Reply) -> bool:
 
 
 def test_a_round_without_a_usable_update_ends_the_run(labelled: Config) -> None:
+    wild = {"method": "sam_only", "learning_rate": 1e30, "pretrain_steps": 0}
     for own in (False, True):
-        config = changed(labelled, f"wild_{own}", own=own, method="sam_only", learning_rate=1e30)
+        config = changed(labelled, f"wild_{own}", own=own, **wild)
         with pytest.raises(SamfedError) as caught:
             federate(config)
         message = str(caught.value)
         assert message.startswith("round 1: no client sent a usable update (site_")
         assert message.endswith("is not finite); lower federate.learning_rate")
+
+
+def test_a_first_model_that_diverges_is_not_kept(labelled: Config) -> None:
+    with pytest.raises(NotFiniteError, match=r"not written: '[\w.]+' is not finite; lower the le"):
+        federate(changed(labelled, "wild", learning_rate=1e30))
+    assert list((labelled.cache.root / "starts").glob("*")) == []
 
 
 def test_predictions_that_cannot_be_used_are_rejected_and_named(labelled: Config) -> None:

@@ -19,10 +19,10 @@ from pipeline.results.evaluate_teacher import Reliability
 from pipeline.sam.attention import FoldedAttention, fold_attention
 from pipeline.sam.build import build_sam, decode_masks
 from pipeline.sam.checkpoints import build_base
-from pipeline.sam.finetune import real_iou
 from pipeline.sam.frame import inside_image, to_client_frame, to_input_frame
 from pipeline.sam.lora import add_adapter, merge_lora
 from pipeline.sam.teacher import forward, image_score, resolve_precision
+from pipeline.sam.training import real_iou
 from pipeline.segmentation.losses import IGNORE
 
 

@@ -193,7 +193,7 @@ def test_a_checkpoint_with_values_that_are_not_finite(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_state(path)
     assert str(caught.value) == (
-        f"{path}: '{LAST}' holds values that are not finite; the training that wrote it diverged"
+        f"{path}: '{LAST}' is not finite; the training that wrote it has diverged"
     )
 
 

@@ -22,7 +22,7 @@ from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
 from pipeline.disk import write_bytes
-from pipeline.errors import CorruptStoreError
+from pipeline.errors import CorruptStoreError, NotFiniteError
 
 State = dict[str, Tensor]
 Value = TypeVar("Value")
@@ -78,12 +78,27 @@ def from_bytes(content: bytes, kind: Any) -> Any:
 
 
 def save(path: Path, value: Any) -> None:
-    """Write plain data atomically."""
+    """Write plain data atomically.
+
+    Raises:
+        NotFiniteError: one of its tensors is not finite; nothing is written.
+    """
+    fault = not_finite(tensors_of(value))
+    if fault is not None:
+        raise NotFiniteError(f"{path}: not written: {fault}; lower the learning rate")
     write_bytes(path, to_bytes(value))
 
 
-def load(path: Path, kind: type[Value]) -> Value:
-    """Read what ``save`` wrote of a value of type ``kind``.
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name the first tensor that holds NaN or infinity; None if there is none."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            return f"'{name}' is not finite"
+    return None
+
+
+def load(path: Path, kind: type[Value], *, stage: str = "federate") -> Value:
+    """Read what ``save`` wrote of a value of type ``kind``; ``stage`` is the command that wrote it.
 
     Raises:
         CorruptStoreError: its bytes are not what was written.
@@ -91,7 +106,7 @@ def load(path: Path, kind: type[Value]) -> Value:
     try:
         value: Value = from_bytes(path.read_bytes(), kind)
     except ValueError as error:
-        raise CorruptStoreError(f"{path}: {error}; delete it and run `samfed federate`") from error
+        raise CorruptStoreError(f"{path}: {error}; delete it and run `samfed {stage}`") from error
     return value
 
 

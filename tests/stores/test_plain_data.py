@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import CorruptStoreError
 from pipeline.federation.examples import Example, load_examples, save_examples
-from pipeline.federation.plain_data import Plain, State, from_bytes, load, save, to_bytes
+from pipeline.stores.plain_data import Plain, State, from_bytes, load, save, to_bytes
 
 
 @dataclass(frozen=True)
