@@ -114,12 +114,12 @@ def finetune_sam(config: "Config", progress: Progress) -> Result:
     return finetune(config, progress=progress)
 
 
-@command(app)
-def evaluate_sam(config: "Config", progress: Progress) -> Result:
+@command(app, out="Folder for page and numbers (default: the cache).")
+def evaluate_sam(config: "Config", progress: Progress, out: Path | None = None) -> Result:
     """Measure SAM, adapted and as it comes, on the server's calibration part, before any round."""
     from pipeline.results.evaluate_teacher import evaluate_teacher
 
-    return evaluate_teacher(config, progress=progress)
+    return evaluate_teacher(config, out=out, progress=progress)
 
 
 @command(app, out="File to write (default: onnx/teacher.onnx in the cache).")
@@ -180,13 +180,19 @@ def federate(
     return federate(config, mode=mode, progress=progress)
 
 
-@command(app, name="Run (default: federate.name).")
-def evaluate(config: "Config", progress: Progress, name: str | None = None) -> Result:
+@command(
+    app,
+    name="Run (default: federate.name).",
+    out="Write to the folder of the run's name in this one (default: the run's own).",
+)
+def evaluate(
+    config: "Config", progress: Progress, name: str | None = None, out: Path | None = None
+) -> Result:
     """Score a run's final model on every client's test images."""
     from pipeline.results.evaluate import evaluate
     from pipeline.results.finished import run_folder
 
-    return evaluate(config, run_folder(config, name), progress=progress)
+    return evaluate(config, run_folder(config, name), out=out, progress=progress)
 
 
 @command(
@@ -207,13 +213,24 @@ def compare(
     return compare(config.cache.root / "runs", names or (), reference=reference, output=output)
 
 
-@command(app, name="Run to show (may be repeated).")
-def report(config: "Config", name: list[str] | None = None) -> Result:
+@command(
+    app,
+    name="Run to show (may be repeated).",
+    scores="Folder that `evaluate` was given as --out (default: the runs' own).",
+    out="File to write (default: report.html of the last run).",
+)
+def report(
+    config: "Config",
+    name: list[str] | None = None,
+    scores: Path | None = None,
+    out: Path | None = None,
+) -> Result:
     """Write one HTML file with a run's curves, tables and a gallery."""
     from pipeline.results.finished import run_folder
     from pipeline.results.report import write_report
 
-    return write_report([run_folder(config, each) for each in name or [config.federate.name]])
+    runs = [run_folder(config, each) for each in name or [config.federate.name]]
+    return write_report(runs, out, scores=scores)
 
 
 @command(cache_app)

@@ -108,6 +108,24 @@ def test_one_line_from_a_real_process(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- the chain
 
 
+def test_a_read_only_cache_is_evaluated_and_reported(
+    finished: tuple[Project, dict[str, Any]], tmp_path: Path
+) -> None:
+    """With ``--out`` nothing is written to it, not even a lock; the same scores as with it."""
+    project, _ = finished
+    before, page = listing(project.cache), tmp_path / "page.html"
+    answer("evaluate", *project.options, "--out", tmp_path)
+    answer("evaluate-sam", *project.options, "--out", tmp_path)
+    answer("report", *project.options, "--scores", tmp_path, "--out", page)
+    assert listing(project.cache) == before
+    run = project.cache / "runs" / "sam_fed"
+    for name in ("metrics.json", "per_image.csv", "rounds.csv"):
+        assert (tmp_path / "sam_fed" / name).read_bytes() == (run / name).read_bytes()
+    for name in ("evaluate-sam.html", "evaluate-sam.json"):
+        assert (tmp_path / name).read_bytes() == (project.cache / name).read_bytes()
+    assert page.read_bytes() == (run / "report.html").read_bytes()
+
+
 def test_every_stage_answers_in_json(finished: tuple[Project, dict[str, Any]]) -> None:
     project, said = finished
     assert said["synth"] == {"folder": str(project.images), "images": 32}

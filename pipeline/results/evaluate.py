@@ -7,6 +7,7 @@ import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,8 +40,12 @@ class Score(NamedTuple):
     metrics: ImageMetrics
 
 
-def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None) -> Evaluation:
+def evaluate(
+    config: Config, run: RunFolder, *, out: Path | None = None, progress: Progress | None = None
+) -> Evaluation:
     """Score the run's final models; write ``metrics.json``, ``per_image.csv`` and ``rounds.csv``.
+
+    They go into the run's folder, or into a folder of the run's name in ``out``.
 
     The global model answers for every client, or each client's own for itself, as the run's own
     ``params.yaml`` says; the images are those of ``config``'s cache. Distances are in pixels at
@@ -61,9 +66,10 @@ def evaluate(config: Config, run: RunFolder, *, progress: Progress | None = None
         log.warning("no client has a test part%s; nothing is scored", _why_untested(partition))
     federate = used.federate
     found = Evaluation(federate.method, used.seed, federate.rounds, _test(scores, seed=used.seed))
-    write_bytes(run.path / "per_image.csv", _per_image(scores).encode())
-    write_bytes(run.path / "rounds.csv", round_table(run.history()).encode())
-    write_json(run.path / "metrics.json", found.as_json())
+    folder = run.path if out is None else out / run.path.name
+    write_bytes(folder / "per_image.csv", _per_image(scores).encode())
+    write_bytes(folder / "rounds.csv", round_table(run.history()).encode())
+    write_json(folder / "metrics.json", found.as_json())
     return found
 
 

@@ -106,12 +106,14 @@ class _Measured(NamedTuple):
     dice: list[float]
 
 
-def evaluate_teacher(config: Config, *, progress: Progress | None = None) -> TeacherEvaluation:
+def evaluate_teacher(
+    config: Config, *, out: Path | None = None, progress: Progress | None = None
+) -> TeacherEvaluation:
     """Label the server's calibration part as stage one would, and compare with the truth.
 
     In torch, whatever ``precompute.backend`` says: ONNX Runtime has the configured teacher alone.
     Beside the teacher that ``sam.prompt`` asks for, the other one if it can be had at once.
-    Writes ``cache/evaluate-sam.json`` and the page ``cache/evaluate-sam.html``.
+    Writes ``evaluate-sam.json`` and the page ``evaluate-sam.html`` to ``out``, else to the cache.
 
     Raises:
         StageError: no partition or no teacher yet. IdentityError: another teacher's card.
@@ -131,10 +133,10 @@ def evaluate_teacher(config: Config, *, progress: Progress | None = None) -> Tea
                 measured[name] = _measure(config, partition, teacher, progress)
                 teachers[name] = measured[name].summary
     examples = list(_examples(config, partition, measured, ranked_by=configured))
-    result = TeacherEvaluation(configured, teachers, cache / "evaluate-sam.html")
+    result = TeacherEvaluation(configured, teachers, (out or cache) / "evaluate-sam.html")
     page = render_evaluation(teachers, examples, variant=own.card.variant, configured=configured)
     write_bytes(result.page, page.encode())
-    write_json(cache / "evaluate-sam.json", result.as_json())
+    write_json(result.page.with_suffix(".json"), result.as_json())
     return result
 
 

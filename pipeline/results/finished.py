@@ -68,8 +68,11 @@ def run_folder(config: Config, name: str | None = None) -> RunFolder:
     return RunFolder(config.cache.root / "runs" / (name or config.federate.name))
 
 
-def read_run(run: RunFolder) -> FinishedRun:
+def read_run(run: RunFolder, *, scores: Path | None = None) -> FinishedRun:
     """Read what ``samfed federate`` and ``samfed evaluate`` wrote of one run.
+
+    Args:
+        scores: the ``out`` that it was evaluated with; None for the run's own folder.
 
     Raises:
         StageError: the run is not trained, or not evaluated, yet. ConfigError: its parameters are
@@ -80,14 +83,15 @@ def read_run(run: RunFolder) -> FinishedRun:
         raise StageError(
             f"{run.path / 'history.jsonl'}: holds no round yet; run `samfed federate` first"
         )
-    evaluation = _read_evaluation(run.path / "metrics.json")
-    path = run.path / "per_image.csv"
+    folder = run.path if scores is None else scores / run.path.name
+    evaluation = _read_evaluation(folder / "metrics.json")
+    path = folder / "per_image.csv"
     table = _read_scores(path)
-    scores = np.array([table[image] for image in sorted(table)], dtype=np.float64)
-    scores = scores.reshape(-1, len(SCORES))
+    values = np.array([table[image] for image in sorted(table)], dtype=np.float64)
+    values = values.reshape(-1, len(SCORES))
     pooled = evaluation.test["pooled"]
-    wrong = len(scores) and abs(pooled["dice"] - scores[:, 0].mean()) >= 1e-5
-    if pooled["n"] != len(scores) or wrong:
+    wrong = len(values) and abs(pooled["dice"] - values[:, 0].mean()) >= 1e-5
+    if pooled["n"] != len(values) or wrong:
         # a file cut short, or left by a killed evaluation
         raise DataError(f"{path}: not the images of metrics.json; run `samfed evaluate` again")
     own = [path.name for path in run.path.glob("clients/*")]
@@ -101,7 +105,7 @@ def read_run(run: RunFolder) -> FinishedRun:
         evaluation=evaluation,
         partition=run.partition_sha256(),
         images=tuple(sorted(table)),
-        scores=scores,
+        scores=values,
     )
 
 

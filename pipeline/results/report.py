@@ -74,16 +74,20 @@ CLIENT_COLUMNS = (
 
 
 def write_report(
-    runs: Sequence[RunFolder], path: Path | None = None, *, title: str = "samfed report"
+    runs: Sequence[RunFolder],
+    path: Path | None = None,
+    *,
+    scores: Path | None = None,
+    title: str = "samfed report",
 ) -> Report:
     """Write a report on evaluated runs, with the examples of the last one, to ``path``.
 
-    Without a path it is ``report.html`` of the last run.
+    Without a path it is ``report.html`` of the last run. ``scores`` is that of ``read_run``.
 
     Raises:
         StageError, ConfigError, DataError: as ``read_run`` and ``RunFolder.examples``.
     """
-    page = render_report([read_run(run) for run in runs], runs[-1].examples(), title=title)
+    page = render_report([read_run(run, scores=scores) for run in runs], runs[-1].examples(), title=title)
     report = Report(path or runs[-1].path / "report.html")
     write_bytes(report.path, page.encode())
     return report

@@ -6,6 +6,7 @@ Each time the next run goes on where the last one stopped, and the stores end in
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -20,6 +21,7 @@ from teachers import content, labelled_rows
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
+from pipeline.errors import EXIT_PARTIAL
 from pipeline.labelling.maintenance import verify
 from pipeline.stores.label_store import LabelStore
 
@@ -125,6 +127,48 @@ def test_an_image_that_went_and_came_back(
     path.write_bytes(good)
     result, images = run(config)
     assert (result.failed, result.labelled, images) == ([], 1, 1)
+    assert content(config.cache.root / "sam") == whole
+
+
+@pytest.mark.parametrize("kind", ["EACCES", "EIO", "ESTALE", "broken link"])
+def test_an_image_that_cannot_be_read(
+    config: Config,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """It is never called damaged; the others are labelled, and the exit code is that of it."""
+    root = tmp_path / "data"
+    shutil.copytree(config.data.root, root)
+    config = settings(root, config.cache.root)
+    forget(config)
+    partition = load_partition(config.cache.root / "partition.json")
+    path = root / partition.images[partition.clients["site"].train[70]].image
+    read = Path.read_bytes
+
+    def refuse(this: Path) -> bytes:
+        if this == path:
+            number = getattr(errno, kind)
+            raise OSError(number, os.strerror(number), str(this))
+        return read(this)
+
+    with monkeypatch.context() as patch:
+        if kind == "broken link":
+            path.rename(tmp_path / "there")
+            path.symlink_to(tmp_path / "gone")
+        else:
+            patch.setattr(Path, "read_bytes", refuse)
+        result, images = run(config)
+    (line, count) = result.failures()
+    assert line.startswith(f"{path}: cannot be read (")
+    assert count == "1 images have no label; the others are done"
+    assert getattr(result, "exit_code", EXIT_PARTIAL) == EXIT_PARTIAL
+    assert (result.labelled, images) == (labelled_rows(config), labelled_rows(config))
+    if kind == "broken link":
+        path.unlink()
+        (tmp_path / "there").rename(path)
+    assert run(config)[1] == 1
     assert content(config.cache.root / "sam") == whole
 
 
