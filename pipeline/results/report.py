@@ -87,7 +87,9 @@ def write_report(
     Raises:
         StageError, ConfigError, DataError: as ``read_run`` and ``RunFolder.examples``.
     """
-    page = render_report([read_run(run, scores=scores) for run in runs], runs[-1].examples(), title=title)
+    page = render_report(
+        [read_run(run, scores=scores) for run in runs], runs[-1].examples(), title=title
+    )
     report = Report(path or runs[-1].path / "report.html")
     write_bytes(report.path, page.encode())
     return report

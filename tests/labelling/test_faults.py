@@ -21,7 +21,6 @@ from teachers import content, labelled_rows
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
-from pipeline.errors import EXIT_PARTIAL
 from pipeline.labelling.maintenance import verify
 from pipeline.stores.label_store import LabelStore
 
@@ -138,7 +137,7 @@ def test_an_image_that_cannot_be_read(
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    """It is never called damaged; the others are labelled, and the exit code is that of it."""
+    """It is never called damaged; the others are labelled, and it is when it can be read again."""
     root = tmp_path / "data"
     shutil.copytree(config.data.root, root)
     config = settings(root, config.cache.root)
@@ -163,7 +162,6 @@ def test_an_image_that_cannot_be_read(
     (line, count) = result.failures()
     assert line.startswith(f"{path}: cannot be read (")
     assert count == "1 images have no label; the others are done"
-    assert getattr(result, "exit_code", EXIT_PARTIAL) == EXIT_PARTIAL
     assert (result.labelled, images) == (labelled_rows(config), labelled_rows(config))
     if kind == "broken link":
         path.unlink()
