@@ -319,8 +319,8 @@ def test_vit_b_without_its_checkpoint(project: Project) -> None:
     before = listing(project.cache)
     settings = (*project.options, "--set", "sam.variant=vit_b")
     assert fails(2, "finetune-sam", *settings) == (
-        "sam.checkpoint: vit_b needs the official checkpoint; download it from "
-        "segment-anything's page and give its path"
+        "sam.checkpoint: vit_b needs a checkpoint; download the official one, or another of this "
+        "variant, and give its path"
     )
     missing = project.folder / "sam_vit_b.pth"
     assert fails(3, "finetune-sam", *settings, "--set", f"sam.checkpoint={missing}") == (
