@@ -98,6 +98,36 @@ def synth(config: "Config", out: Path) -> Result:
     return write_dataset(out, **config.synth.model_dump())
 
 
+@command(
+    app,
+    params_file=False,
+    kind=Argument(help="What it is, as docs/public.md lists: isic2018, kvasir-seg, nifti, ..."),
+    source=Argument(help="Folder or archive; it is only read."),
+    out=Argument(help="Folder to write, in the input layout."),
+    labels="Where labels lie, {} being an image's name: '{}_seg', '../labels/{}' (nifti, dicom).",
+    axis="Plane of slices: axial, coronal, sagittal (default: as acquired).",
+    window=Option(metavar="CENTER,WIDTH", help="Values that become 0..255 (default: percentiles)."),
+    drop_empty=Option("--drop-empty", help="Leave out slices whose mask is empty."),
+)
+def import_(
+    config: "Config",
+    progress: Progress,
+    kind: str,
+    source: Path,
+    out: Path,
+    labels: str | None = None,
+    axis: str | None = None,
+    window: str | None = None,
+    drop_empty: bool = False,
+) -> Result:
+    """Bring a public data set, NIfTI volumes or DICOM series into the input layout."""
+    from pipeline.data.importers.importing import import_data
+    from pipeline.data.importers.items import Options, parse_window
+
+    options = Options(labels, axis, parse_window(window), drop_empty)
+    return import_data(kind, source, out, options=options, progress=progress)
+
+
 @command(app, with_oracle="Also store the clients' labels, for the `oracle` ceiling alone.")
 def prepare(config: "Config", progress: Progress, with_oracle: bool = False) -> Result:
     """Partition data.root over server and clients and write the image stores."""

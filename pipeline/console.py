@@ -73,7 +73,8 @@ def command(group: typer.Typer, /, *, params_file: bool = True, **helps: Any) ->
         options = [_option(every[key], helps.get(key)) for key in every if key not in left_out]
         run.__annotations__ = {each.name: each.annotation for each in options}
         run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
-        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        run.__name__ = function.__name__.rstrip("_")  # `import_`, as Python keeps `import`
+        run.__doc__ = function.__doc__
         group.command()(run)
         return function
 
