@@ -77,7 +77,7 @@ def unpack(
     """
     advance = progress or (lambda *_: None)
     folder.mkdir(parents=True, exist_ok=True)
-    checks, what = _Checks(archive, max_files, max_bytes), f"unpacking {archive.name}"
+    checks = _Checks(archive, max_files, max_bytes)
     try:
         for member in _members(archive):
             target = folder / checks.path(member)
@@ -90,7 +90,7 @@ def unpack(
                 with source, target.open("xb") as file, naming(target):
                     shutil.copyfileobj(source, file, _BLOCK)
                 checks.verify_size(member, target.stat().st_size)
-            advance(what, checks.files, checks.files)
+            advance("unpacking", checks.files, checks.files)
     except OSError as error:
         if error.errno is not None:
             raise

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline import __version__
-from pipeline.data.importers.dicom import find_dicom, read_frames
+from pipeline.data.importers.dicom import read_frames
+from pipeline.data.importers.dicom_files import find_dicom
 from pipeline.data.importers.items import Item, Options, Spacing
 from pipeline.data.importers.pictures import Pairs, fill, find_pairs, read_pairs
 from pipeline.data.importers.sources import Files, count_signs, open_source, recognise_files
@@ -103,7 +104,7 @@ def import_data(
     _check(kind, source, out, options)
     with folder_beside(out.resolve()) as folder:
         unpacked = folder / ".unpacked"
-        files = open_source(source, unpacked, progress)
+        files = _open(kind, source, unpacked, progress)
         content = _content(kind, source, files, options, advance)
         written = _write(folder, content.items, options, unpacked)
         left_out = {what: count for what, count in content.left_out.items() if count}
@@ -134,6 +135,8 @@ def _check(kind: str, source: Path, out: Path, options: Options) -> None:
             raise ConfigError(f"{option}: {kind} does not take it; leave it out")
     if options.axis not in (None, *PLANES):
         raise ConfigError(f"--axis {options.axis}: expected {', '.join(PLANES)}")
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder; expected a data set or its archive")
     final, inside = out.resolve(), source.resolve()
     if final == inside or inside in final.parents:
         raise ConfigError(f"{out}: lies in {source}, which is only ever read; choose another")
@@ -141,6 +144,20 @@ def _check(kind: str, source: Path, out: Path, options: Options) -> None:
         raise DataError(
             f"{out}: is there and not empty; move it away or choose another output folder"
         )
+
+
+def _open(kind: str, source: Path, unpacked: Path, progress: Progress | None) -> Files:
+    """Open the source; where paths may hold patients' names, no error says one."""
+    try:
+        return open_source(source, unpacked, progress)
+    except (OSError, DataError) as error:
+        if kind != "dicom":
+            raise
+        reason = error.strerror if isinstance(error, OSError) else "as an archive"
+        raise DataError(
+            f"{source}: something in it cannot be read ({reason}); check permissions and disk, and "
+            "unpack archives yourself"
+        ) from None
 
 
 def _names() -> str:
@@ -255,7 +272,12 @@ def _write(folder: Path, items: Iterable[Item], options: Options, unpacked: Path
     every = list(written.values())
     rows = [(each.image_id, each.site, each.group) for each in every]
     _write_table(folder / "sites.csv", ("image_id", "site", "group"), rows)
-    spaced = [(each.image_id, *each.spacing) for each in every if each.spacing is not None]
+    spaced = [
+        # headers hold 32-bit numbers: 0.7 and not 0.699999988
+        (each.image_id, *("" if mm is None else f"{mm:.6g}" for mm in each.spacing))
+        for each in every
+        if each.spacing is not None
+    ]
     if spaced:
         _write_table(folder / "spacing.csv", ("image_id", *Spacing._fields), spaced)
     return every

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.data.images import read_image, read_mask
+from pipeline.data.images import read_image
 from pipeline.data.importers.items import Item
 from pipeline.data.importers.sources import Files
 from pipeline.data.importers.table import Kind, Metadata, Rule, pattern
+from pipeline.data.masks import read_mask
 from pipeline.errors import DataError
 from pipeline.progress import Progress
 

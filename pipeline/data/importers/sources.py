@@ -29,25 +29,28 @@ def open_source(source: Path, unpacked: Path, progress: Progress | None = None) 
     folder of its name counts as unpacked already.
 
     Raises:
-        DataError: there is nothing to read, or an archive cannot be used (``unpack``).
+        DataError: an archive cannot be used (``unpack``).
     """
-    if not source.exists():
-        raise DataError(f"{source}: no such file or folder; expected a data set or its archive")
     if source.is_file() and _FOREIGN_ARCHIVE.fullmatch(source.name):
         raise DataError(f"{source}: cannot be unpacked here; unpack it yourself, give the folder")
     name = source.resolve().name
     files = {name: source} if source.is_file() else _walk(source, name)
+    beside = 0
     for depth in range(_NESTED):
         packed = {name: path for name, path in files.items() if is_archive(path)}
         for number, (name, path) in enumerate(packed.items()):
             del files[name]
             where = name.removesuffix(path.name) + archive_stem(path)
             if any(other.lower().startswith(f"{where.lower()}/") for other in files):
-                logger.warning("%s: not unpacked, as a folder of its name lies beside it", name)
+                beside += 1
                 continue
             folder = unpacked / f"{depth}_{number}"
             unpack(path, folder, progress=progress)
             files |= _walk(folder, where)
+    if beside:
+        logger.warning(
+            "%d archives are not unpacked: a folder of the name lies beside each", beside
+        )
     return dict(sorted(files.items()))
 
 

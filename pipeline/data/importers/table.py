@@ -121,7 +121,7 @@ def _pairs(images: str, masks: str, name: str = r"\d+") -> tuple[Layout, ...]:
 _ISIC = (Layout(r"(?P<id>ISIC_\d{7})\.jpe?g", r"(?P<id>ISIC_\d{7})_segmentation\.png"),)
 _ISIC_OTHERS = r"ISIC_\d{7}_(?:superpixels|attribute_\w+)\.png"
 _ISIC_ADDRESS = "https://challenge.isic-archive.com/data/"
-_PRANET_ADDRESS = "https://github.com/DengPingFan/PraNet (TestDataset)"
+_PRANET_ADDRESS = "linked from https://github.com/DengPingFan/PraNet"
 
 KINDS: dict[str, Kind] = {
     "isic2017": Kind(
@@ -172,7 +172,7 @@ KINDS: dict[str, Kind] = {
         others=r"IMD\d{3}_roi/.*\.bmp",
         citation="Mendonça et al., PH2: a dermoscopic image database for research and "
         "benchmarking, EMBC 2013",
-        address="https://www.fc.up.pt/addi/ph2%20database.html",
+        address="no stable address known",
     ),
     "pranet-test": Kind(
         title="PraNet's TestDataset: polyps of five data sets",
@@ -196,7 +196,7 @@ KINDS: dict[str, Kind] = {
         layouts=_pairs("images/", "masks/", r"[^/]+"),
         site="kvasir_seg",
         citation="Jha et al., Kvasir-SEG: A Segmented Polyp Dataset, MMM 2020, arXiv 1911.07069",
-        address="https://datasets.simula.no/kvasir-seg/",
+        address="https://datasets.simula.no/downloads/kvasir-seg.zip",
     ),
     "endotect": Kind(
         title="EndoTect 2020, segmentation: polyps",
@@ -215,7 +215,7 @@ KINDS: dict[str, Kind] = {
         others=rf"gt(?:lumen|specular|void)/\d+{_PICTURE}",
         citation="Bernal et al., WM-DOVA maps for accurate polyp highlighting in colonoscopy, "
         "Computerized Medical Imaging and Graphics 43, 2015",
-        address="https://polyp.grand-challenge.org/CVCClinicDB/",
+        address="no stable address known",
         licence="research and education, not commercial; see the publisher",
     ),
     "cvc-colondb": Kind(
@@ -235,7 +235,7 @@ KINDS: dict[str, Kind] = {
         site="etis",
         citation="Silva et al., Toward embedded detection of polyps in WCE images for early "
         "diagnosis of colorectal cancer, IJCARS 9, 2014",
-        address="https://polyp.grand-challenge.org/EtisLarib/",
+        address="no stable address known",
     ),
     "cvc-300": Kind(
         title="CVC-300: polyps",
@@ -259,7 +259,7 @@ KINDS: dict[str, Kind] = {
         ),
         site="busi",
         citation="Al-Dhabyani et al., Dataset of breast ultrasound images, Data in Brief 28, 2020",
-        address="https://scholar.cu.edu.eg/?q=afahmy/pages/dataset",
+        address="https://scholar.cu.edu.eg/Dataset_BUSI.zip",
     ),
     "montgomery": Kind(
         title="Montgomery County chest X-rays: lungs",
@@ -274,7 +274,7 @@ KINDS: dict[str, Kind] = {
         masks_each=2,
         citation="Jaeger et al., Two public chest X-ray datasets for computer-aided screening of "
         "pulmonary diseases, Quantitative Imaging in Medicine and Surgery 4 (6), 2014",
-        address="https://openi.nlm.nih.gov",
+        address="https://openi.nlm.nih.gov/imgs/collections/NLM-MontgomeryCXRSet.zip",
     ),
     "jsrt": Kind(
         title="JSRT chest X-rays: lungs (Segmentation01, or SCR's left and right lungs)",
@@ -294,7 +294,7 @@ KINDS: dict[str, Kind] = {
         others=rf"(?:heart|(?:left|right)[ _]clavicle)/[^/]+{_PICTURE}",
         citation="Shiraishi et al., Development of a digital image database for chest radiographs "
         "with and without a lung nodule, AJR 174, 2000",
-        address="http://imgcom.jsrt.or.jp/minijsrtdb/",
+        address="https://imgcom.jsrt.or.jp/imgcom/wp-content/uploads/2018/11/Segmentation01.zip",
     ),
     "acdc": Kind(
         title="ACDC: cardiac MRI (1 right ventricle, 2 myocardium, 3 left ventricle)",
@@ -312,7 +312,7 @@ KINDS: dict[str, Kind] = {
         values=(1, 2, 3),
         citation="Bernard et al., Deep Learning Techniques for Automatic MRI Cardiac "
         "Multi-structures Segmentation and Diagnosis: Is the Problem Solved?, IEEE TMI 37, 2018",
-        address="https://www.creatis.insa-lyon.fr/Challenge/acdc/databases.html",
+        address="https://humanheart-project.creatis.insa-lyon.fr/database/",
         licence="CC BY-NC-SA 4.0 as mirrors state; see the publisher",
     ),
 }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ from pipeline.progress import Progress
 PERCENTILES = (0.5, 99.5)
 PLANES = ("axial", "coronal", "sagittal")  # in the order of an array's axes z, y, x
 MAX_CLASSES = 255
+_BLOCK = 2**20
 _ENDINGS = (".nii.gz", ".nii")
 _PATIENT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)", re.IGNORECASE)  # as BIDS names them
 _NO_PATIENT = re.compile(
@@ -64,10 +68,10 @@ def simple_itk() -> Any:
 
 
 def read_volume(path: Path) -> Volume:
-    """Read a NIfTI file in canonical orientation, whatever order it is stored in.
+    """Read a NIfTI file in canonical orientation, whatever order it is stored in; NaN becomes 0.
 
     Raises:
-        DataError: it cannot be read or decoded, has not three dimensions, or is not finite.
+        DataError: it is damaged, or has not three dimensions.
     """
     sitk = simple_itk()
     with path.open("rb"):  # what cannot be read is an OSError, and is not called damaged
@@ -75,6 +79,7 @@ def read_volume(path: Path) -> Volume:
     try:
         image = sitk.ReadImage(str(path))
         dimensions, channels = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
+        _check_whole(path, image)
         if dimensions == 3 and channels == 1:
             image = sitk.DICOMOrient(image, "LPS")
     except RuntimeError as error:
@@ -85,11 +90,28 @@ def read_volume(path: Path) -> Volume:
             f"{path}: has {dimensions} dimensions and {channels} values a voxel, expected 3 and 1; "
             "split it into volumes first"
         )
-    values = sitk.GetArrayFromImage(image)
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise DataError(f"{path}: values are not finite (NaN or infinity); replace or remove it")
     x, y, z = image.GetSpacing()
-    return Volume(values, (z, y, x))
+    return Volume(sitk.GetArrayFromImage(image), (z, y, x))
+
+
+def _check_whole(path: Path, image: Any) -> None:
+    """Refuse a file that was cut off or changed, which the NIfTI library fills with zeros."""
+    expected = int(float(image.GetMetaData("vox_offset"))) + (
+        prod(image.GetSize())
+        * image.GetNumberOfComponentsPerPixel()
+        * (int(image.GetMetaData("bitpix")) // 8)
+    )
+    size = path.stat().st_size
+    if path.suffix.lower() == ".gz":
+        size = 0
+        try:
+            with gzip.open(path) as file:
+                while block := file.read(_BLOCK):
+                    size += len(block)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path}: damaged ({first_line(error)}); get it again") from error
+    if size < expected:
+        raise DataError(f"{path}: damaged: {size} bytes, expected {expected}; get it again")
 
 
 def window_of(values: Array, given: tuple[float, float] | None) -> tuple[float, float]:

@@ -14,13 +14,15 @@ from conftest import answer, digest, fails
 from originals import HEIGHT, ORIGINALS, WIDTH, lay_out, mask, picture
 
 from pipeline.data.folder import scan
-from pipeline.data.images import read_image, read_mask
+from pipeline.data.images import read_image
 from pipeline.data.importers.importing import import_data
 from pipeline.data.importers.sources import recognise
 from pipeline.data.importers.table import KINDS, clinicdb_sequence
+from pipeline.data.masks import read_mask
 from pipeline.errors import ConfigError, DataError
 
 EVERY = sorted(KINDS)
+ROOT = Path(__file__).parents[3]
 
 
 def table_of(path: Path) -> list[dict[str, str]]:
@@ -46,14 +48,15 @@ def test_images_masks_sites_and_groups_arrive(
         for row in table_of(result.folder / "sites.csv")
     }
     assert rows == original.rows
-    found = scan(result.folder)
+    found = scan(result.folder).images
     assert found.keys() == original.rows.keys()
     assert result.images == result.masks == len(found)
     for image_id, files in found.items():
         assert files.site == original.rows[image_id][0]
         size = read_image(result.folder / files.image).pixels.shape[:2]
         assert size == (HEIGHT, WIDTH)
-        (path,) = (result.folder / "masks").glob(f"{image_id}.*")
+        assert files.mask is not None
+        path = result.folder / files.mask
         pixels = read_mask(path, size_hw=size, num_classes=result.classes).pixels
         assert (pixels > 0).sum() == HEIGHT * original.foreground.get(image_id, 8)
 
@@ -80,6 +83,13 @@ def test_an_archive_gives_the_same_bytes_as_its_folder(kind: str, tmp_path: Path
     card = (tmp_path / "a" / "SOURCE.md").read_text()
     assert f"| licence | {KINDS[kind].licence} |" in card
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_the_docs_have_a_row_and_a_command_for_each_kind(kind: str) -> None:
+    page, entry = (ROOT / "docs" / "public.md").read_text().splitlines(), KINDS[kind]
+    assert f"| `{kind}` | {entry.title} | {entry.licence} | {entry.address} |" in page
+    assert f"    samfed import {kind} downloads/{kind} data/{kind}" in page
 
 
 def test_bytes_are_copied_as_they_are(tmp_path: Path) -> None:
@@ -110,9 +120,7 @@ def test_an_archive_beside_its_folder_is_not_unpacked(
     source = lay_out("etis", tmp_path / "in")
     shutil.make_archive(str(tmp_path / "in" / source.name), "zip", tmp_path / "in", source.name)
     assert import_data("etis", tmp_path / "in", tmp_path / "out").images == 1
-    assert caplog.messages == [
-        "in/ETIS-LaribPolypDB.zip: not unpacked, as a folder of its name lies beside it"
-    ]
+    assert caplog.messages == ["1 archives are not unpacked: a folder of the name lies beside each"]
 
 
 def test_what_is_left_out_is_said_in_one_line_each(
@@ -131,7 +139,7 @@ def test_what_is_left_out_is_said_in_one_line_each(
         f"busi: 1 files that are not the data set's are left out, as {top}/scan.png",
     ]
     assert (result.images, result.masks) == (3, 2)
-    assert scan(result.folder)["benign_2"].mask is None
+    assert scan(result.folder).images["benign_2"].mask is None
 
 
 def test_one_lung_of_two_is_no_mask(tmp_path: Path) -> None:
