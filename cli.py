@@ -128,12 +128,31 @@ def import_(
     return import_data(kind, source, out, options=options, progress=progress)
 
 
-@command(app, with_oracle="Also store the clients' labels, for the `oracle` ceiling alone.")
-def prepare(config: "Config", progress: Progress, with_oracle: bool = False) -> Result:
+@command(
+    app,
+    with_oracle="Also store the clients' labels, for the `oracle` ceiling alone.",
+    allow_duplicates=Option("--allow-duplicates", help="Keep groups apart that share an image."),
+)
+def prepare(
+    config: "Config",
+    progress: Progress,
+    with_oracle: bool = False,
+    allow_duplicates: bool = False,
+) -> Result:
     """Partition data.root over server and clients and write the image stores."""
     from pipeline.data.prepare import prepare
 
-    return prepare(config, with_oracle=with_oracle, progress=progress)
+    return prepare(
+        config, with_oracle=with_oracle, allow_duplicates=allow_duplicates, progress=progress
+    )
+
+
+@command(app, distance=Option(min=0, max=32, help="Bits of 64 that differ at most."))
+def duplicates(config: "Config", progress: Progress, distance: int = 4) -> Result:
+    """List images of different groups that look alike, by perceptual hash; changes nothing."""
+    from pipeline.data.duplicates import find_duplicates
+
+    return find_duplicates(config, distance=distance, progress=progress)
 
 
 @command(app)

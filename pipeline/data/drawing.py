@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -67,7 +67,10 @@ def _group(records: Mapping[str, ImageFiles], foreground: Mapping[str, float]) -
     for name, ids in members.items():
         has_masks = all(i in foreground for i in ids)
         area = float(np.mean([foreground[i] for i in ids])) if has_masks else None
-        groups.append(Group(name, tuple(ids), records[ids[0]].site, area))
+        # groups joined over an image that two sites have belong where most of their images lie
+        sites = Counter(records[i].site for i in ids)
+        site = min(sites, key=lambda each: (-sites[each], each))
+        groups.append(Group(name, tuple(ids), site, area))
     return groups
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.data.drawing import draw_partition
+from pipeline.data.duplicates import join_copies, name_leaks
 from pipeline.data.folder import InputFolder, scan
 from pipeline.data.images import (
     Pixels,
@@ -62,7 +63,11 @@ class PrepareResult:
 
 
 def prepare(
-    config: Config, *, with_oracle: bool = False, progress: Progress | None = None
+    config: Config,
+    *,
+    with_oracle: bool = False,
+    allow_duplicates: bool = False,
+    progress: Progress | None = None,
 ) -> PrepareResult:
     """Partition ``data.root`` and write ``cache/partition.json`` and ``cache/images/``.
 
@@ -71,6 +76,7 @@ def prepare(
     Args:
         with_oracle: also write the clients' training labels to ``cache/oracle/``, which only the
             ``oracle`` ceiling reads.
+        allow_duplicates: keep groups apart that share an image's bytes.
 
     Raises:
         DataError: an image or mask is unusable. ConfigError: the partition cannot be drawn.
@@ -83,13 +89,16 @@ def prepare(
         )
     advance = progress or (lambda *_: None)
     folder = scan(config.data.root, mask_pattern=config.data.mask_pattern)
-    partition = _plan(config, folder.images, advance)
+    partition = _plan(config, folder.images, allow_duplicates, advance)
+    name_leaks(partition)
     with writer_lock(config.cache.root / "locks" / "prepare.lock"):
         _write(config, partition, with_oracle, advance)
     return PrepareResult(partition, folder)
 
 
-def _plan(config: Config, found: Mapping[str, ImageFiles], advance: Progress) -> Partition:
+def _plan(
+    config: Config, found: Mapping[str, ImageFiles], allow_duplicates: bool, advance: Progress
+) -> Partition:
     """Check every file, and draw the partition or read it back in; writes nothing."""
     entries, foreground = dict[str, ImageEntry](), dict[str, float]()
     for i, (image_id, files) in enumerate(found.items(), start=1):
@@ -100,6 +109,8 @@ def _plan(config: Config, found: Mapping[str, ImageFiles], advance: Progress) ->
     settings = config.partition
     if settings.file is not None:
         return read_partition_file(settings.file, entries)
+    if not allow_duplicates:
+        entries = join_copies(entries)
     server, clients = draw_partition(entries, settings, seed=config.seed, foreground=foreground)
     used = {i for part in (server, *clients.values()) for _, ids in part for i in ids}
     return Partition(
