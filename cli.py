@@ -208,6 +208,8 @@ def precompute_sam(
 @command(
     app,
     name="Run (default: federate.name).",
+    scheduler=Option(metavar="ADDRESS", help="Run clients on the workers of this dask scheduler."),
+    workers=Option(min=1, help="Run clients in so many processes here."),
     resume=Option("--resume", help="Only continue; never begin anew."),
     restart=Option("--restart", help="Begin anew; an earlier run is moved aside."),
 )
@@ -215,18 +217,24 @@ def federate(
     config: "Config",
     progress: Progress,
     name: str | None = None,
+    scheduler: str | None = None,
+    workers: int | None = None,
     resume: bool = False,
     restart: bool = False,
 ) -> Result:
     """Stage two: federated rounds on the cached labels."""
     if resume and restart:
         raise ConfigError("--resume and --restart: give one of them")
+    from pipeline.cluster import choose_cluster
+    from pipeline.federation.cluster import reach
     from pipeline.federation.server import federate
     from pipeline.params import with_settings
 
     config = with_settings(config, "--name", federate={"name": name})
     mode = "resume" if resume else "restart" if restart else "auto"
-    return federate(config, mode=mode, progress=progress)
+    device = config.federate.device
+    cluster = choose_cluster(scheduler=scheduler, workers=workers, device=device)
+    return federate(config, mode=mode, progress=progress, connect=reach(cluster))
 
 
 @command(

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,14 @@ def run_child(config: Config) -> dict[str, Any]:
     result: dict[str, Any] = {"imported_mib": memory_mib("VmRSS")}
     marks: list[float] = []
 
-    def load_and_measure(contexts: Sequence[ClientContext], workplace: Workplace) -> InProcess:
+    @contextmanager
+    def load_and_measure(
+        contexts: Sequence[ClientContext], workplace: Workplace
+    ) -> Iterator[InProcess]:
         began = time.process_time()
-        engine = in_process(contexts, workplace)
-        result["load_s"] = time.process_time() - began
-        return engine
+        with in_process(contexts, workplace) as engine:
+            result["load_s"] = time.process_time() - began
+            yield engine
 
     def finished(what: str, done: int, total: int, note: str = "", /) -> None:
         if "rounds" in what:

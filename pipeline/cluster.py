@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import distributed
 import torch
 from distributed.scheduler import KilledWorker
 from distributed.utils import LoopRunner
+from pydantic import BaseModel
 
 from pipeline.errors import ConfigError, SamfedError, first_line
 from pipeline.runtime import resolve_device
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("samfed.cluster")
 
 Future = distributed.Future[Any]
+Section = TypeVar("Section", bound=BaseModel)
 
 CONNECT_SECONDS = 15.0
 WORKERS_SECONDS = 120.0  # without any worker, at the start or later, before a run gives up
@@ -38,6 +41,10 @@ _RETRIES = 3  # of a task that raised, e.g. because a file system was away for a
 _THREADS_PER_WORKER = 2  # one task reads and writes while another computes
 _HERE = "127.0.0.1"  # a scheduler runs what it is sent: nobody else may reach a local one
 _GONE = "the dask scheduler is gone; run the same command again to continue"
+
+
+class NoResultError(Exception):
+    """A task has no result yet, or lost it."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +106,37 @@ class Cluster:
                     raise  # the task's own
                 self.await_worker()
             except KilledWorker as error:
-                raise SamfedError(
-                    f"{name}: each worker that took it died; see the workers' logs, most often "
-                    "memory is short"
-                ) from error
+                raise _killed(name) from error
             except CancelledError as error:
                 raise SamfedError(f"{name}: {_GONE}") from error
+
+    def send(self, content: bytes, workers: Sequence[str]) -> Future:
+        """Bring ``content`` to each of the workers, once."""
+        with reaching_the_scheduler():
+            sent: Future = self.client.scatter(content, workers=workers, broadcast=True, hash=False)
+        return sent
+
+    def result_soon(self, future: Future, name: str) -> Any:
+        """Return a task's result, for which this waits up to ``LOOK_SECONDS``.
+
+        Raises:
+            NoResultError: there is none yet, or it was lost with its worker.
+        """
+        try:
+            return future.result(timeout=LOOK_SECONDS)
+        except TimeoutError:
+            if future.status == "error":
+                raise  # the task's own
+            raise NoResultError from None
+        except CancelledError:
+            raise NoResultError from None
+        except KilledWorker as error:
+            raise _killed(name) from error
+
+    def addresses(self) -> list[str]:
+        """Return the workers that there are."""
+        with reaching_the_scheduler():
+            return sorted(self.client.nthreads())
 
     def await_worker(self) -> None:
         """Return once there is a worker."""
@@ -116,6 +148,12 @@ class Cluster:
                     f"{WORKERS_SECONDS:g} s; what is finished is kept: see why workers stop, and "
                     "run the same command again"
                 )
+
+
+def _killed(name: str) -> SamfedError:
+    return SamfedError(
+        f"{name}: each worker that took it died; see the workers' logs, most often memory is short"
+    )
 
 
 def await_worker(client: distributed.Client, where: str, *, missing: str) -> bool:
@@ -144,6 +182,37 @@ def reaching_the_scheduler() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------- where workers are
+
+
+def absolute(section: Section) -> Section:
+    """Return settings whose paths hold in any working directory."""
+    values = {name: _absolute(value) for name, value in section}
+    return section.model_copy(update=values)
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.resolve()
+    if isinstance(value, BaseModel):
+        return absolute(value)
+    return tuple(map(_absolute, value)) if isinstance(value, tuple) else value
+
+
+def check_worker(expected: str, found: str, folders: Iterable[Path]) -> None:
+    """Check on a worker that it is fit for a run.
+
+    Raises:
+        SamfedError: it is another samfed, or does not see the coordinator's folders.
+    """
+    where = f"worker on {socket.gethostname()}"
+    if found != expected:
+        raise SamfedError(f"{where}: samfed {found}, expected {expected}; install it")
+    for folder in folders:
+        if not folder.is_dir():
+            raise SamfedError(
+                f"{where}: {folder} is not there; put data.root and cache.root on a file system "
+                "that every worker sees under the same path"
+            )
 
 
 #: Workers that are connected to, or started, when it is entered.

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from pipeline.federation.client import Client
 from pipeline.federation.inputs import ClientContext
 from pipeline.federation.messages import AnyRequest, ClientEntry, Reply
+from pipeline.federation.rounds import Engine
 from pipeline.federation.workplace import Workplace
 
+#: How clients are reached for as long as it is entered.
+Connect = Callable[[Sequence[ClientContext], Workplace], AbstractContextManager[Engine]]
 
-def in_process(contexts: Sequence[ClientContext], workplace: Workplace) -> InProcess:
+
+@contextmanager
+def in_process(contexts: Sequence[ClientContext], workplace: Workplace) -> Iterator[InProcess]:
     """Load every client into this process, where all share ``workplace``."""
-    return InProcess([Client(context, workplace) for context in contexts])
+    yield InProcess([Client(context, workplace) for context in contexts])
 
 
 class InProcess:

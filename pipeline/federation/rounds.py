@@ -29,6 +29,20 @@ class Engine(Protocol):
         """Yield the reply to each request, in the order of the requests."""
 
 
+def asked(engine: Engine, requests: Sequence[AnyRequest]) -> Iterator[tuple[AnyRequest, Reply]]:
+    """Yield each request with its reply.
+
+    A reply in another client's name, or to another round, becomes one with a fault.
+    """
+    for request, reply in zip(requests, engine.run(requests), strict=True):
+        expected = request.client, request.round_number
+        if (reply.client, reply.round_number) == expected:
+            yield request, reply
+        else:
+            found = f"it answers as {reply.client} in round {reply.round_number}"
+            yield request, request.reply(fault=found)
+
+
 @dataclass
 class Round:
     """What is known when a round begins, and what its clients have reported so far."""
@@ -56,7 +70,7 @@ class Round:
 
         Its metrics, the client's seconds, and the tensors' bytes either way go to the reports.
         """
-        for request, reply in zip(requests, self.engine.run(requests), strict=True):
+        for request, reply in asked(self.engine, requests):
             report = self.reports.setdefault(reply.client, {})
             report |= reply.metrics | {
                 "images": reply.images,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,20 +18,18 @@ from pipeline.federation.diagnostics import (
     round_note,
     round_warnings,
 )
-from pipeline.federation.engines import in_process
+from pipeline.federation.engines import Connect, in_process
 from pipeline.federation.exchange import Exchange
-from pipeline.federation.inputs import ClientContext, RunInputs, load_inputs
+from pipeline.federation.inputs import RunInputs, load_inputs
 from pipeline.federation.messages import EvaluateRequest, Reply
 from pipeline.federation.pretraining import first_model
-from pipeline.federation.rounds import Engine, Round, Strategy
+from pipeline.federation.rounds import Engine, Round, Strategy, asked
 from pipeline.federation.runs import Checkpoint, RunFolder
 from pipeline.federation.schedule import Progress, Rates, participants
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.runtime import resolve_device, torch_threads
 
 log = logging.getLogger("samfed.federation")
-
-Connect = Callable[[Sequence[ClientContext], Workplace], Engine]
 
 
 def federate(
@@ -58,20 +56,22 @@ def federate(
     networks = build_networks(config, resolve_device(config.federate.device))
     inputs = load_inputs(config)
     workplace = Workplace(config, inputs.public, networks)
-    engine = connect(inputs.contexts, workplace)
     cache, name = config.cache.root, config.federate.name
     run = RunFolder(cache / "runs" / name)
     strategy: Strategy = (
-        Exchange(config, workplace, len(engine.entries))
+        Exchange(config, workplace, len(inputs.contexts))
         if config.heterogeneous
         else Averaging(config, workplace, run.path / "updates")
     )
-    server = Server(config, inputs, strategy, engine, run)
-    with writer_lock(cache / "locks" / f"run-{name}.lock"), torch_threads(config.federate.threads):
+    with (
+        writer_lock(cache / "locks" / f"run-{name}.lock"),
+        torch_threads(config.federate.threads),
+        connect(inputs.contexts, workplace) as engine,
+    ):
         notice = run.begin(config, inputs.fingerprint, mode=mode, archive=cache / "archive/runs")
         if notice:
             log.warning(notice)
-        server.run_all(progress)
+        Server(config, inputs, strategy, engine, run).run_all(progress)
     return run
 
 
@@ -158,17 +158,22 @@ class Server:
     def _evaluate(self, after: Checkpoint, names: Sequence[str], **ask: Any) -> Iterator[Reply]:
         """Ask clients to score the models as they are after a round."""
         weights = self.strategy.shared(after.weights)
-        return self.engine.run(
+        requests = [
             EvaluateRequest(**after.address(name, after.round), weights=weights, **ask)
             for name in names
-        )
+        ]
+        for _, reply in asked(self.engine, requests):
+            yield reply
 
     def _validate(self, after: Checkpoint) -> dict[str, Any]:
         """Return the mean Dice over all validation images, and each client's."""
-        asked = [entry.name for entry in self.engine.entries if entry.val_images]
+        names = [entry.name for entry in self.engine.entries if entry.val_images]
         scores: dict[str, float] = {}
         images = total = 0.0
-        for reply in self._evaluate(after, asked, part="val"):
+        for reply in self._evaluate(after, names, part="val"):
+            if reply.fault:
+                log.warning("%s: validation score rejected, %s", reply.client, reply.fault)
+                continue
             scores[reply.client] = dice = reply.metrics.get("dice") or 0.0
             images, total = images + reply.images, total + dice * reply.images
         return {"dice": total / images if images else None, "clients": scores}

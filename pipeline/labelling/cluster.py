@@ -8,7 +8,6 @@ marked done by the coordinator, which holds the stores' locks.
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from functools import partial
 import torch
 
 from pipeline import __version__
-from pipeline.cluster import Cluster
+from pipeline.cluster import Cluster, absolute, check_worker
 from pipeline.config import Config
 from pipeline.disk import file_sha256
-from pipeline.errors import DataError, SamfedError
+from pipeline.errors import DataError
 from pipeline.labelling.backoff import TeacherBackend
 from pipeline.labelling.job import Job, Meter, load_job, store_path
 from pipeline.labelling.quality import Statistics, measure_owner
@@ -71,13 +70,10 @@ class DaskExecutor:
 
 def _for_workers(config: Config, threads: int | None, device: str | None) -> Config:
     """Return the settings with paths that hold in any working directory."""
-    data = config.data.model_copy(update={"root": config.data.root.resolve()})
-    cache = config.cache.model_copy(update={"root": config.cache.root.resolve()})
-    checkpoint = config.sam.checkpoint.resolve() if config.sam.checkpoint is not None else None
-    sam = config.sam.model_copy(update={"checkpoint": checkpoint})
+    config = absolute(config)
     run = config.precompute
     run = run.model_copy(update={"threads": run.threads or threads, "device": device or run.device})
-    return config.model_copy(update={"data": data, "cache": cache, "sam": sam, "precompute": run})
+    return config.model_copy(update={"precompute": run})
 
 
 # --------------------------------------------------------------------------- on a worker
@@ -111,18 +107,9 @@ def run_statistics(order: Order, owner: str) -> tuple[str, Statistics | DataErro
 
 def _loaded_for(order: Order, owner: str) -> tuple[Job, TeacherBackend]:
     """Return the job and the teacher, once this worker is fit for them; pins torch's threads."""
-    host = socket.gethostname()
-    if order.version != __version__:
-        raise SamfedError(
-            f"worker on {host}: samfed {__version__}, expected {order.version}; install it"
-        )
     config = Config.model_validate_json(order.settings)
-    for path in (config.data.root, store_path(config.cache.root, owner)):
-        if not path.is_dir():
-            raise SamfedError(
-                f"worker on {host}: {path} is not there; put data.root and cache.root on a file "
-                "system that every worker sees under the same path"
-            )
+    folders = [config.data.root, store_path(config.cache.root, owner)]
+    check_worker(order.version, __version__, folders)
     if config.precompute.threads is not None:
         torch.set_num_threads(config.precompute.threads)
     with _loading:

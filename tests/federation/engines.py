@@ -1,4 +1,4 @@
-"""Engines for tests: what crosses can be seen, changed, and sent through another process."""
+"""Runs and engines for tests: what crosses can be seen, changed, or sent to another process."""
 
 from __future__ import annotations
 
@@ -6,17 +6,40 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from pipeline.config import Config, NetworkConfig
 from pipeline.federation.client import Client
 from pipeline.federation.engines import InProcess, in_process
 from pipeline.federation.inputs import ClientContext, load_public
 from pipeline.federation.messages import AnyRequest, ClientEntry, Reply
+from pipeline.federation.runs import RunFolder
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.runtime import resolve_device
 from pipeline.stores.plain_data import from_bytes, to_bytes
+
+SMALL = {"encoder_depth": 3, "decoder_channels": (16, 8, 8)}
+NETWORKS = (NetworkConfig(**SMALL), NetworkConfig(encoder="tu-resnet10t", **SMALL))
+
+
+def changed(config: Config, name: str, *, own: bool = False, **federate: Any) -> Config:
+    """Return settings of a run called ``name``, with equal networks or two in turn."""
+    settings = {"name": name, "fusion_epochs": 1, **federate}
+    return config.model_copy(
+        update={
+            "federate": config.federate.model_copy(update=settings),
+            "model": config.model.model_copy(update={"clients": NETWORKS if own else ()}),
+        }
+    )
+
+
+def models(run: RunFolder) -> dict[str, bytes]:
+    """Return the final models that lie in a run's folder."""
+    return {path.name: path.read_bytes() for path in (run.path / "models").iterdir()}
+
 
 Change = Callable[[AnyRequest, Reply], Reply]
 
@@ -28,11 +51,12 @@ class Watched:
     change: Change = lambda request, reply: reply
     seen: list[tuple[AnyRequest, Reply]] = field(default_factory=list)
 
-    def connect(self, contexts: Sequence[ClientContext], workplace: Workplace) -> Watched:
+    @contextmanager
+    def connect(self, contexts: Sequence[ClientContext], workplace: Workplace) -> Iterator[Watched]:
         """Load the clients; pass this as ``federate(..., connect=)``."""
-        self._inner = in_process(contexts, workplace)
-        self.entries: Sequence[ClientEntry] = self._inner.entries
-        return self
+        with in_process(contexts, workplace) as self._inner:
+            self.entries: Sequence[ClientEntry] = self._inner.entries
+            yield self
 
     def run(self, requests: Iterable[AnyRequest]) -> Iterator[Reply]:
         """Yield the replies, changed."""

@@ -5,45 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import Remote, Site, Watched
+from engines import Remote, Site, Watched, changed, models
 from torch import Tensor
 
-from pipeline.config import Config, NetworkConfig
+from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.errors import NotFiniteError, SamfedError
 from pipeline.federation.engines import in_process
 from pipeline.federation.inputs import ClientContext
 from pipeline.federation.messages import AnyRequest, FitRequest, Reply
-from pipeline.federation.runs import RunFolder
 from pipeline.federation.server import federate
 from pipeline.federation.workplace import Workplace
 from pipeline.segmentation.networks import State
 
 CLIENT = "site_b"
-SMALL = {"encoder_depth": 3, "decoder_channels": (16, 8, 8)}
-NETWORKS = (NetworkConfig(**SMALL), NetworkConfig(encoder="tu-resnet10t", **SMALL))
-
-
-def changed(config: Config, name: str, *, own: bool = False, **federate: Any) -> Config:
-    """Return settings of a run called ``name``, with equal networks or two in turn."""
-    settings = {"name": name, "fusion_epochs": 1, **federate}
-    return config.model_copy(
-        update={
-            "federate": config.federate.model_copy(update=settings),
-            "model": config.model.model_copy(update={"clients": NETWORKS if own else ()}),
-        }
-    )
-
-
-def models(run: RunFolder) -> dict[str, bytes]:
-    """Return the final models that lie in a run's folder."""
-    return {path.name: path.read_bytes() for path in (run.path / "models").iterdir()}
 
 
 # ----------------------------------------------------------------------- another process
@@ -69,11 +51,13 @@ def test_a_client_elsewhere_gives_the_same_bytes(
     process, folder = site
     here = federate(changed(labelled, "here", own=own))
 
-    def connect(contexts: Sequence[ClientContext], workplace: Workplace) -> Remote:
+    @contextmanager
+    def connect(contexts: Sequence[ClientContext], workplace: Workplace) -> Iterator[Remote]:
         (context,) = (each for each in contexts if each.name == CLIENT)
         cache = context.config.cache.model_copy(update={"root": Path("cache")})
         config = context.config.model_copy(update={"cache": cache})
-        return Remote(process, replace(context, config=config), in_process(contexts, workplace))
+        with in_process(contexts, workplace) as others:
+            yield Remote(process, replace(context, config=config), others)
 
     name = f"there_{own}"
     there = federate(changed(labelled, name, own=own), connect=connect)
@@ -241,6 +225,19 @@ def test_an_update_that_does_not_fit_is_rejected_and_named(
     assert checkpoint is not None
     assert CLIENT not in checkpoint.client_rounds
     assert not (run.path / "updates").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [({"client": "site_a"}, "site_a in round 1"), ({"round_number": 0}, f"{CLIENT} in round 0")],
+)
+def test_a_reply_in_anothers_name_or_to_another_round_is_rejected(
+    labelled: Config, change: dict[str, Any], found: str
+) -> None:
+    forged = Watched(lambda request, reply: replace(reply, **change) if _is(reply) else reply)
+    run = federate(changed(labelled, "forged", rounds=1), connect=forged.connect)
+    warnings = [w for w in run.history()[0]["warnings"] if "rejected" in w]
+    assert warnings == [f"{CLIENT}: update rejected, it answers as {found}"]
 
 
 def test_a_client_rejected_for_long_goes_on_from_its_last_accepted_round(labelled: Config) -> None:

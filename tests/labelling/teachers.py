@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -111,21 +111,6 @@ def run(config: Config, teacher: FakeTeacher, *, measured: bool = True) -> Stage
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch, teacher, measured=measured)
         return precompute(config)
-
-
-@contextmanager
-def thread_workers() -> Iterator[distributed.Client]:
-    """Start a dask scheduler and one worker, threads of this process; yield their client.
-
-    The worker loads the teacher by itself, as one in another process would.
-    """
-    with (
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
-        ) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
 
 
 def on_workers(client: distributed.Client) -> Workers:

@@ -18,6 +18,7 @@ import dask
 import distributed
 import pytest
 from conftest import ADAPTED, call, copy_cache, tiny_config, write_params
+from dask_processes import ROOT, Workers
 from teachers import content
 
 from pipeline.cluster import connect, local_cluster
@@ -31,8 +32,6 @@ from pipeline.labelling.job import owner_images, store_lock
 from pipeline.labelling.precompute import precompute
 from pipeline.sam.finetune import finetune
 from pipeline.stores.label_store import LabelStore
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -63,39 +62,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def config(prepared: Config, tmp_path: Path) -> Config:
     """The same partition and teacher, nothing labelled."""
     return copy_cache(prepared, tmp_path / "cache", ADAPTED)
-
-
-class Workers:
-    """A dask scheduler and workers, each a process that the command line starts."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / "scheduler.json"
-        self.processes = [
-            self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
-        ]
-        self.address = ""
-
-    def _start(self, role: str, *options: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "dask", role, "--scheduler-file", str(self.file)]
-        command += ["--host", "127.0.0.1", "--no-dashboard"]
-        return subprocess.Popen(
-            [*command, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-
-    def add(self, count: int) -> list[subprocess.Popen[bytes]]:
-        options = ("--no-nanny", "--nthreads", "1", "--death-timeout", "60")
-        new = [self._start("worker", *options) for _ in range(count)]
-        self.processes += new
-        while not self.file.is_file():
-            assert self.processes[0].poll() is None, "the scheduler died"
-            time.sleep(0.1)
-        self.address = json.loads(self.file.read_text())["address"]
-        return new
-
-    def stop(self) -> None:
-        for process in reversed(self.processes):
-            process.kill()
-            process.wait()
 
 
 @pytest.fixture

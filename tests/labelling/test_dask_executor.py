@@ -10,7 +10,8 @@ from pathlib import Path
 import distributed
 import pytest
 from conftest import tiny_config
-from teachers import FakeTeacher, content, on_workers, run, stand_in, thread_workers, write_noise
+from dask_processes import thread_workers
+from teachers import FakeTeacher, content, on_workers, run, stand_in, write_noise
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition

@@ -22,8 +22,9 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import Project, answer, build_once, fails, listing
+from dask_processes import thread_workers
 from numpy.typing import NDArray
-from teachers import on_workers, thread_workers
+from teachers import on_workers
 
 from pipeline.data.partition import load_partition
 from pipeline.disk import file_sha256, write_json, writer_lock

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from dask_processes import thread_workers
 from numpy.typing import NDArray
-from teachers import content, on_workers, thread_workers
+from teachers import content, on_workers
 from torch import Tensor
 
 from pipeline.config import Config, SamConfig

@@ -1,0 +1,261 @@
+"""Stage two on dask: every client has its place on a worker, where its data is loaded once.
+
+Workers see ``cache.root`` under the coordinator's path, and read a client's stores and its private
+state there. What many requests have in common, above all the broadcast weights, goes to each worker
+once. A lost worker's clients get another place, and their requests are answered again: a client
+that is asked the same gives the same answer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from itertools import islice
+from uuid import uuid4
+
+from pipeline import __version__
+from pipeline.cluster import Cluster, Future, NoResultError, Workers, absolute, check_worker
+from pipeline.config import Config
+from pipeline.errors import SamfedError
+from pipeline.federation.client import Client
+from pipeline.federation.engines import Connect, in_process
+from pipeline.federation.inputs import RESULT_VERSION, ClientContext, load_public
+from pipeline.federation.messages import AnyRequest, ClientEntry, Reply
+from pipeline.federation.rounds import Engine
+from pipeline.federation.workplace import Workplace, build_networks
+from pipeline.runtime import resolve_device, torch_threads
+from pipeline.stores.plain_data import from_bytes, to_bytes
+
+_AHEAD = 4  # requests that a worker has before their replies are asked for
+_LOSSES = 3  # of the worker that a request is with, before the request is taken for the reason
+_ADDRESS = {"client", "state_round"}  # the fields of a request that differ from client to client
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every task of a run says, so that a worker can refuse it or find what it loaded."""
+
+    token: str = field(default_factory=lambda: uuid4().hex)
+    version: str = f"{__version__} (results of version {RESULT_VERSION})"
+
+
+def reach(workers: Workers | None) -> Connect:
+    """Return how to reach clients on ``workers``, entered for the run; None is this process."""
+    return in_process if workers is None else partial(_on_cluster, workers)
+
+
+@contextmanager
+def _on_cluster(
+    workers: Workers, contexts: Sequence[ClientContext], workplace: Workplace
+) -> Iterator[Engine]:
+    with workers as cluster:
+        engine = DaskEngine(cluster, contexts)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+@dataclass
+class _Task:
+    """A request on its way."""
+
+    name: str  # the client's
+    request: AnyRequest | None  # None asks for the client's entry
+    future: Future
+    losses: int = 0
+
+
+class DaskEngine:
+    """Runs each client on its worker; replies come in the order of the requests.
+
+    Every method raises SamfedError: a client's own; the scheduler is gone, or had no worker for
+    ``WORKERS_SECONDS``; one request lost its worker again and again.
+    """
+
+    def __init__(self, cluster: Cluster, contexts: Sequence[ClientContext]) -> None:
+        """Load every client on its worker."""
+        self._cluster, self._run = cluster, self.new_run()
+        self._contexts = {
+            context.name: _for_workers(context, cluster).to_json() for context in contexts
+        }
+        self._places: dict[str, str] = {}  # a client's worker
+        self._sent: tuple[AnyRequest, Future] | None = None  # the last body, and a request with it
+        replies = self._answers((name, None) for name in self._contexts)
+        self.entries: Sequence[ClientEntry] = [from_bytes(each, ClientEntry) for each in replies]
+
+    @staticmethod
+    def new_run() -> Run:
+        """Return what the tasks of a new run say."""
+        return Run()
+
+    def run(self, requests: Iterable[AnyRequest]) -> Iterator[Reply]:
+        """Yield the reply to each request, in the order of the requests."""
+        for content in self._answers((request.client, request) for request in requests):
+            yield from_bytes(content, Reply)
+
+    def close(self) -> None:
+        """Let the workers forget the run's clients."""
+        self._sent = None
+        with suppress(OSError, CancelledError, SamfedError):  # a scheduler that is gone has none
+            self._cluster.client.run(forget, self._run, on_error="ignore")
+
+    def _answers(self, asked: Iterable[tuple[str, AnyRequest | None]]) -> Iterator[bytes]:
+        """Yield the bytes of each answer; few requests are on their way at once."""
+        self._place(self._cluster.addresses())
+        asked, waiting = iter(asked), deque[_Task]()
+        try:
+            while True:
+                room = _AHEAD * len(set(self._places.values())) - len(waiting)
+                for name, request in islice(asked, max(0, room)):
+                    waiting.append(_Task(name, request, self._submit(name, request)))
+                if not waiting:
+                    return
+                yield self._first_answer(waiting)
+                waiting.popleft()
+        finally:
+            with suppress(OSError, CancelledError):  # a scheduler that is gone runs nothing
+                self._cluster.client.cancel([task.future for task in waiting])
+
+    def _first_answer(self, waiting: Sequence[_Task]) -> bytes:
+        """Return the first task's answer; meanwhile send again what lost its worker."""
+        while True:
+            try:
+                content: bytes = self._cluster.result_soon(waiting[0].future, waiting[0].name)
+                return content
+            except NoResultError:
+                self._find_lost(waiting)
+
+    def _find_lost(self, waiting: Iterable[_Task]) -> None:
+        """Send anew each task whose worker is gone, or what went to it with the task."""
+        self._cluster.await_worker()
+        before, alive = dict(self._places), self._cluster.addresses()
+        self._place(alive)
+        for task in waiting:
+            if before[task.name] in alive and task.future.status not in ("cancelled", "lost"):
+                continue
+            task.losses += 1
+            if task.losses > _LOSSES:
+                raise SamfedError(
+                    f"{task.name}: {task.losses} workers died that it ran on; see their logs, most "
+                    "often memory is short"
+                )
+            task.future.cancel()
+            task.future = self._submit(task.name, task.request)
+
+    def _place(self, alive: Sequence[str]) -> None:
+        """Give every client a worker that is there, evenly; who has one that is there keeps it."""
+        most = -(-len(self._contexts) // len(alive))
+        load: Counter[str] = Counter(dict.fromkeys(alive, 0))
+        places = dict[str, str]()
+        for name, place in self._places.items():
+            if place in load and load[place] < most:
+                places[name] = place
+                load[place] += 1
+        for name in self._contexts:
+            if name not in places:
+                places[name] = min(load, key=load.__getitem__)
+                load[places[name]] += 1
+        if set(alive) != set(self._places.values()):
+            self._sent = None  # it went to the workers that there were
+        self._places = places
+
+    def _submit(self, name: str, request: AnyRequest | None) -> Future:
+        body, state_round = (None, 0) if request is None else self._body(request)
+        return self._cluster.client.submit(
+            answer,
+            self._run,
+            self._contexts[name],
+            body,
+            state_round,
+            workers=[self._places[name]],
+            pure=False,
+        )
+
+    def _body(self, request: AnyRequest) -> tuple[Future, int]:
+        """Return what requests to many clients have in common, which each worker gets once."""
+        if self._sent is None or not _same_body(self._sent[0], request):
+            content = to_bytes(replace(request, client="", state_round=0))
+            workers = sorted(set(self._places.values()))
+            self._sent = request, self._cluster.send(content, workers)
+        return self._sent[1], request.state_round
+
+
+def _same_body(one: AnyRequest, other: AnyRequest) -> bool:
+    """Return whether two requests say the same but for their address; tensors count by identity."""
+    names = {each.name for each in fields(one)} - _ADDRESS
+    pairs = [(getattr(one, name), getattr(other, name)) for name in names if hasattr(other, name)]
+    return type(one) is type(other) and all(
+        a is b or (isinstance(a, int | str) and a == b) for a, b in pairs
+    )
+
+
+def _for_workers(context: ClientContext, cluster: Cluster) -> ClientContext:
+    """Return the context with paths and a device that hold on the workers."""
+    config = absolute(context.config)
+    federate = config.federate.model_copy(
+        update={"device": cluster.device or config.federate.device}
+    )
+    return replace(context, config=config.model_copy(update={"federate": federate}))
+
+
+# --------------------------------------------------------------------------- on a worker
+
+
+class _Site:
+    """The clients of one run on this worker, and what they share."""
+
+    def __init__(self, run: Run, context: ClientContext) -> None:
+        config = context.config
+        check_worker(run.version, Run().version, [config.cache.root / "images"])
+        networks = build_networks(config, resolve_device(config.federate.device))
+        self.workplace = Workplace(config, load_public(context), networks)
+        self.clients: dict[bytes, tuple[Client, Config]] = {}
+        self._body: tuple[bytes, AnyRequest] | None = None
+
+    def client(self, content: bytes) -> tuple[Client, Config]:
+        """Return the client of this context; its data is loaded once."""
+        if content not in self.clients:
+            context = ClientContext.from_json(content)
+            self.clients[content] = Client(context, self.workplace), context.config
+        return self.clients[content]
+
+    def request(self, body: bytes) -> AnyRequest:
+        """Return what a body says; the last one is kept, as many clients get the same."""
+        if self._body is None or self._body[0] is not body:
+            self._body = body, from_bytes(body, AnyRequest)
+        return self._body[1]
+
+
+_turn = threading.Lock()  # clients of one process take turns
+_sites: dict[Run, _Site] = {}  # the last run's
+
+
+def answer(run: Run, context: bytes, body: bytes | None, state_round: int) -> bytes:
+    """Return a client's reply, or its entry where there is no body.
+
+    Raises:
+        SamfedError: this worker runs another samfed, or does not see the coordinator's files.
+    """
+    with _turn:
+        if run not in _sites:
+            _sites.clear()
+            _sites[run] = _Site(run, ClientContext.from_json(context))
+        site = _sites[run]
+        client, config = site.client(context)
+        if body is None:
+            return to_bytes(client.entry)
+        request = replace(site.request(body), client=client.entry.name, state_round=state_round)
+        with torch_threads(config.federate.threads):
+            return to_bytes(client.answer(request))
+
+
+def forget(run: Run) -> None:
+    """Drop what this worker has loaded for a run."""
+    with _turn:
+        _sites.pop(run, None)

@@ -1,0 +1,143 @@
+"""Stage two on dask workers: the same bytes, one of them killed, and what stays where it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import distributed
+import pytest
+from conftest import call, digest, write_params
+from dask_processes import Workers, thread_workers
+from engines import changed, models
+
+from pipeline.cluster import Cluster, connect
+from pipeline.config import Config
+from pipeline.errors import SamfedError
+from pipeline.federation import cluster as on_dask
+from pipeline.federation.client import Client
+from pipeline.federation.cluster import DaskEngine, reach
+from pipeline.federation.inputs import load_inputs
+from pipeline.federation.messages import EvaluateRequest
+from pipeline.federation.runs import RunFolder
+from pipeline.federation.server import federate
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """A scheduler and two workers; the last test that uses them ends the scheduler."""
+    started = Workers(tmp_path_factory.mktemp("dask"))
+    started.add(2)
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def threads() -> Iterator[distributed.Client]:
+    with thread_workers(2) as client:
+        yield client
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_processes_give_the_same_bytes_though_one_is_killed(
+    labelled: Config, workers: Workers, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    monkeypatch.setattr("pipeline.cluster.LOOK_SECONDS", 0.5)
+    here = federate(changed(labelled, "here", own=own))
+    killed = workers.processes[-1]
+
+    def kill(what: str, done: int, total: int, note: str = "", /) -> None:
+        if "rounds" in what and done == 1 and not own:  # once is enough
+            killed.kill()
+            killed.wait()
+            workers.add(1)
+
+    config = changed(labelled, "there", own=own)
+    there = federate(config, connect=reach(connect(workers.address)), progress=kill)
+    assert models(there) == models(here)
+    assert digest(there.path / "clients") == digest(here.path / "clients")
+    assert [entry["val"] for entry in there.history()] == [e["val"] for e in here.history()]
+
+
+def test_the_command_line(labelled: Config, workers: Workers, tmp_path: Path) -> None:
+    params = write_params(tmp_path / "params.yaml", changed(labelled, "cli", rounds=1))
+    both = call("federate", "--params", params, "--workers", "2", "--scheduler", "tcp://x:1")
+    assert both.exit_code == 2
+    assert "--scheduler and --workers: give one of them" in both.output
+    result = call("federate", "--params", params, "--scheduler", workers.address)
+    assert result.exit_code == 0, result.output
+    here = federate(changed(labelled, "cli_here", rounds=1))
+    assert models(RunFolder(labelled.cache.root / "runs/cli")) == models(here)
+
+
+def test_a_lost_scheduler_is_one_line(labelled: Config, workers: Workers) -> None:
+    def stop(what: str, done: int, total: int, note: str = "", /) -> None:
+        if "rounds" in what:
+            os.kill(workers.processes[0].pid, signal.SIGKILL)
+
+    config = changed(labelled, "lost")
+    with pytest.raises(SamfedError, match="the dask scheduler is gone; run the same command again"):
+        federate(config, connect=reach(connect(workers.address)), progress=stop)
+    again, straight = federate(config), federate(changed(labelled, "straight"))
+    assert models(again) == models(straight)
+
+
+def test_a_clients_data_is_loaded_once_and_what_is_shared_travels_once(
+    labelled: Config, threads: distributed.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    sent: list[int] = []
+
+    class Loaded(Client):
+        def __init__(self, context, workplace) -> None:  # type: ignore[no-untyped-def]
+            loaded.append(context.name)
+            super().__init__(context, workplace)
+
+    class Sending(Cluster):
+        def send(self, content: bytes, workers) -> distributed.Future:  # type: ignore[no-untyped-def]
+            sent.append(len(workers))
+            return super().send(content, workers)
+
+    monkeypatch.setattr(on_dask, "Client", Loaded)
+    config = changed(labelled, "once", rounds=3)
+    federate(config, connect=reach(nullcontext(Sending(threads))))
+    names = [context.name for context in load_inputs(config).contexts]
+    assert sorted(loaded) == sorted(names)
+    # the weights of three rounds, to be trained and to be scored, and of the end
+    assert sent == [2] * 7
+
+
+def test_replies_come_in_the_order_of_requests_from_workers_that_change(
+    labelled: Config, threads: distributed.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.cluster.LOOK_SECONDS", 0.1)
+    config = changed(labelled, "order")
+    weights = federate(config).load_checkpoint()
+    assert weights is not None
+    engine = DaskEngine(Cluster(threads), load_inputs(config).contexts)
+    names = [entry.name for entry in engine.entries]
+    for count in (2, 1, 2):
+        threads.cluster.scale(count)
+        while len(threads.nthreads()) != count:
+            pass
+        requests = [
+            EvaluateRequest(**weights.address(name, 3), part="test", weights=weights.weights)
+            for name in [*names, *reversed(names)]
+        ]
+        replies = list(engine.run(requests))
+        assert [reply.client for reply in replies] == [request.client for request in requests]
+        scores = {(reply.client, reply.metrics["dice"]) for reply in replies}
+        assert len(scores) == len(names)
+    engine.close()
+
+
+def test_a_worker_of_another_version_is_refused(
+    labelled: Config, threads: distributed.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = on_dask.Run(version="0.0.1 (results of version 0)")
+    monkeypatch.setattr(DaskEngine, "new_run", staticmethod(lambda: old))
+    with pytest.raises(SamfedError, match=r"expected 0.0.1 \(results of version 0\); install it"):
+        federate(changed(labelled, "version"), connect=reach(nullcontext(Cluster(threads))))
