@@ -59,6 +59,17 @@ def draw_partition(
     return _thin(server, config, seed), clients
 
 
+def draw_calibration(
+    records: Mapping[str, ImageFiles], config: PartitionConfig, *, seed: int
+) -> ServerPart:
+    """Draw the calibration part of a public set that is given as a whole."""
+    groups = _group(records, dict.fromkeys(records, 0.0))
+    whole = config.model_copy(update={"server_site": None, "server_images": len(records)})
+    train, calibration = _draw_server(groups, whole, np.random.default_rng([seed, 1]))
+    server = ServerPart(train=_ids(train), calibration=_ids(calibration))
+    return _thin(server, config, seed)
+
+
 def _group(records: Mapping[str, ImageFiles], foreground: Mapping[str, float]) -> Groups:
     members: dict[str, list[str]] = defaultdict(list)
     for image_id, record in records.items():

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.disk import is_folder_name, read_json, write_json
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.stores.label_store import RowKey
 
 FORMAT = 1
@@ -51,6 +51,12 @@ class ImageEntry(ImageFiles):
 
     image_sha256: Sha256
     mask_sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ImageEntry:
+        if self.mask is not None and self.mask_sha256 is None:
+            raise ValueError("found a mask without its mask_sha256")
+        return self
 
 
 class ServerPart(_Model):
@@ -113,9 +119,18 @@ def load_partition(path: Path) -> Partition:
         key = ".".join(str(part) for part in first["loc"]) or "(top level)"
         fault = first["msg"].removeprefix("Value error, ")
         raise DataError(f"{path}: {key}: {fault}; expected a samfed partition") from error
-    wrong = _fault(partition)
-    if wrong is not None:
-        raise DataError(f"{path}: {wrong}")
+    return check(path, partition)
+
+
+def check(path: Path, partition: Partition) -> Partition:
+    """Return a partition in which each image and each group is in one part.
+
+    Raises:
+        DataError: it is not so; the error names ``path``, where it is from.
+    """
+    fault = _fault(partition)
+    if fault is not None:
+        raise DataError(f"{path}: {fault}")
     return partition
 
 
@@ -123,10 +138,8 @@ def read_partition_file(path: Path, entries: Mapping[str, ImageEntry]) -> Partit
     """Read a published partition back in; its images must be among ``entries``, with its digests.
 
     Raises:
-        ConfigError: no such file. DataError: it is no partition, or an image is missing or another.
+        DataError: it is no partition, or an image is missing or another.
     """
-    if not path.is_file():
-        raise ConfigError(f"partition.file: {path} does not exist")
     partition = load_partition(path)
     for image_id, expected in partition.images.items():
         if image_id not in entries:

@@ -24,9 +24,9 @@ from pipeline.data.partition import (
     ImageEntry,
     ImageFiles,
     Partition,
-    read_partition_file,
     save_partition,
 )
+from pipeline.data.published import read_published
 from pipeline.disk import flush, writer_lock
 from pipeline.errors import ConfigError
 from pipeline.folders import discard, folder_beside
@@ -108,7 +108,7 @@ def _plan(
         advance("checking images", i, len(found))
     settings = config.partition
     if settings.file is not None:
-        return read_partition_file(settings.file, entries)
+        return read_published(settings.file, entries, config)
     if not allow_duplicates:
         entries = join_copies(entries)
     server, clients = draw_partition(entries, settings, seed=config.seed, foreground=foreground)

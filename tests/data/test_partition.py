@@ -44,6 +44,7 @@ def make_records(groups: list[tuple[str, int, int]]) -> Records:
                 image=f"images/{name}.png",
                 image_sha256="0" * 64,
                 mask=mask,
+                mask_sha256=mask and "1" * 64,
                 site=site,
                 group=f"{site}/g{number:02d}",
             )
@@ -310,9 +311,6 @@ def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(StageError) as stage:
         load_partition(path)
     assert str(stage.value) == f"{path}: not found; run `samfed prepare` first"
-    with pytest.raises(ConfigError) as config:
-        read_partition_file(path, {})
-    assert str(config.value) == f"partition.file: {path} does not exist"
 
 
 def _client(raw: dict[str, Any]) -> dict[str, Any]:
@@ -389,6 +387,12 @@ def _no_mask_digest(raw: dict[str, Any]) -> str:
     return f"images.{image_id}.mask_sha256: {SHA256_PATTERN}"
 
 
+def _mask_without_digest(raw: dict[str, Any]) -> str:
+    image_id = raw["server"]["train"][0]
+    raw["images"][image_id]["mask_sha256"] = None
+    return f"images.{image_id}: found a mask without its mask_sha256; expected a samfed partition"
+
+
 def _no_path(raw: dict[str, Any]) -> str:
     image_id = raw["server"]["train"][0]
     raw["images"][image_id]["image"] = "images/\0.png"
@@ -429,6 +433,7 @@ def test_a_file_outside_of_the_data_is_refused(
     [
         _no_digest,
         _no_mask_digest,
+        _mask_without_digest,
         _no_path,
         _in_two_parts,
         _twice_in_one_part,
