@@ -31,8 +31,8 @@ from pipeline.data.importers.volumes import (
     find_nifti,
     read_slices,
 )
-from pipeline.disk import folder_beside
 from pipeline.errors import ConfigError, DataError
+from pipeline.folders import folder_beside
 from pipeline.progress import Progress
 
 _SILENT: Progress = lambda *_: None  # noqa: E731
