@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from conftest import Project, answer, call, fails, listing
 
+from pipeline.console import command
 from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError
 
 with warnings.catch_warnings():  # typer < 0.21 imports names that click 8.5 calls deprecated
     warnings.simplefilter("ignore", DeprecationWarning)
     from typer.main import get_command
+    from typer.testing import CliRunner
 
     import cli
 
@@ -500,6 +503,22 @@ def test_an_image_changed_after_prepare(project: Project) -> None:
     assert said["labelled"] == len(partition["clients"]["site_a"]["train"]) - 1
     text = fails(4, "federate", *project.options)
     assert text.endswith(" rows are labelled; run `samfed precompute-sam` to finish it")
+
+
+def test_json_has_no_bare_nan() -> None:
+    """Which no reader of JSON but Python's would take."""
+
+    class Odd:
+        def text(self) -> str:
+            return "nan"
+
+        def as_json(self) -> dict[str, Any]:
+            return {"dice": float("nan"), "interval": [0.5, float("inf")]}
+
+    app = typer.Typer()
+    command(app, params_file=False)(lambda config: Odd())
+    result = CliRunner().invoke(app, ["--json"])
+    assert result.stdout == '{"dice": null, "interval": [0.5, null]}\n'
 
 
 def test_debug_shows_the_exception(tmp_path: Path) -> None:

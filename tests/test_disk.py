@@ -22,6 +22,7 @@ from pipeline.disk import (
     flush_tree,
     naming,
     read_json,
+    to_json,
     tree_bytes,
     unlock,
     write_bytes,
@@ -217,6 +218,17 @@ def test_json_round_trip_and_errors(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="not valid JSON") as caught:
             read_json(path, stage="prepare")
         assert "\n" not in str(caught.value)
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    value = {"a": [1.5, float("nan"), (float("-inf"), None)], "b": {"c": float("inf"), "d": True}}
+    write_json(tmp_path / "file", value)
+    text = (tmp_path / "file").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": [1.5, None, [None, None]],
+        "b": {"c": None, "d": True},
+    }
+    assert to_json({"b": 1, "a": 0.1}, sort_keys=False) == '{"b": 1, "a": 0.1}'
 
 
 def test_a_folder_is_discarded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

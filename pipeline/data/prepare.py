@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from pipeline.data.partition import (
     save_partition,
 )
 from pipeline.data.published import read_published
-from pipeline.disk import flush, writer_lock
+from pipeline.disk import flush, real, write_bytes, writer_lock
 from pipeline.errors import ConfigError
 from pipeline.folders import discard, folder_beside
 from pipeline.progress import Progress
@@ -145,7 +145,9 @@ def _write(config: Config, partition: Partition, with_oracle: bool, advance: Pro
         (o, split, ids) for o in partition.owners for split, ids in partition.splits(o).items()
     ]
     done, total = 0, sum(len(ids) for _, _, ids in parts)
-    with ExitStack() as stack:  # everything is written before anything takes its place
+    file, stores = cache / "partition.json", (cache / "images", cache / "oracle")
+    # everything is written before anything takes its place
+    with _withdrawal(file, stores) as withdraw, ExitStack() as stack:
         images = stack.enter_context(folder_beside(cache / "images"))
         for owner, split, ids in parts:
             labelled = owner == "server" or split in LABELLED_SPLITS
@@ -157,11 +159,39 @@ def _write(config: Config, partition: Partition, with_oracle: bool, advance: Pro
             for client, part in partition.clients.items():
                 _write_store(oracle / f"{client}.zarr", config, partition, part.train, True)
         # a run that is killed from here on leaves no partition, never one of other stores
-        (cache / "partition.json").unlink(missing_ok=True)
-        flush(cache)
+        withdraw()
         if not with_oracle and (cache / "oracle").exists():
             discard(cache / "oracle")  # of an earlier partition
-    save_partition(cache / "partition.json", partition)
+    save_partition(file, partition)
+
+
+@contextmanager
+def _withdrawal(partition: Path, stores: Sequence[Path]) -> Iterator[Callable[[], None]]:
+    """Yield what removes ``partition``; it returns where the block fails before a store changes."""
+    partition = real(partition)
+    old = partition.read_bytes() if partition.is_file() else None
+    before = [_stamp(store) for store in stores]
+
+    def withdraw() -> None:
+        if partition.exists():
+            partition.unlink()
+            flush(partition.parent)
+
+    try:
+        yield withdraw
+    except BaseException:
+        unchanged = [_stamp(store) for store in stores] == before
+        if old is not None and not partition.exists() and unchanged:
+            write_bytes(partition, old)
+        raise
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Return what tells a folder from another one, and from itself with other entries."""
+    if not folder.exists():
+        return None
+    status = folder.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def _write_store(

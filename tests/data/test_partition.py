@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -652,3 +653,37 @@ def test_a_server_set_too_small_for_calibration() -> None:
         "partition.server_kept: of 8 images the calibration part takes 10; raise server_kept or "
         "lower calibration_min"
     )
+
+
+def test_the_partition_stays_where_its_stores_cannot_be_replaced(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(folder, tmp_path / "cache", data=SMALL, partition=REQUEST)
+    prepare(config)
+    before, real = listing(tmp_path / "cache"), os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "cache" / "images" and ".building" in str(source):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        prepare(config.model_copy(update={"seed": 3}))
+    assert listing(tmp_path / "cache") == before
+
+
+@pytest.mark.parametrize("part", ["images", "oracle", "partition.json"])
+def test_a_part_of_the_cache_behind_a_link(folder: Path, tmp_path: Path, part: str) -> None:
+    """It is written where the link leads, as often as one likes."""
+    plain = tiny_config(folder, tmp_path / "plain", data=SMALL, partition=REQUEST)
+    config = tiny_config(folder, tmp_path / "cache", data=SMALL, partition=REQUEST)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / part).symlink_to(tmp_path / "elsewhere" / part)
+    for seed in (3, 0):
+        for each in (plain, config):
+            prepare(each.model_copy(update={"seed": seed}), with_oracle=True)
+        assert (tmp_path / "cache" / part).is_symlink()
+        assert os.listdir(tmp_path / "elsewhere") == [part]
+        expected = {k: v for k, v in listing(tmp_path / "plain").items() if k.startswith(part)}
+        assert listing(tmp_path / "elsewhere") == expected != {}

@@ -155,7 +155,14 @@ def test_the_same_run_continues(run: RunFolder, settings: Config) -> None:
     assert run.config() == settings
 
 
-def test_another_run_is_moved_aside(run: RunFolder, settings: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("link", [None, "runs", "runs/sam_fed"])
+def test_another_run_is_moved_aside(
+    run: RunFolder, settings: Config, tmp_path: Path, link: str | None
+) -> None:
+    """Also where the runs, or this one, lie behind a link, which stays."""
+    if link is not None:
+        (tmp_path / link).parent.mkdir(exist_ok=True)
+        (tmp_path / link).symlink_to(tmp_path / "elsewhere" / link)
     for number in (1, 2):
         begin(run, settings, PRINT)
         run.save_checkpoint(checkpoint(number))
@@ -165,6 +172,9 @@ def test_another_run_is_moved_aside(run: RunFolder, settings: Config, tmp_path: 
         assert notice == f"{run.path}: moved the earlier run to {target}"
         equal(RunFolder(target).load_checkpoint(), checkpoint(number))
         assert run.load_checkpoint() is None
+        if link is not None:
+            assert (tmp_path / link).is_symlink()
+            assert (tmp_path / "elsewhere" / "runs" / "sam_fed" / "params.yaml").is_file()
 
 
 def test_restart_moves_the_same_run_aside(run: RunFolder, settings: Config, tmp_path: Path) -> None:

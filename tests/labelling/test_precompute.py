@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +21,13 @@ from teachers import FakeTeacher, Hungry, content, labelled_rows, run, stand_in,
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
-from pipeline.errors import ConfigError, LockedStoreError, SamfedError
+from pipeline.errors import ConfigError, LockedStoreError, NotFiniteError, SamfedError
 from pipeline.labelling.backoff import MemoryAwareTeacher
+from pipeline.labelling.maintenance import verify
 from pipeline.labelling.precompute import precompute
 from pipeline.labelling.quality import FLIPPED_IMAGES
 from pipeline.runtime import resolve_device
-from pipeline.stores.label_store import LabelStore
+from pipeline.stores.label_store import LabelStore, PseudoLabels
 
 COUNT = 150
 
@@ -134,6 +136,26 @@ def test_an_unreadable_image(config: Config, whole: dict[str, bytes], tmp_path: 
     later = FakeTeacher()
     result = run(config, later)
     assert (result.failed, result.labelled, later.images) == ([], 1, 1 + FLIPPED_IMAGES)
+    assert content(config.cache.root / "sam") == whole
+
+
+class Overflowing(FakeTeacher):
+    """Says NaN of an image of its last batches, as where numbers exceed float16."""
+
+    def label(self, images: Any, size: int) -> PseudoLabels:
+        labels = super().label(images, size)
+        if self.batches > 5:
+            labels.predicted_iou[0] = np.nan
+        return labels
+
+
+def test_labels_that_are_not_finite_are_not_stored(config: Config, whole: dict[str, bytes]) -> None:
+    with pytest.raises(NotFiniteError, match="labels are not finite in None; use "):
+        run(config, Overflowing())
+    assert verify(config).faults == []
+    before = labelled_rows(config)
+    result = run(config, FakeTeacher())
+    assert (result.already_labelled, result.failed) == (before, [])
     assert content(config.cache.root / "sam") == whole
 
 

@@ -21,7 +21,7 @@ from pipeline.sam.build import build_sam, decode_masks
 from pipeline.sam.checkpoints import build_base
 from pipeline.sam.frame import inside_image, to_client_frame, to_input_frame
 from pipeline.sam.lora import add_adapter, merge_lora
-from pipeline.sam.teacher import forward, image_score, resolve_precision
+from pipeline.sam.teacher import forward, image_score, resolve_precision, to_labels
 from pipeline.sam.training import real_iou
 from pipeline.segmentation.losses import IGNORE
 
@@ -264,3 +264,14 @@ def test_bfloat16_keeps_the_logits() -> None:
         half, iou = forward(sam, scene, inside, dtype=torch.bfloat16)
     assert half.dtype == iou.dtype == torch.float32
     assert 0 < relative_error(half, exact) < 0.02
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_label_with_a_probability_that_is_not_finite_has_no_score(value: float) -> None:
+    """Eight bits of confidence could not tell."""
+    probabilities, iou = torch.full((3, 2, 4, 4), 0.5), torch.full((3, 2), 0.75)
+    probabilities[1, 1, 2, 2] = value
+    _, confidences, score = to_labels(probabilities, iou)
+    assert confidences.dtype == torch.uint8
+    assert score.isnan().tolist() == [False, True, False]
+    assert float(score[0]) == 0.75

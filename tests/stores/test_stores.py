@@ -412,7 +412,14 @@ def test_labels_of_another_size_or_other_images(path: Path) -> None:
     )
 
 
-def test_another_identity_moves_the_store_aside_and_back(path: Path, archive: Path) -> None:
+@pytest.mark.parametrize("link", [None, "sam", "sam/client.zarr"])
+def test_another_identity_moves_the_store_aside_and_back(
+    tmp_path: Path, path: Path, archive: Path, link: str | None
+) -> None:
+    """Also where the stores, or this one, lie behind a link, which stays."""
+    if link is not None:
+        (tmp_path / link).parent.mkdir(exist_ok=True)
+        (tmp_path / link).symlink_to(tmp_path / "elsewhere" / link)
     store, notice = open_label_store(path, IDENTITY, keys(), archive=archive)
     assert notice is None
     before = content(fill(store).path)
@@ -430,6 +437,9 @@ def test_another_identity_moves_the_store_aside_and_back(path: Path, archive: Pa
     assert content(path) == before
     assert not retired.exists()
     assert (archive / f"{OTHER.digest}.zarr").is_dir()
+    if link is not None:
+        assert (tmp_path / link).is_symlink()
+        assert content(tmp_path / "elsewhere" / "sam" / "client.zarr") == before
 
 
 @pytest.mark.parametrize("fuller", ["first", "second"])

@@ -22,6 +22,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.disk import write_bytes
 from pipeline.sam.build import build_sam, decode_masks
 from tools.pretrain_vit_t.scenes import generate_scene
 
@@ -159,9 +160,8 @@ def pretrain(
         schedule.step()
         if progress is not None:
             progress(step, float(loss.detach()), float(iou))
-    out.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.half().contiguous() for name, value in sam.state_dict().items()}
-    safetensors.torch.save_file(state, out, metadata={"variant": "vit_t"})
+    write_bytes(out, safetensors.torch.save(state, metadata={"variant": "vit_t"}))
     return validate(sam, seed + _VALIDATION_SEED_OFFSET)
 
 
