@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -50,7 +51,8 @@ def read_sites(path: Path, images: Collection[str], *, endings: Collection[str])
     Raises:
         DataError: the table is damaged, or not clear, or lacks an image.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
+        _name_look_alikes(path)
         return Sites({})
     rows: dict[str, tuple[str, str]] = {}
     strangers, lacking = list[str](), list[str]()
@@ -72,6 +74,12 @@ def read_sites(path: Path, images: Collection[str], *, endings: Collection[str])
         raise DataError(f"{path}: no row for image '{missing[0]}' ({len(missing)} images lack one)")
     _warn(path, {site for site, _ in rows.values()}, lacking)
     return Sites(rows, tuple(strangers))
+
+
+def _name_look_alikes(path: Path) -> None:
+    """Warn of a table under another name: without a table all images are of one site."""
+    for other in sorted(path.parent.glob("[sS][iI][tT][eE][sS].*")):
+        log.warning("%s: is not read; save the table of sites as %s", other, path.name)
 
 
 def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -115,6 +123,10 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 )
             yield line, [plain_text(cell) for cell in cells]
             line = reader.line_num + 1
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); check its permissions and its disk"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: damaged table ({error}); {advice}") from error
     except csv.Error as error:

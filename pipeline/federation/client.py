@@ -164,8 +164,8 @@ class Client:
         model = self._workplace.frozen(self._network, weights)
         if request.final:
             self._conclude(request, state, model)
-        if request.part is None:
-            return request.reply()
+        if request.part is None or not getattr(self._context, request.part):
+            return request.reply()  # a client without masks has nothing to score
         if request.part not in self._parts:
             self._parts[request.part] = load_part(self._context, request.part)
         part = self._parts[request.part]

@@ -344,6 +344,28 @@ def test_a_site_named_outside_ascii(root: Path) -> None:
     assert scan(root).images["a"].site == "K\u00f6ln"
 
 
+@pytest.mark.parametrize("name", ["Sites.csv", "sites.xlsx", "SITES.CSV"])
+def test_a_table_under_another_name_is_named(
+    root: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / name).touch()
+    if (root / "sites.csv").exists():
+        pytest.skip("this file system does not tell Sites.csv from sites.csv")
+    assert scan(root).images["a"].site == "site"
+    assert caplog.messages == [f"{root}/{name}: is not read; save the table of sites as sites.csv"]
+
+
+def test_a_table_that_cannot_be_read_is_not_left_out(root: Path) -> None:
+    (root / "sites.csv").symlink_to(root / "nowhere.csv")
+    advice = "; check its permissions and its disk"
+    assert (
+        scan_refusal(root, "sites.csv") == f": cannot be read (No such file or directory){advice}"
+    )
+    (root / "sites.csv").unlink()
+    (root / "sites.csv").mkdir()
+    assert scan_refusal(root, "sites.csv") == f": cannot be read (Is a directory){advice}"
+
+
 def messy(root: Path) -> list[tuple[str, str]]:
     return [(files.site, files.group) for files in scan(root).images.values()]
 

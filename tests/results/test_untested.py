@@ -7,14 +7,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_config
 from page_reader import Page
 
 from pipeline.config import Config
 from pipeline.data.prepare import prepare
 from pipeline.errors import StageError
+from pipeline.federation.engines import in_process
+from pipeline.federation.inputs import load_inputs
+from pipeline.federation.messages import EvaluateRequest
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.server import federate
+from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.results.compare import compare
 from pipeline.results.evaluate import evaluate
 from pipeline.results.report import write_report
@@ -39,6 +44,19 @@ def run_of(config: Config) -> RunFolder:
     return federate(config)
 
 
+def ask_for_scores(config: Config, run: RunFolder) -> dict[str, int]:
+    """The number of test images that each client scores when it is asked to."""
+    inputs, after = load_inputs(config), run.load_checkpoint()
+    assert after is not None
+    workplace = Workplace(config, inputs.public, build_networks(config, torch.device("cpu")))
+    with in_process(inputs.contexts, workplace) as engine:
+        requests = [
+            EvaluateRequest(**after.address(c.name, 1), part="test", weights=after.weights)
+            for c in inputs.contexts
+        ]
+        return {reply.client: reply.images for reply in engine.run(requests)}
+
+
 def test_a_run_with_one_client_tested(
     tiny_images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -51,6 +69,7 @@ def test_a_run_with_one_client_tested(
     assert run.history()[0]["clients"].keys() == {"site_b", "site_c", "site_d"}
     found = evaluate(config, run)
     assert list(found.test["clients"]) == ["site_d"]
+    assert ask_for_scores(config, run) == {"site_b": 0, "site_c": 0, "site_d": 2}
     assert found.test["pooled"]["n"] > 0
     assert "site_b" in write_report([run]).path.read_text()
 
