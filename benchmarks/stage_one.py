@@ -71,7 +71,8 @@ def make_inputs(folder: Path, variant: str, images: int) -> None:
     for name, parameter in sam.named_parameters():
         if "rel_pos" in name or "pos_embed" in name:  # zero at first, which would flatter
             torch.nn.init.normal_(parameter, std=0.1)
-    safetensors.torch.save_file(sam.state_dict(), folder / "sam.safetensors")
+    state = {name: value.contiguous() for name, value in sam.state_dict().items()}
+    safetensors.torch.save_file(state, folder / "sam.safetensors")
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
     for i in range(images):
@@ -84,7 +85,7 @@ def load_sam(folder: Path, variant: str, *, stock: bool) -> Sam:
     """Return the benchmark's SAM; with segment-anything's own attention where ``stock``."""
     sam = build_sam(variant)
     sam.load_state_dict(safetensors.torch.load_file(folder / "sam.safetensors"))
-    for block in sam.image_encoder.blocks if stock else ():
+    for block in getattr(sam.image_encoder, "blocks", ()) if stock else ():
         folded = block.attn
         attention = Attention(folded.qkv.in_features, folded.num_heads, use_rel_pos=False)
         attention.use_rel_pos = True
@@ -335,7 +336,8 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", default="vit_b", choices=["vit_t", "vit_b", "vit_l", "vit_h"])
+    variants = ["vit_t", "vit_b", "vit_l", "vit_h", "mobile_sam"]
+    parser.add_argument("--variant", default="vit_b", choices=variants)
     parser.add_argument("--images", type=int, default=5, help="at least 3")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--precision", default="auto")

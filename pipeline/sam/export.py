@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -176,7 +177,7 @@ def write_model(
     building.mkdir()
     try:
         name = weights_name(path, model, above=external_above)
-        onnx_ir.save(model, building / "model.onnx", external_data=name)
+        _save(model, building / "model.onnx", name)
         if name is not None:
             sha256 = file_sha256(building / name)
             properties = {**properties, "samfed.weights": name, "samfed.weights_sha256": sha256}
@@ -189,6 +190,15 @@ def write_model(
         if other.name != name:
             other.unlink()
     return None if name is None else path.with_name(name)
+
+
+def _save(model: onnx_ir.Model, file: Path, weights: str | None) -> None:
+    """Write ``model``, its weights beside it if they have a name; an error says which file."""
+    try:
+        onnx_ir.save(model, file, external_data=weights)
+    except OSError as error:  # a disk that is full while weights are written has no number
+        reason = error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, reason, str(file)) from error
 
 
 def weights_name(path: Path, model: onnx_ir.Model, *, above: int) -> str | None:

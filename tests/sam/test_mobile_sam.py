@@ -8,9 +8,13 @@ from pathlib import Path
 import pipeline.sam  # noqa: F401  (before segment_anything imports torchvision)
 
 # isort: split
+import onnx_ir
+import onnxruntime
 import pytest
 import torch
 from conftest import PREPARED, copy_cache
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
 
 from pipeline.config import Config, SamConfig
 from pipeline.data.partition import load_partition
@@ -19,9 +23,12 @@ from pipeline.labelling.precompute import precompute
 from pipeline.results.evaluate_teacher import evaluate_teacher
 from pipeline.sam.build import build_sam
 from pipeline.sam.checkpoints import base_checkpoint, build_base
+from pipeline.sam.export import trace
 from pipeline.sam.finetune import finetune
+from pipeline.sam.frame import inside_image
 from pipeline.sam.lora import LoraQKV, add_adapter, merge_lora
-from pipeline.sam.teacher import load_teacher
+from pipeline.sam.onnx import INPUTS
+from pipeline.sam.teacher import encode, load_teacher
 from pipeline.sam.tiny_vit import from_mobile_sam
 from tools.mobile_sam_golden import GOLDEN, random_image, random_weights, sample
 
@@ -113,3 +120,34 @@ def test_it_is_adapted_and_labels(
     assert all(torch.equal(state[name], base[name]) for name in statistics)
     assert precompute(config).failed == []
     assert set(evaluate_teacher(config).teachers["points"]) > {"dice", "ece"}
+
+
+class Embedding(nn.Module):
+    """The encoder as a function of what an exported teacher takes."""
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        self.sam = sam
+
+    def forward(self, pixels: Tensor, valid_hw: Tensor) -> Tensor:
+        return encode(self.sam, pixels, inside_image(valid_hw, pixels.shape[-1]))
+
+
+def test_its_encoder_can_be_exported() -> None:
+    """With one block a stage, because torch's exporter takes a minute for all of a teacher."""
+    torch.manual_seed(0)
+    sam = build_sam("mobile_sam", input_size=64).eval()
+    for stage in sam.image_encoder.stages:
+        stage.blocks = stage.blocks[:1]
+    network = Embedding(sam)
+    model = onnx_ir.to_proto(trace(network, input_size=64, outputs=["embedding"]))
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    pixels = torch.randint(0, 256, (3, 3, 64, 64)).to(torch.uint8)
+    inputs = (pixels, torch.tensor([[64, 64], [64, 40], [16, 64]]))
+    with torch.no_grad():
+        expected = network(*inputs).numpy()
+    named = dict(zip(INPUTS, (value.numpy() for value in inputs), strict=True))
+    found = session.run(["embedding"], named)[0]
+    assert abs(found - expected).max() < 1e-4 < abs(expected).max()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import resource
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -332,6 +333,23 @@ def test_an_export_that_stops_leaves_the_old_model(
     timm.load(path)
     assert new not in (None, old)
     assert sorted(tmp_path.iterdir()) == sorted([path, new])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("external_above", [0, 1 << 29], ids=["weights beside it", "whole"])
+def test_a_disk_that_is_full(timm: Timm, tmp_path: Path, external_above: int) -> None:
+    """The error names a file, and the model that was there stays."""
+    path = tmp_path / "t.onnx"
+    write_model(path, timm.graph, timm.properties(), external_above=external_above)
+    before = listing(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    try:
+        with pytest.raises(OSError, match=str(tmp_path)) as caught:
+            write_model(path, timm.graph, {}, external_above=external_above)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename.startswith(str(tmp_path))
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize(
