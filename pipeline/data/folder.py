@@ -197,7 +197,8 @@ def _check_masks(root: Path, masks: _Listing, images: Collection[str], pattern: 
         log.warning("%s", fault)
     elif strangers:
         path, expected = masks.by_id[strangers[0]], f"images/{strangers[0]}.*"
-        raise DataError(f"{path}: mask without an image; expected {expected}")
+        more = f" ({len(strangers)} masks lack one)" if len(strangers) > 1 else ""
+        raise DataError(f"{path}: mask without an image; expected {expected}{more}")
     elif files and not matched:
         raise DataError(
             f"{root / 'masks'}: none of {len(files)} masks, e.g. {files[0].name}, is named by "

@@ -28,7 +28,7 @@ from pipeline.data.partition import (
 )
 from pipeline.data.published import read_published
 from pipeline.disk import flush, real, write_bytes, writer_lock
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.folders import discard, folder_beside
 from pipeline.progress import Progress
 from pipeline.stores.image_store import write_image_store
@@ -91,9 +91,21 @@ def prepare(
     folder = scan(config.data.root, mask_pattern=config.data.mask_pattern)
     partition = _plan(config, folder.images, allow_duplicates, advance)
     name_leaks(partition)
+    if with_oracle:
+        _check_oracle(partition)
     with writer_lock(config.cache.root / "locks" / "prepare.lock"):
         _write(config, partition, with_oracle, advance)
     return PrepareResult(partition, folder)
+
+
+def _check_oracle(partition: Partition) -> None:
+    ids = [image_id for part in partition.clients.values() for image_id in part.train]
+    bare = [image_id for image_id in ids if partition.images[image_id].mask is None]
+    if bare:
+        raise DataError(
+            f"--with-oracle: {len(bare)} of {len(ids)} training images of the clients have no "
+            f"masks, e.g. '{bare[0]}'; add them, or prepare without it"
+        )
 
 
 def _plan(

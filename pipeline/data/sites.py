@@ -167,4 +167,8 @@ def _warn(path: Path, sites: Collection[str], lacking: Collection[str]) -> None:
     alike = sorted(site for site in sites if spellings[site.casefold()] > 1)
     if alike:
         names = ", ".join(alike)
-        log.warning("%s: sites that differ in case alone: %s; they stay apart", path, names)
+        log.warning(
+            "%s: sites that differ in case alone: %s; they stay apart, so rename them if they are "
+            "one, or if your file system ignores case",
+            path, names,
+        )  # fmt: skip

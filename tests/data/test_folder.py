@@ -96,6 +96,10 @@ def test_two_masks_with_one_id(root: Path) -> None:
 def test_mask_without_image(root: Path) -> None:
     save(root / "masks" / "c.png", np.zeros((6, 4), np.uint8))
     assert scan_refusal(root, "masks/c.png") == ": mask without an image; expected images/c.*"
+    save(root / "masks" / "d.png", np.zeros((6, 4), np.uint8))
+    assert scan_refusal(root, "masks/c.png") == (
+        ": mask without an image; expected images/c.* (2 masks lack one)"
+    )
 
 
 def test_what_nothing_reads_is_counted_and_named(root: Path) -> None:
@@ -418,7 +422,8 @@ def test_sites_that_differ_in_case_alone_are_named(
     write_sites(root, "image_id,site\na,B\nb,b\n")
     assert [site for site, _ in messy(root)] == ["B", "b"]
     assert caplog.messages == [
-        f"{root}/sites.csv: sites that differ in case alone: B, b; they stay apart"
+        f"{root}/sites.csv: sites that differ in case alone: B, b; they stay apart, so rename them "
+        "if they are one, or if your file system ignores case"
     ]
 
 

@@ -574,8 +574,13 @@ def test_oracle_labels_that_are_missing_leave_nothing_behind(folder: Path, tmp_p
     drawn = load_partition(tmp_path / "cache" / "partition.json")
     for image_id in drawn.clients["north"].train:
         (folder / "masks" / f"{image_id}.png").unlink()
-    with pytest.raises(DataError, match="is in a labelled part but has no mask"):
+    with pytest.raises(DataError) as caught:
         prepare(config, with_oracle=True)
+    first = drawn.clients["north"].train[0]
+    assert str(caught.value) == (
+        f"--with-oracle: 4 of 4 training images of the clients have no masks, e.g. '{first}'; add "
+        "them, or prepare without it"
+    )
     assert listing(tmp_path / "cache") == before
 
 
