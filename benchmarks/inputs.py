@@ -23,7 +23,8 @@ def prepare_with_labels(config: Config) -> Partition:
 
     There is no teacher's card: stage two then asks for the labels of the server's own store.
     """
-    partition = prepare(config, with_oracle=True).partition
+    # benchmarks repeat their images, to measure many
+    partition = prepare(config, with_oracle=True, allow_duplicates=True).partition
     _label(config, partition, "server", partition.server.calibration)
     for name, part in partition.clients.items():
         _label(config, partition, name, part.train)

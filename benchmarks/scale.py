@@ -1,11 +1,14 @@
-"""Stage two from four to 128 clients: seconds a round, and memory.
+"""Stage two from four to 256 clients: seconds a round, and memory.
 
-    python benchmarks/scale.py [--clients 4 16 64 128] [--json] [--figure docs/scale.png]
+    python benchmarks/scale.py [--clients 4 16 64 256] [--workers 2] [--per-round 50]
+                               [--json] [--figure docs/scale.png]
 
 Every client has eight training and two validation images of 32 px (generated ones, repeated) and
 takes two steps a round, so that work grows with the number of clients alone. Each setting runs in a
 process of its own: clients with one network, then with two networks in turn that exchange
-predictions. Seconds are the process's CPU time on one thread, steady beside other work.
+predictions, then, if asked for, clients with one network on dask's workers. CPU seconds are those
+of this process on one thread, steady beside other work; the clock's count for workers. What a round
+costs outside the clients' training, validation included, is the clock's time less theirs, shared by workers.
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ import torch
 from inputs import prepare_with_labels
 from torch import Tensor
 
+from pipeline.cluster import choose_cluster
 from pipeline.config import Config
 from pipeline.data.synthetic import write_dataset
-from pipeline.federation.engines import InProcess, in_process
+from pipeline.federation.cluster import reach
 from pipeline.federation.inputs import ClientContext, load_client, load_inputs, load_part
+from pipeline.federation.rounds import Engine
 from pipeline.federation.server import federate
 from pipeline.federation.workplace import Workplace
 from pipeline.params import parse_config
@@ -41,13 +46,11 @@ SERVER_IMAGES = 12
 IMAGES_PER_CLIENT = 10  # two of them for validation
 MOST_WITH_OWN = 64  # clients with networks of their own, for the sake of time
 SMALL = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
-KINDS: dict[str, list[dict[str, Any]]] = {
-    "one network": [],
-    "own networks": [SMALL, {**SMALL, "decoder_channels": [24, 12, 8]}],
-}
+OWN = [SMALL, {**SMALL, "decoder_channels": [24, 12, 8]}]
+KINDS = ("one network", "own networks", "one network, on workers")
 
 
-def settings(root: Path, cache: Path, clients: int, kind: str) -> Config:
+def settings(root: Path, cache: Path, clients: int, kind: str, per_round: int) -> Config:
     raw = {
         "data": {"root": str(root), "image_size": 32},
         "cache": {"root": str(cache)},
@@ -61,9 +64,10 @@ def settings(root: Path, cache: Path, clients: int, kind: str) -> Config:
             "test_fraction": 0.0,
         },
         "agreement": {"warn_agreement": 0, "warn_coverage": 0},
-        "model": {**SMALL, "clients": KINDS[kind]},
+        "model": {**SMALL, "clients": OWN if kind == "own networks" else []},
         "federate": {
             "name": kind,
+            "clients_per_round": per_round or clients,
             "rounds": ROUNDS,
             "pretrain_steps": 2,
             "local_steps": 2,
@@ -97,18 +101,19 @@ def data_of(context: ClientContext) -> tuple[int, int]:
     return len(data.images), size
 
 
-def run_child(config: Config) -> dict[str, Any]:
-    """Run one setting in this process."""
+def run_child(config: Config, workers: int) -> dict[str, Any]:
+    """Run one setting in this process, or on workers that it starts."""
     result: dict[str, Any] = {"imported_mib": memory_mib("VmRSS")}
     marks: list[float] = []
+    cluster = choose_cluster(scheduler=None, workers=workers or None, device="cpu")
 
     @contextmanager
     def load_and_measure(
         contexts: Sequence[ClientContext], workplace: Workplace
-    ) -> Iterator[InProcess]:
-        began = time.process_time()
-        with in_process(contexts, workplace) as engine:
-            result["load_s"] = time.process_time() - began
+    ) -> Iterator[Engine]:
+        began = time.perf_counter()
+        with reach(cluster)(contexts, workplace) as engine:
+            result["load_s"] = time.perf_counter() - began
             yield engine
 
     def finished(what: str, done: int, total: int, note: str = "", /) -> None:
@@ -119,12 +124,19 @@ def run_child(config: Config) -> dict[str, Any]:
     peak = memory_mib("VmHWM")
     rounds = [after - before for before, after in pairwise(marks)]
     saved = max(run.path.glob("checkpoints/*"))
+    history = run.history()[1:]
+    own = [sum(client["seconds"] for client in entry["clients"].values()) for entry in history]
+    wall = [entry["seconds"] for entry in history]
     owned = [data_of(context) for context in load_inputs(config).contexts]
     return {
         **result,
         "images": sum(images for images, _ in owned),
         "data_mib": sum(size for _, size in owned) / 2**20,
         "round_s": statistics.median(rounds),
+        "wall_s": statistics.median(wall),
+        "outside_s": statistics.median(
+            all_ - mine / max(1, workers) for all_, mine in zip(wall, own, strict=True)
+        ),
         "peak_mib": peak,
         "checkpoint_mib": saved.stat().st_size / 2**20,
     }
@@ -142,7 +154,7 @@ def lay_out(generated: Path, root: Path, count: int) -> None:
             shutil.copyfile(generated / kind / files[i % len(files)].name, root / kind / f"{i}.png")
 
 
-def measure(counts: list[int]) -> list[dict[str, Any]]:
+def measure(counts: list[int], workers: int, per_round: int) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -150,12 +162,13 @@ def measure(counts: list[int]) -> list[dict[str, Any]]:
         for clients in counts:
             root, cache = folder / f"data{clients}", folder / f"cache{clients}"
             lay_out(folder / "generated", root, SERVER_IMAGES + IMAGES_PER_CLIENT * clients)
-            prepare_with_labels(settings(root, cache, clients, "one network"))
-            for kind in KINDS:
+            prepare_with_labels(settings(root, cache, clients, KINDS[0], per_round))
+            for kind in KINDS if workers else KINDS[:2]:
                 if kind == "own networks" and clients > MOST_WITH_OWN:
                     continue
-                config = settings(root, cache, clients, kind)
+                config = settings(root, cache, clients, kind, per_round)
                 command = [sys.executable, __file__, "--child", config.model_dump_json()]
+                command += ["--workers", str(workers if kind == KINDS[2] else 0)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
                 rows.append({"kind": kind, "clients": clients, **json.loads(done.stdout)})
     return rows
@@ -179,14 +192,16 @@ def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    head = ("clients", "images", "s a round", "ms a client", "peak MiB", "data MiB", "load s")
+    head = ("clients", "images", "CPU s", "clock s", "outside s", "peak MiB", "data MiB", "load s")
     for kind in KINDS:
         mine = [row for row in rows if row["kind"] == kind]
+        if not mine:
+            continue
         print(f"{kind}\n" + " ".join(f"{name:>11}" for name in head))
         for row in mine:
             print(
                 f"{row['clients']:11} {row['images']:11} {row['round_s']:11.2f} "
-                f"{1e3 * row['round_s'] / row['clients']:11.1f} {row['peak_mib']:11.1f} "
+                f"{row['wall_s']:11.2f} {row['outside_s']:11.3f} {row['peak_mib']:11.1f} "
                 f"{row['data_mib']:11.2f} {row['load_s']:11.2f}"
             )
         if len(mine) > 1:
@@ -202,7 +217,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for kind in KINDS:
+    for kind in KINDS[:2]:
         mine = [row for row in rows if row["kind"] == kind]
         images = [row["images"] for row in mine]
         left.plot(images, [row["round_s"] for row in mine], "o-", label=kind)
@@ -220,20 +235,24 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, nargs="+", default=[4, 16, 64, 128])
+    parser.add_argument("--clients", type=int, nargs="+", default=[4, 16, 64, 256])
+    parser.add_argument("--workers", type=int, default=0, help="also on so many dask workers")
+    parser.add_argument("--per-round", type=int, default=0, help="clients a round (default: all)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.child:
-        print(json.dumps(run_child(Config.model_validate_json(options.child))))
+        config = Config.model_validate_json(options.child)
+        print(json.dumps(run_child(config, options.workers)))
         return
-    rows = measure(options.clients)
+    rows = measure(options.clients, options.workers, options.per_round)
     if options.figure:
         draw(rows, options.figure)
     if options.json:
-        every = {kind: slopes([row for row in rows if row["kind"] == kind]) for kind in KINDS}
+        kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
+        every = {kind: slopes([row for row in rows if row["kind"] == kind]) for kind in kinds}
         print(json.dumps({"rows": rows, "a_client_adds": every}, indent=1))
     else:
         show(rows)
