@@ -7,8 +7,9 @@ Every client has eight training and two validation images of 32 px (generated on
 takes two steps a round, so that work grows with the number of clients alone. Each setting runs in a
 process of its own: clients with one network, then with two networks in turn that exchange
 predictions, then, if asked for, clients with one network on dask's workers. CPU seconds are those
-of this process on one thread, steady beside other work; the clock's count for workers. What a round
-costs outside the clients' training, validation included, is the clock's time less theirs, shared by workers.
+of this process on one thread, steady beside other work; for workers the clock's count. What a round
+costs outside the clients' training (their validation counts) is the clock's time less their own,
+divided by the number of workers.
 """
 
 from __future__ import annotations
