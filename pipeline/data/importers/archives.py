@@ -159,14 +159,15 @@ class _Checks:
             raise DataError(
                 f"{self.archive}: over {self.max_bytes} bytes when unpacked; nothing of it is kept"
             )
-        fault = member.fault or _name_fault(member.name)
+        fault = member.fault or _name_fault(member.name, member.is_folder)
         if fault is not None:
             raise DataError(
                 f"{self.archive}: member {member.name!a} is {fault}; expected plain files inside "
                 "the archive's own folder; unpack it yourself and give the folder"
             )
         path = PurePosixPath(member.name)
-        self._claim(path, member.is_folder)
+        if path.parts:  # else it is the archive's own folder, which tar names ./
+            self._claim(path, member.is_folder)
         return Path(*path.parts)
 
     def verify_size(self, member: _Member, size: int) -> None:
@@ -199,11 +200,11 @@ class _Checks:
         return first[0] if known and not again else None
 
 
-def _name_fault(name: str) -> str | None:
+def _name_fault(name: str, is_folder: bool) -> str | None:
     """Tell why a name cannot be one of a file below the folder, on any system."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
         return "a path that leaves the folder, or would on another system"
     if not name.isprintable() or name.encode(errors="ignore").decode() != name:
         return "not printable text"
-    return None if path.parts else "without a name"
+    return None if path.parts or is_folder else "without a name"

@@ -124,7 +124,7 @@ def find_dicom(files: Files, labels: str | None) -> DicomFiles:
             raise found.fault(
                 number, f"cannot be read ({error.strerror}); check its permissions and its disk"
             ) from None
-        except Exception:
+        except Exception:  # pydicom raises many kinds for damaged bytes
             raise found.fault(number, "is damaged; replace or remove it") from None
     masks = {name: files[name] for name in others}
     images = [file.name for each in found.series.values() for file in each]

@@ -187,7 +187,7 @@ def _content(
         items = read_slices(_cases(entry, pairs), ClassTable(entry.values), options, progress)
     else:
         items = read_pairs(entry, pairs, files, progress)
-    unmasked = [pair.name for pair in pairs.pairs if len(pair.masks) < entry.masks_each]
+    unmasked = [pair.name for pair in pairs.pairs if not pair.masks]
     if unmasked:
         logger.warning("%s: %d images have no mask, as %s", kind, len(unmasked), unmasked[0])
     left_out = _count(

@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.data.images import read_image
 from pipeline.data.importers.items import Item
 from pipeline.data.importers.sources import Files
-from pipeline.data.importers.table import Kind, Metadata, Rule, pattern
+from pipeline.data.importers.table import Kind, Layout, Metadata, Rule, pattern
 from pipeline.data.masks import read_mask
 from pipeline.errors import DataError
 from pipeline.progress import Progress
@@ -35,7 +35,8 @@ class Pair:
     name: str
     image: Path
     found: dict[str, str]
-    masks: list[Path] = field(default_factory=list)
+    layout: Layout
+    masks: list[Path] = field(default_factory=list)  # empty, or as many as the layout has
 
 
 @dataclass
@@ -51,41 +52,53 @@ def find_pairs(kind: Kind, files: Files) -> Pairs:
     """Find the images of ``kind`` among ``files`` and give each its masks.
 
     Raises:
-        DataError: two images have the same id.
+        DataError: two images have the same id, or an image more masks than its layout has.
     """
     images: dict[str, Pair] = {}
     masks: dict[str, list[str]] = {}
     unknown = []
     others = [pattern(kind.others)] + ([pattern(kind.metadata.file)] if kind.metadata else [])
     for name, path in files.items():
-        mask_id, image_id, found = _match(kind, name)
+        mask_id, pair = _match(kind, name, path)
         if mask_id is not None:
             masks.setdefault(mask_id, []).append(name)
-        elif image_id is not None:
-            if image_id in images:
+        elif pair is not None:
+            first = images.setdefault(pair.image_id, pair)
+            if first is not pair:
                 raise DataError(
-                    f"{images[image_id].name} and {name}: two images with id '{image_id}'; give "
-                    "the folder of one of them"
+                    f"{first.name} and {name}: two images with id '{pair.image_id}'; give the "
+                    "folder of one of them"
                 )
-            images[image_id] = Pair(image_id, name, path, found)
         elif not _DOCUMENTS.fullmatch(name) and not any(each.fullmatch(name) for each in others):
             unknown.append(name)
     for mask_id in masks.keys() & images.keys():
-        images[mask_id].masks = [files[name] for name in masks[mask_id]]
+        images[mask_id].masks = [files[name] for name in _parts(images[mask_id], masks[mask_id])]
     unpaired = [names[0] for mask_id, names in masks.items() if mask_id not in images]
     return Pairs(list(images.values()), unpaired, unknown)
 
 
-def _match(kind: Kind, name: str) -> tuple[str | None, str | None, dict[str, str]]:
-    """Return the id of a mask or of an image that ``name`` is, and the groups of its match."""
+def _match(kind: Kind, name: str, path: Path) -> tuple[str | None, Pair | None]:
+    """Return the id of the image whose mask ``name`` is, or the image that it is."""
     for layout in kind.layouts:
         for is_mask, text in ((True, layout.masks), (False, layout.images)):
             found = pattern(text).fullmatch(name)
             if found is not None:
-                groups = {key: value or "" for key, value in found.groupdict().items()}
-                image_id = layout.image_id.format(**groups)
-                return (image_id, None, groups) if is_mask else (None, image_id, groups)
-    return None, None, {}
+                image_id = layout.image_id.format(**found.groupdict())
+                if is_mask:
+                    return image_id, None
+                return None, Pair(image_id, name, path, found.groupdict(), layout)
+    return None, None
+
+
+def _parts(pair: Pair, names: list[str]) -> list[str]:
+    """Return an image's masks; none where one of its parts is missing."""
+    wanted = pair.layout.parts or len(names)
+    if len(names) > wanted:
+        raise DataError(
+            f"{pair.name}: has {len(names)} masks, as {names[0]} and {names[1]}, expected {wanted};"
+            " give the folder of one of them"
+        )
+    return names if len(names) == wanted else []
 
 
 def fill(rule: str | Rule, pair: Pair) -> str:
@@ -99,16 +112,14 @@ def fill(rule: str | Rule, pair: Pair) -> str:
 
 
 def read_pairs(kind: Kind, pairs: Pairs, files: Files, progress: Progress) -> Iterator[Item]:
-    """Yield each image with its mask; several masks are merged, fewer than it has are none.
+    """Yield each image with its mask; several masks are merged.
 
     Raises:
         DataError: masks to be merged cannot be read, or differ in size.
     """
     told = _read_metadata(kind.metadata, files) if kind.metadata else {}
     for number, pair in enumerate(pairs.pairs, start=1):
-        mask: Path | Image.Image | None = None
-        if len(pair.masks) >= kind.masks_each:
-            mask = pair.masks[0] if len(pair.masks) == 1 else _merge(pair)
+        mask = _merge(pair) if len(pair.masks) > 1 else next(iter(pair.masks), None)
         site, group = told.get(pair.image_id.lower(), ("", ""))
         yield Item(
             pair.image_id,

@@ -23,11 +23,16 @@ Rule = Callable[[Mapping[str, str], Path], str]
 
 @dataclass(frozen=True)
 class Layout:
-    """Patterns of a data set's images and masks; both give the same id to what belongs together."""
+    """Patterns of a data set's images and masks; both give the same id to what belongs together.
+
+    Attributes:
+        parts: masks that an image has; several are merged to their union. None is any number.
+    """
 
     images: str
     masks: str
     image_id: str = "{id}"
+    parts: int | None = 1
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,6 @@ class Kind:
         sign: what the path of one of its images has and those of other data sets have not.
         site, group: a template, or a rule; an empty group makes each image its own.
         others: pattern of files that belong to the data set and are not used.
-        masks_each: masks that an image has at least; several are merged to their union.
         volumes: whether the files are NIfTI volumes, to be cut into slices.
         values: what masks hold for class 1, 2, ...; for one class anything but zero.
     """
@@ -62,7 +66,6 @@ class Kind:
     licence: str = UNKNOWN_LICENCE
     group: str | Rule = ""
     others: str = r"(?!)"
-    masks_each: int = 1
     volumes: bool = False
     values: tuple[int, ...] = (1,)
     metadata: Metadata | None = None
@@ -255,6 +258,7 @@ KINDS: dict[str, Kind] = {
                 r"(?P<lesion>benign|malignant|normal) \((?P<id>\d+)\)\.png",
                 r"(?P<lesion>benign|malignant|normal) \((?P<id>\d+)\)_mask(?:_\d+)?\.png",
                 image_id="{lesion}_{id}",
+                parts=None,
             ),
         ),
         site="busi",
@@ -268,10 +272,10 @@ KINDS: dict[str, Kind] = {
             Layout(
                 r"CXR_png/(?P<id>MCUCXR_\d{4}_[01])\.png",
                 r"(?:left|right)Mask/(?P<id>MCUCXR_\d{4}_[01])\.png",
+                parts=2,
             ),
         ),
         site="montgomery",
-        masks_each=2,
         citation="Jaeger et al., Two public chest X-ray datasets for computer-aided screening of "
         "pulmonary diseases, Quantitative Imaging in Medicine and Surgery 4 (6), 2014",
         address="https://openi.nlm.nih.gov/imgs/collections/NLM-MontgomeryCXRSet.zip",
@@ -288,6 +292,7 @@ KINDS: dict[str, Kind] = {
             Layout(
                 rf"(?<!lung/)(?<!heart/)(?<!clavicle/)(?P<id>JPC(?:LN|NN)\d{{3}}){_PICTURE}",
                 rf"(?:left|right)[ _]lung/(?P<id>JPC(?:LN|NN)\d{{3}}){_PICTURE}",
+                parts=2,
             ),
         ),
         site="jsrt",

@@ -58,6 +58,15 @@ def test_folders_may_be_named_again_and_by_themselves(tmp_path: Path) -> None:
     assert read(tmp_path / "out") == {"x/y/a": b"1", "x/b": b"2"}
 
 
+def test_a_tar_of_a_folder_itself_is_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "in" / "x").mkdir(parents=True)
+    (tmp_path / "in" / "x" / "a").write_bytes(b"1")
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "in", ".")  # as `tar -C in -czf a.tgz .` does
+    unpack(tmp_path / "a.tgz", tmp_path / "out")
+    assert read(tmp_path / "out") == {"x/a": b"1"}
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 @pytest.mark.parametrize("name", ["../a", "x/../../a", "/a", "x\\..\\..\\a", "C:a", "a\nb"])
 def test_names_that_leave_the_folder_are_refused(tmp_path: Path, kind: str, name: str) -> None:

@@ -148,6 +148,14 @@ def test_one_lung_of_two_is_no_mask(tmp_path: Path) -> None:
     assert import_data("montgomery", source, tmp_path / "out").masks == 0
 
 
+def test_an_image_with_a_mask_too_many_is_refused(tmp_path: Path) -> None:
+    source = lay_out("isic2018", tmp_path / "in")
+    (source / "copy").mkdir()
+    mask(source / "copy" / "ISIC_0000001_segmentation.png")
+    with pytest.raises(DataError, match=r"ISIC_0000001\.jpg: has 2 masks, as .+, expected 1"):
+        import_data("isic2018", source, tmp_path / "out")
+
+
 def test_two_images_with_one_id_are_both_named(tmp_path: Path) -> None:
     source = lay_out("etis", tmp_path)
     (source / "images").mkdir()
