@@ -109,7 +109,7 @@ class PartitionConfig(_Section):
     """Who owns which image."""
 
     scheme: Literal["iid", "dirichlet", "site", "sizes"] = "site"
-    file: Path | None = None  # a partition.json to read back instead of drawing one
+    file: Path | None = None  # a partition.json, or a split of HSSF, to read instead of drawing one
     clients: PositiveInt = 4  # iid and dirichlet: number of clients
     clients_per_site: PositiveInt = 1  # site: clients that share one site's images
     sizes: tuple[PositiveInt, ...] = ()  # sizes: images of each client
