@@ -322,8 +322,8 @@ def test_vit_b_without_its_checkpoint(project: Project) -> None:
     before = listing(project.cache)
     settings = (*project.options, "--set", "sam.variant=vit_b")
     assert fails(2, "finetune-sam", *settings) == (
-        "sam.checkpoint: vit_b needs a checkpoint; download the official one, or another of this "
-        "variant, and give its path"
+        "sam.checkpoint: vit_b needs a checkpoint; give the path of one (`samfed fetch` gets the "
+        "official ones)"
     )
     missing = project.folder / "sam_vit_b.pth"
     assert fails(3, "finetune-sam", *settings, "--set", f"sam.checkpoint={missing}") == (

@@ -12,6 +12,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from pipeline.config import SamConfig
+from pipeline.data.sources import WEIGHTS
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, DataError
 from pipeline.sam.build import ENCODERS, IOU_HEAD_DEPTH, MOBILE_SAM, build_sam
@@ -22,12 +23,9 @@ log = logging.getLogger("samfed.sam.checkpoints")
 
 EMBEDDED_WEIGHTS = Path(__file__).parent / "weights" / "vit_t.safetensors"
 
-#: sha256 of the official checkpoints (github.com/facebookresearch/segment-anything, MobileSAM).
+#: sha256 of each variant's official checkpoint.
 OFFICIAL_SHA256 = {
-    "vit_b": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-    "vit_l": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-    "vit_h": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-    MOBILE_SAM: "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+    source.variant: source.files[0].sha256 for source in WEIGHTS.values() if source.files
 }
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state")  # of training checkpoints
@@ -52,8 +50,8 @@ def base_checkpoint(config: SamConfig) -> tuple[Path | None, str]:
         return None, "random"
     if path is None:
         raise ConfigError(
-            f"sam.checkpoint: {config.variant} needs a checkpoint; download the official one, or "
-            "another of this variant, and give its path"
+            f"sam.checkpoint: {config.variant} needs a checkpoint; give the path of one (`samfed "
+            "fetch` gets the official ones)"
         )
     if not path.is_file():
         raise DataError(f"{path}: no such checkpoint; check sam.checkpoint in params.yaml")

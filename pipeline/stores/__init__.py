@@ -1,4 +1,5 @@
-"""What lies in ``cache/`` (docs/formats.md): image and label stores, and the teacher's card.
+"""What lies in ``cache/`` (docs/formats.md): image and label stores, the teacher's card,
+and plain data as files.
 
 The only room that imports zarr.
 """

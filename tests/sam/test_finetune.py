@@ -116,6 +116,27 @@ def test_a_training_that_stops_goes_on_to_the_same_bytes(training: Config, tmp_p
     assert not (training.cache.root / CHECKPOINT).parent.exists()
 
 
+def test_a_stop_after_the_teacher_was_written(
+    prepared: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint is still there: nothing is trained again, and the bytes are the same."""
+    config = with_sam(prepared, epochs=2, **TIMM)
+
+    def stop(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.sam.finetune.discard", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    before = digest(config.cache.root / "teacher")
+    assert before
+    finetune(config, progress=(rest := Stop()))
+    assert rest.steps == []
+    assert digest(config.cache.root / "teacher") == before
+    assert not (config.cache.root / CHECKPOINT).exists()
+
+
 def test_kill_9_after_an_epoch(prepared: Config, tmp_path: Path, forks: Forks) -> None:
     config = with_sam(prepared, epochs=3, batch_size=1)
     whole = copy_cache(config, tmp_path / "whole", PREPARED)

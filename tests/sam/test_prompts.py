@@ -169,7 +169,8 @@ def test_half_precision_gives_nearly_the_same_masks() -> None:
     [
         (
             {"sam": {"prompt": "points", "variant": "timm:resnet18"}},
-            "'points', but timm:resnet18 was never trained with prompts; only vit_* were",
+            "'points', but timm:resnet18 was never trained with prompts; only vit_* and mobile_sam "
+            "were",
         ),
         (
             {"sam": {"prompt": "points"}, "data": {"num_classes": 3}},
