@@ -470,8 +470,7 @@ def test_a_cache_that_cannot_be_written(project: Project) -> None:
     cache = project.params / "below"  # a file is no folder, for root too
     text = fails(1, "prepare", *project.options, "--set", f"cache.root={cache}")
     assert text == (
-        f"{cache}/locks: Not a directory; check the path, its permissions and the space left on "
-        "the disk"
+        f"{cache}: Not a directory; check the path, its permissions and the space left on the disk"
     )
 
 

@@ -6,20 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.drawing import draw_partition
 from pipeline.data.duplicates import join_copies, name_leaks
 from pipeline.data.folder import InputFolder, scan
-from pipeline.data.images import (
-    Pixels,
-    load_image,
-    load_labelled,
-    read_image,
-    resize_image,
-    resize_mask,
-)
-from pipeline.data.masks import read_mask
 from pipeline.data.partition import (
     ImageEntry,
     ImageFiles,
@@ -27,6 +19,8 @@ from pipeline.data.partition import (
     save_partition,
 )
 from pipeline.data.published import read_published
+from pipeline.data.reading import FrameFile, frame_file, read_all
+from pipeline.data.survey import Seen, Survey
 from pipeline.disk import flush, real, write_bytes, writer_lock
 from pipeline.errors import ConfigError, DataError
 from pipeline.folders import discard, folder_beside
@@ -42,18 +36,19 @@ class PrepareResult:
 
     partition: Partition
     folder: InputFolder
+    survey: Survey
 
-    def as_json(self) -> dict[str, dict[str, int]]:
+    def as_json(self) -> dict[str, dict[str, Any]]:
         """Return what ``data.root`` holds, and the number of images by owner and split."""
-        return {"data.root": self.folder.as_json()} | self._splits()
+        return {"data.root": self.folder.as_json() | self.survey.as_json()} | self._splits()
 
     def text(self) -> str:
-        """Return a line for ``data.root`` and one for each owner."""
+        """Return what ``data.root`` and its masks hold, and a line for each owner."""
         lines = [
             f"{owner}: " + ", ".join(f"{count} {split}" for split, count in splits.items())
             for owner, splits in self._splits().items()
         ]
-        return "\n".join([self.folder.text(), *lines])
+        return "\n".join([self.folder.text(), self.survey.text(), *lines])
 
     def _splits(self) -> dict[str, dict[str, int]]:
         return {
@@ -71,7 +66,7 @@ def prepare(
 ) -> PrepareResult:
     """Partition ``data.root`` and write ``cache/partition.json`` and ``cache/images/``.
 
-    Every image and mask is decoded and checked before anything is written.
+    Every image and mask is read once, and checked, before a store is written.
 
     Args:
         with_oracle: also write the clients' training labels to ``cache/oracle/``, which only the
@@ -89,13 +84,15 @@ def prepare(
         )
     advance = progress or (lambda *_: None)
     folder = scan(config.data.root, mask_pattern=config.data.mask_pattern)
-    partition = _plan(config, folder.images, allow_duplicates, advance)
-    name_leaks(partition)
-    if with_oracle:
-        _check_oracle(partition)
-    with writer_lock(config.cache.root / "locks" / "prepare.lock"):
-        _write(config, partition, with_oracle, advance)
-    return PrepareResult(partition, folder)
+    with frame_file(config.cache.root, size=config.data.image_size) as frames:
+        partition, survey = _plan(config, folder.images, frames, allow_duplicates, advance)
+        name_leaks(partition)
+        if with_oracle:
+            _check_oracle(partition)
+        survey.warn([i for ids in partition.splits("server").values() for i in ids])
+        with writer_lock(config.cache.root / "locks" / "prepare.lock"):
+            _write(config, partition, frames, with_oracle, advance)
+    return PrepareResult(partition, folder, survey)
 
 
 def _check_oracle(partition: Partition) -> None:
@@ -109,20 +106,28 @@ def _check_oracle(partition: Partition) -> None:
 
 
 def _plan(
-    config: Config, found: Mapping[str, ImageFiles], allow_duplicates: bool, advance: Progress
-) -> Partition:
-    """Check every file, and draw the partition or read it back in; writes nothing."""
-    entries, foreground = dict[str, ImageEntry](), dict[str, float]()
-    for i, (image_id, files) in enumerate(found.items(), start=1):
-        entries[image_id], mask = _check(config, files)
-        if mask is not None:
-            foreground[image_id] = float((mask > 0).mean())
+    config: Config,
+    found: Mapping[str, ImageFiles],
+    frames: FrameFile,
+    allow_duplicates: bool,
+    advance: Progress,
+) -> tuple[Partition, Survey]:
+    """Read every file, and draw the partition or read it back in; only ``frames`` are written."""
+    entries, seen = dict[str, ImageEntry](), dict[str, Seen]()
+    for i, (image_id, read) in enumerate(read_all(config.data, found), start=1):
+        entries[image_id], seen[image_id] = read.entry, read.seen
+        frames.add(image_id, read.frame)
         advance("checking images", i, len(found))
-    settings = config.partition
-    if settings.file is not None:
-        return read_published(settings.file, entries, config)
+    if config.partition.file is not None:
+        return read_published(config.partition.file, entries, config), Survey(seen)
     if not allow_duplicates:
         entries = join_copies(entries)
+    return _draw(config, entries, seen), Survey(seen)
+
+
+def _draw(config: Config, entries: Mapping[str, ImageEntry], seen: Mapping[str, Seen]) -> Partition:
+    settings = config.partition
+    foreground = {i: each.foreground for i, each in seen.items() if each.foreground is not None}
     server, clients = draw_partition(entries, settings, seed=config.seed, foreground=foreground)
     used = {i for part in (server, *clients.values()) for _, ids in part for i in ids}
     return Partition(
@@ -134,23 +139,9 @@ def _plan(
     )
 
 
-def _check(config: Config, files: ImageFiles) -> tuple[ImageEntry, Pixels | None]:
-    """Decode and digest an image and its mask, and return the mask if there is one."""
-    root, classes = config.data.root, config.data.num_classes
-    image = read_image(root / files.image)
-    if files.mask is None:
-        return ImageEntry(**dict(files), image_sha256=image.sha256), None
-    mask = read_mask(
-        root / files.mask,
-        size_hw=image.pixels.shape[:2],
-        num_classes=classes,
-        image_orientation=image.orientation,
-    )
-    entry = ImageEntry(**dict(files), image_sha256=image.sha256, mask_sha256=mask.sha256)
-    return entry, mask.pixels
-
-
-def _write(config: Config, partition: Partition, with_oracle: bool, advance: Progress) -> None:
+def _write(
+    config: Config, partition: Partition, frames: FrameFile, with_oracle: bool, advance: Progress
+) -> None:
     """Write the stores, and the partition last."""
     cache = config.cache.root
     parts = [
@@ -163,13 +154,13 @@ def _write(config: Config, partition: Partition, with_oracle: bool, advance: Pro
         images = stack.enter_context(folder_beside(cache / "images"))
         for owner, split, ids in parts:
             labelled = owner == "server" or split in LABELLED_SPLITS
-            _write_store(images / owner / f"{split}.zarr", config, partition, ids, labelled)
+            _write_store(images / owner / f"{split}.zarr", config, frames, ids, labelled)
             done += len(ids)
             advance("writing image stores", done, total)
         if with_oracle:
             oracle = stack.enter_context(folder_beside(cache / "oracle"))
             for client, part in partition.clients.items():
-                _write_store(oracle / f"{client}.zarr", config, partition, part.train, True)
+                _write_store(oracle / f"{client}.zarr", config, frames, part.train, True)
         # a run that is killed from here on leaves no partition, never one of other stores
         withdraw()
         if not with_oracle and (cache / "oracle").exists():
@@ -207,19 +198,10 @@ def _stamp(folder: Path) -> tuple[int, int] | None:
 
 
 def _write_store(
-    path: Path, config: Config, partition: Partition, ids: Sequence[str], labelled: bool
+    path: Path, config: Config, frames: FrameFile, ids: Sequence[str], labelled: bool
 ) -> None:
-    """Write the store of these images, if there are any, in the client's frame."""
-    data = config.data
-
-    def rows() -> Iterator[tuple[Pixels, Pixels | None]]:
-        if labelled:
-            for _, image, mask in load_labelled(config, partition, ids):
-                yield resize_image(image, data.image_size), resize_mask(mask, data.image_size)
-            return
-        for entry in (partition.images[image_id] for image_id in ids):
-            image = load_image(data.root, entry.image, sha256=entry.image_sha256)
-            yield resize_image(image, data.image_size), None
-
+    """Write the store of these images, if there are any."""
     if ids:
-        write_image_store(path, ids, rows(), size=data.image_size, num_classes=data.num_classes)
+        rows = (frames.read(image_id, labelled=labelled) for image_id in ids)
+        size, classes = config.data.image_size, config.data.num_classes
+        write_image_store(path, ids, rows, size=size, num_classes=classes)

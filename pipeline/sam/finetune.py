@@ -22,7 +22,7 @@ from pipeline.config import Config, SamConfig
 from pipeline.data.images import load_labelled
 from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import file_sha256, write_bytes, write_json, writer_lock
-from pipeline.errors import NotFiniteError
+from pipeline.errors import DataError, NotFiniteError
 from pipeline.folders import discard, folder_beside
 from pipeline.progress import Progress
 from pipeline.runtime import resolve_device, torch_threads
@@ -71,6 +71,7 @@ def finetune(config: Config, *, progress: Progress | None = None) -> TeacherCard
 
 
 def _finetune(config: Config, partition: Partition, progress: Progress | None) -> TeacherCard:
+    _check_foreground(config, partition)
     cache = config.cache.root
     checkpoint = cache / CHECKPOINT
     teacher, adapter = make_teacher(config, partition, checkpoint=checkpoint, progress=progress)
@@ -82,6 +83,17 @@ def _finetune(config: Config, partition: Partition, progress: Progress | None) -
         card = teacher.card.model_copy(update=measured)
         write_json(folder / CARD_FILE, card.as_json())
     return card
+
+
+def _check_foreground(config: Config, partition: Partition) -> None:
+    """Refuse a part of D_p from which nothing is learnt, or on which every Dice is 1."""
+    for part, ids in partition.splits("server").items():
+        if not any(item.mask.any() for item in load_labelled(config, partition, ids)):
+            raise DataError(
+                f"the server's {part} part: none of its {len(ids)} masks has any foreground; look "
+                "at what `samfed prepare` says of the masks, or draw other images "
+                "(partition.server_images, seed)"
+            )
 
 
 def _forget(folder: Path) -> None:

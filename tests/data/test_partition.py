@@ -619,7 +619,9 @@ def test_preparing_again_gives_the_same_bytes(folder: Path, tmp_path: Path) -> N
     before = listing(tmp_path / "cache")
     assert prepare(config) == result
     assert listing(tmp_path / "cache") == before
-    assert result.as_json() == {
+    said = result.as_json()
+    del said["data.root"]["sites"], said["data.root"]["mask_decisions"]  # tests/data/test_survey.py
+    assert said == {
         "data.root": {
             "images": 12,
             "masks": 12,
@@ -631,10 +633,9 @@ def test_preparing_again_gives_the_same_bytes(folder: Path, tmp_path: Path) -> N
         "server": {"train": 2, "calibration": 2},
         "north": {"train": 4, "val": 2, "test": 2},
     }
-    assert result.text() == (
-        "12 images, 12 masks, 6 groups\nserver: 2 train, 2 calibration\n"
-        "north: 4 train, 2 val, 2 test"
-    )
+    lines = result.text().splitlines()
+    assert lines[0] == "12 images, 12 masks, 6 groups"
+    assert lines[-2:] == ["server: 2 train, 2 calibration", "north: 4 train, 2 val, 2 test"]
 
 
 def test_a_smaller_server_set_changes_nothing_else() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,11 +14,13 @@ import pipeline.sam  # noqa: F401  (before segment_anything imports torchvision)
 # isort: split
 import pytest
 import torch
-from conftest import PREPARED, copy_cache, digest, fails, write_params
+from conftest import PREPARED, copy_cache, digest, fails, tiny_config, write_params
 from forks import Forks
+from PIL import Image
 
 from pipeline.config import Config
-from pipeline.errors import CorruptStoreError, NotFiniteError
+from pipeline.data.prepare import prepare
+from pipeline.errors import CorruptStoreError, DataError, NotFiniteError
 from pipeline.sam.finetune import CHECKPOINT, finetune
 
 TIMM = {"variant": "timm:mobilenetv3_small_050", "input_size": 64}
@@ -199,6 +202,19 @@ def test_a_full_disk(adapted: Config, tmp_path: Path, size: int) -> None:
     assert ": File too large; " in line
     assert digest(adapted.cache.root / "teacher") == before
     assert list(adapted.cache.root.rglob("*.samfed-tmp")) == []
+
+
+def test_a_server_set_without_foreground_is_refused(tiny_images: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny_images, root)
+    for path in (root / "masks").iterdir():
+        Image.new("L", (48, 48)).save(path)
+    config = tiny_config(root, tmp_path / "cache")
+    prepare(config)
+    with pytest.raises(DataError) as caught:
+        finetune(config)
+    assert str(caught.value).startswith("the server's train part: none of its 4 masks has any fo")
+    assert not (tmp_path / "cache" / "teacher").exists()
 
 
 def test_threads_are_pinned_and_given_back(
