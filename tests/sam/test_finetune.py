@@ -208,7 +208,7 @@ def test_a_server_set_without_foreground_is_refused(tiny_images: Path, tmp_path:
     root = tmp_path / "data"
     shutil.copytree(tiny_images, root)
     for path in (root / "masks").iterdir():
-        Image.new("L", (48, 48)).save(path)
+        Image.open(path).point(lambda _: 0).save(path)
     config = tiny_config(root, tmp_path / "cache")
     prepare(config)
     with pytest.raises(DataError) as caught:
