@@ -100,6 +100,8 @@ def test_libraries_stay_in_their_room() -> None:
         "segmentation_models_pytorch": {"segmentation"},
         "segment_anything": {"sam"},
         "onnxruntime": {"sam"},
+        "SimpleITK": {"data"},
+        "pydicom": {"data"},
         "distributed": {"cluster"},
     }
     for package, allowed in owners.items():

@@ -35,8 +35,6 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.folders import folder_beside
 from pipeline.progress import Progress
 
-_SILENT: Progress = lambda *_: None  # noqa: E731
-
 logger = logging.getLogger("samfed")
 
 
@@ -100,7 +98,7 @@ def import_data(
         ConfigError: no such kind, or an option that it has not. DataError: the source is not such
         data, or is damaged; ``out`` holds something.
     """
-    options, advance = options or Options(), progress or _SILENT
+    options, advance = options or Options(), progress or (lambda *_: None)
     _check(kind, source, out, options)
     with folder_beside(out.resolve()) as folder:
         unpacked = folder / ".unpacked"

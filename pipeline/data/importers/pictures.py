@@ -150,10 +150,8 @@ def _read_metadata(wanted: Metadata, files: Files) -> dict[str, tuple[str, str]]
         return {}
     try:
         text = path.read_text(encoding="utf-8-sig")
-        lines = csv.DictReader(
-            io.StringIO(text, newline=""), dialect=csv.Sniffer().sniff(text[:4096], ",\t")
-        )
-        rows = list(lines)
+        delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
         return {
             row[wanted.image_id].lower(): (row.get(wanted.site) or "", row[wanted.group])
             for row in rows

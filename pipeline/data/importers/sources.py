@@ -64,7 +64,14 @@ def _names(folder: Path) -> Iterator[str]:
     def fail(error: OSError) -> None:
         raise error
 
-    for where, _, names in os.walk(folder, onerror=fail):
+    seen = set()
+    for where, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        # links to folders are followed, but a link to a folder above, or a second one, is not
+        identity = os.stat(where)
+        if (identity.st_dev, identity.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((identity.st_dev, identity.st_ino))
         for name in names:
             path = Path(where, name).relative_to(folder).as_posix()
             if not _HIDDEN.fullmatch(path):

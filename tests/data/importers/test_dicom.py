@@ -12,9 +12,10 @@ import pytest
 from conftest import call
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence
-from pydicom.uid import UID, ExplicitVRLittleEndian, RLELossless
+from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from pipeline.data.folder import scan
 from pipeline.data.importers.importing import import_data
@@ -160,6 +161,22 @@ def test_compressed_pixels_are_the_same(tmp_path: Path) -> None:
     ]
     first, second = (pixels(folder, "p0001_s01_i001") for folder in found)
     np.testing.assert_array_equal(first, second)
+
+
+def test_pixels_that_pydicom_alone_cannot_decode_are_read(tmp_path: Path) -> None:
+    import SimpleITK as sitk  # noqa: N813
+
+    (tmp_path / "in").mkdir()
+    writer = sitk.ImageFileWriter()
+    writer.SetFileName(str(tmp_path / "in" / "1.dcm"))
+    writer.SetUseCompression(True)
+    writer.SetCompressor("JPEG2000")
+    writer.Execute(sitk.GetImageFromArray(ramp()[None]))
+    syntax = dcmread(tmp_path / "in" / "1.dcm", stop_before_pixels=True).file_meta
+    assert syntax.TransferSyntaxUID == JPEG2000Lossless
+    options = Options(window=(25, 50))
+    result = import_data("dicom", tmp_path / "in", tmp_path / "out", options=options)
+    np.testing.assert_array_equal(pixels(result.folder, "p0001_s01_i001"), grey(ramp(), 0, 50))
 
 
 def test_patients_and_series_are_numbered_in_the_order_of_their_paths(tmp_path: Path) -> None:

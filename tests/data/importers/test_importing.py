@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -146,6 +147,26 @@ def test_one_lung_of_two_is_no_mask(tmp_path: Path) -> None:
     source = lay_out("montgomery", tmp_path)
     (source / "ManualMask/leftMask/MCUCXR_0001_0.png").unlink()
     assert import_data("montgomery", source, tmp_path / "out").masks == 0
+
+
+def test_links_to_folders_are_followed_and_circles_end(tmp_path: Path) -> None:
+    source = lay_out("etis", tmp_path / "in")
+    linked = tmp_path / "linked" / "ETIS-LaribPolypDB"
+    linked.mkdir(parents=True)
+    for name in ("ETIS-LaribPolypDB", "Ground Truth"):
+        (linked / name).symlink_to(source / name)
+    (linked / "above").symlink_to(tmp_path / "linked")
+    assert import_data("etis", linked, tmp_path / "out").masks == 1
+
+
+@pytest.mark.parametrize(("kind", "library"), [("acdc", "SimpleITK"), ("dicom", "pydicom")])
+def test_a_library_that_is_not_there_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, library: str
+) -> None:
+    source = lay_out("acdc", tmp_path / "in")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigError, match=r"needs SimpleITK and pydicom; pip install 'samfed"):
+        import_data(kind, source, tmp_path / "out")
 
 
 def test_an_image_with_a_mask_too_many_is_refused(tmp_path: Path) -> None:
