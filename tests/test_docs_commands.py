@@ -46,6 +46,7 @@ NOT_RUN = {
     "samfed * --params benchmarks/*": "needs real data and hours",
     "samfed * --workers *": "starts processes that import torch; tests/labelling/ runs it",
     "samfed precompute-sam --scheduler *": "needs dask's workers; tests/labelling/ runs it",
+    "samfed federate --scheduler *": "needs dask's workers; tests/federation/ runs it",
     "samfed export-onnx ": "takes a quarter of a minute; tests/sam/test_onnx.py runs it",
     "samfed precompute-sam --backend onnx ": "needs that model; tests/sam/test_onnx.py runs it",
     "samfed import *": "needs data sets; tests/data/importers/ lays out tiny ones and imports them",
