@@ -21,15 +21,16 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     model_validator,
 )
 
 from pipeline.disk import file_sha256, is_folder_name
 from pipeline.methods import METHODS, Method, methods_for
 
+Count = Annotated[int, Field(gt=0, lt=2**31)]  # no array of torch or ONNX Runtime is longer
+CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy, torch and dask all take it
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.5, lt=1.0)]  # of the likelier of two
 
@@ -76,7 +77,7 @@ def _refuse_box(prompt: object) -> object:
 class _Section(BaseModel):
     """Part of the settings; ``decides`` is the mark of the fields that have none of their own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     decides: ClassVar[Decides] = _NOTHING
 
 
@@ -100,9 +101,9 @@ class CacheConfig(_Section):
 class SynthConfig(_Section):
     """The embedded default data set."""
 
-    images_per_site: PositiveInt = 130
+    images_per_site: Count = 130
     size_px: Annotated[int, Field(ge=32, le=2048)] = 128  # image height
-    seed: NonNegativeInt = 0  # of the images alone: runs with several seeds share one data set
+    seed: Seed = 0  # of the images alone: runs with several seeds share one data set
 
 
 class PartitionConfig(_Section):
@@ -110,16 +111,16 @@ class PartitionConfig(_Section):
 
     scheme: Literal["iid", "dirichlet", "site", "sizes"] = "site"
     file: Path | None = None  # a partition.json, or a split of HSSF, to read instead of drawing one
-    clients: PositiveInt = 4  # iid and dirichlet: number of clients
-    clients_per_site: PositiveInt = 1  # site: clients that share one site's images
-    sizes: tuple[PositiveInt, ...] = ()  # sizes: images of each client
+    clients: Count = 4  # iid and dirichlet: number of clients
+    clients_per_site: Count = 1  # site: clients that share one site's images
+    sizes: tuple[Count, ...] = ()  # sizes: images of each client
     by: Literal["size", "site"] = "size"  # dirichlet: what is skewed (foreground area or site)
     alpha: PositiveFloat = 0.5  # dirichlet: concentration; smaller is more skewed
-    server_images: PositiveInt = 30  # the public set D_p, calibration part included
-    server_kept: PositiveInt | None = None  # use only so many of these; the others stay unused
+    server_images: Count = 30  # the public set D_p, calibration part included
+    server_kept: Count | None = None  # use only so many of these; the others stay unused
     server_site: str | None = "site_a"  # where D_p comes from; null = anywhere
     calibration_fraction: Fraction = 0.2  # part of D_p that nothing is trained on
-    calibration_min: PositiveInt = 10  # and at least so many images
+    calibration_min: Count = 10  # and at least so many images
     val_fraction: Fraction = 0.1  # of each client
     test_fraction: Fraction = 0.3  # of each client
 
@@ -139,22 +140,21 @@ class SamConfig(_Section):
 
     variant: str = "vit_t"  # vit_t | vit_b | vit_l | vit_h | mobile_sam | timm:<backbone>
     checkpoint: Path | None = None  # of SAM, or timm: of the backbone; .pth or .safetensors
-    input_size: Annotated[int, Field(ge=64, multiple_of=32)] | None = (
-        None  # timm and mobile_sam only, pixels
-    )
+    # timm and mobile_sam only, pixels
+    input_size: Annotated[int, Field(ge=64, le=4096, multiple_of=32)] | None = None
     # none: adapted; points: SAM as it comes, prompted by a grid
     prompt: Annotated[Literal["none", "points"], BeforeValidator(_refuse_box)] = "none"
     points_per_side: Annotated[int, Field(ge=1, le=64)] = 16  # points: of the grid
-    lora_rank: PositiveInt = 8  # vit_* and mobile_sam: rank of the updates to q and v
-    epochs: PositiveInt = 60
-    batch_size: PositiveInt = 4
+    lora_rank: Count = 8  # vit_* and mobile_sam: rank of the updates to q and v
+    epochs: Count = 60
+    batch_size: Count = 4
     learning_rate: PositiveFloat = 2e-3  # decoder, prompt embedding, LoRA; timm: neck and decoder
     encoder_learning_rate: PositiveFloat = 5e-4  # timm only: the backbone
     weight_decay: NonNegativeFloat = 0.01
     warmup_fraction: Fraction = 0.1  # of all steps, linear
     decay_power: PositiveFloat = 0.9  # polynomial decay after the warm-up
     dice_weight: Fraction = 0.8  # rest is cross-entropy (SAMed: 0.8 and 0.2)
-    threads: PositiveInt = 2  # torch threads of fine-tuning on the CPU; pinned, for equal results
+    threads: Count = 2  # torch threads of fine-tuning on the CPU; pinned, for equal results
     device: str = "auto"
 
     @property
@@ -167,11 +167,11 @@ class PrecomputeConfig(_Section):
     """Stage one: how the teacher is run."""
 
     backend: Literal["torch", "onnx"] = "torch"  # onnx: ONNX Runtime, after `samfed export-onnx`
-    batch_size: PositiveInt = 8  # images per forward pass; a shard holds 64 rows
+    batch_size: Count = 8  # images per forward pass; a shard holds 64 rows
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"
-    readers: PositiveInt = 2  # threads that decode images ahead of the teacher
-    threads: PositiveInt | None = None  # torch threads on the CPU; null = all, or a worker's share
+    readers: Count = 2  # threads that decode images ahead of the teacher
+    threads: Count | None = None  # torch threads on the CPU; null = all, or a worker's share
     warn_consistency: Fraction = 0.7  # Dice of a flipped image's label below this is a warning
     warn_empty: Fraction = 0.5  # share of empty masks above this is a warning
 
@@ -185,7 +185,7 @@ class NetworkConfig(_Section):
     encoder: str = "tu-mobilenetv3_small_050"  # smp encoder name; tu-<name> is timm's
     encoder_depth: Annotated[int, Field(ge=3, le=5)] = 4
     # U-Net: one per depth; segformer: one; fpn, linknet and deeplabv3plus do not use them
-    decoder_channels: tuple[PositiveInt, ...] = (48, 32, 24, 16)
+    decoder_channels: tuple[Count, ...] = (48, 32, 24, 16)
     encoder_weights: Path | None = None  # local .safetensors with the encoder's timm weights
 
 
@@ -227,34 +227,34 @@ class FederateConfig(_Section):
 
     name: Annotated[str, AfterValidator(_folder_name), _NOTHING] = "sam_fed"  # under cache/runs
     method: Method = "sam_fed"
-    rounds: PositiveInt = 15
-    clients_per_round: PositiveInt | None = None  # drawn anew each round; null = all
+    rounds: Count = 15
+    clients_per_round: Count | None = None  # drawn anew each round; null = all
     aggregation: Literal["fedavg", "median"] = "fedavg"  # median: of each coordinate
-    pretrain_steps: Annotated[NonNegativeInt, _FIRST_MODEL] = 200  # of each first model, on D_p
-    local_steps: PositiveInt = 10  # optimiser steps of each client in a round
-    labelled_batch: Annotated[int, Field(ge=2), _FIRST_MODEL] = 8  # batch norm needs two images
-    unlabelled_batch: PositiveInt = 8
+    pretrain_steps: Annotated[CountOrNone, _FIRST_MODEL] = 200  # of each first model, on D_p
+    local_steps: Count = 10  # optimiser steps of each client in a round
+    labelled_batch: Annotated[Count, Field(ge=2), _FIRST_MODEL] = 8  # batch norm needs two images
+    unlabelled_batch: Count = 8
     learning_rate: Annotated[PositiveFloat, _FIRST_MODEL] = 2e-3
     weight_decay: Annotated[NonNegativeFloat, _FIRST_MODEL] = 1e-4
     unlabelled_weight: NonNegativeFloat = 1.0  # lambda_u after its ramp
-    ramp_rounds: NonNegativeInt = 2  # rounds over which lambda_u grows from 0
+    ramp_rounds: CountOrNone = 2  # rounds over which lambda_u grows from 0
     kd_weight: NonNegativeFloat = 0.1  # lambda_kd; no part of runs with networks of their own
     kd_temperature: PositiveFloat = 2.0
     confidence_threshold: Fraction = 0.95  # of a client's own pseudo-labels (FixMatch)
-    fusion_epochs: PositiveInt = 4  # heterogeneous: passes over D_p of RC, of RF, of FedMD's digest
+    fusion_epochs: Count = 4  # heterogeneous: passes over D_p of RC, of RF, of FedMD's digest
     fusion_weight: NonNegativeFloat = 10.0  # heterogeneous: of the KL term in RC and RF
-    fusion_warmup_rounds: NonNegativeInt = 0  # heterogeneous: rounds without that term
+    fusion_warmup_rounds: CountOrNone = 0  # heterogeneous: rounds without that term
     audit: Annotated[bool, _AUDIT] = False  # report how cache/oracle's truth scores pseudo-labels
     link_mbit: Annotated[PositiveFloat, _NOTHING] = 100.0  # slower than computing is a warning
     warn_drift: Annotated[PositiveFloat, _NOTHING] = 3.0  # warn above so many times the median's
-    threads: Annotated[PositiveInt, _REPETITION] = 2  # torch's; pinned, for equal results
+    threads: Annotated[Count, _REPETITION] = 2  # torch's; pinned, for equal results
     device: Annotated[str, _REPETITION] = "auto"
 
 
 class Config(_Section):
     """All of ``params.yaml``."""
 
-    seed: Annotated[NonNegativeInt, _REPETITION] = 0  # of partition, teacher and rounds
+    seed: Annotated[Seed, _REPETITION] = 0  # of partition, teacher and rounds
     data: DataConfig = DataConfig()
     cache: CacheConfig = CacheConfig()
     synth: SynthConfig = SynthConfig()

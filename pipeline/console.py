@@ -4,6 +4,7 @@
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +16,8 @@ from typer import Option
 from pipeline.disk import to_json
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_PARTIAL, SamfedError
 from pipeline.progress import console_progress
+
+log = logging.getLogger("samfed")
 
 OS_ADVICE = "check the path, its permissions and the space left on the disk"
 
@@ -48,7 +51,9 @@ def command(group: typer.Typer, /, *, params_file: bool = True, **helps: Any) ->
 
         def run(
             *,
-            params: Annotated[Path, Option(help="Settings file.")] = Path("params.yaml"),
+            params: Annotated[
+                Path | None, Option(help="Settings file (default: params.yaml, if there is one).")
+            ] = None,
             overrides: Annotated[
                 list[str] | None,
                 Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. seed=5."),
@@ -62,7 +67,8 @@ def command(group: typer.Typer, /, *, params_file: bool = True, **helps: Any) ->
 
                 logging.basicConfig(format="%(levelname)s: %(message)s", force=True)
                 logging.getLogger("samfed").setLevel(logging.DEBUG if debug else logging.INFO)
-                config = load_config(params if params_file else None, tuple(overrides or ()))
+                file = (params or _default_params()) if params_file else None
+                config = load_config(file, tuple(overrides or ()))
                 with console_progress() if "progress" in own else nullcontext() as progress:
                     given |= {"progress": progress} if "progress" in own else {}
                     result = function(config, **given)
@@ -79,6 +85,15 @@ def command(group: typer.Typer, /, *, params_file: bool = True, **helps: Any) ->
         return function
 
     return register
+
+
+def _default_params() -> Path | None:
+    """Return the settings file of the current folder; without one, say that the defaults serve."""
+    path = Path("params.yaml")
+    if os.path.lexists(path):
+        return path
+    log.info("no %s in the current folder; the defaults serve", path)
+    return None
 
 
 def _option(parameter: inspect.Parameter, given: Any) -> inspect.Parameter:

@@ -27,6 +27,7 @@ from pipeline.errors import DataError, LockedStoreError, StageError
 
 _TEMPORARY = ".samfed-tmp"  # so that ours are known wherever they are found
 _OUR_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(_TEMPORARY))
+_NAME_BYTES = 200  # file systems take 255, and we add a suffix
 _GLANCE_SECONDS = 0.1  # after which a lock that ``writer_of`` looked at is free again
 
 
@@ -153,7 +154,8 @@ def leftovers(root: Path, *, seconds: float = 60 * 60) -> list[Path]:
 
 def is_folder_name(name: str) -> bool:
     """Tell whether ``name`` can be one folder's name that leads nowhere else, on any system."""
-    return name.isprintable() and re.fullmatch(r"[^./\\:][^/\\:]*", name) is not None
+    fits = name.isprintable() and len(name.encode()) <= _NAME_BYTES
+    return fits and re.fullmatch(r"[^./\\:][^/\\:]*", name) is not None
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import Config, NetworkConfig
+from pipeline.config import Config
 from pipeline.errors import ConfigError
 
 #: Keys of earlier versions, and what they are called now.
@@ -18,10 +22,21 @@ RENAMED = {
     "agreement.warn_kept": "agreement.warn_coverage",
     "federate.start_steps": "federate.pretrain_steps",
 }
+_NULLS = ("", "~", "null")
+
+Key = tuple[str, ...]
 
 
-def load_config(path: Path | None, overrides: tuple[str, ...] = ()) -> Config:
-    """Read ``path`` (the defaults if None) and apply ``a.b=value`` overrides, values as YAML.
+def load_config(
+    path: Path | None, overrides: tuple[str, ...] = (), *, folder: Path | None = None
+) -> Config:
+    """Read ``path`` (the defaults if None) and apply ``a.b=value`` overrides.
+
+    An override's value is YAML, but for keys that hold text or a path: they take it as it stands.
+
+    Args:
+        folder: what relative paths in the file, and the default ones, refer to; the file's own
+            folder if None. Those of overrides always refer to the current folder.
 
     Raises:
         ConfigError: the file is missing or no YAML mapping, or a key or value is wrong.
@@ -33,18 +48,9 @@ def load_config(path: Path | None, overrides: tuple[str, ...] = ()) -> Config:
         raw = _yaml(path.read_bytes(), str(path), "sections of keys") or {}
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: found {type(raw).__name__}, expected sections of keys")
-    for override in overrides:
-        _apply(raw, override)
-    return parse_config(raw, source=str(path) if path is not None else "settings")
-
-
-def _yaml(content: bytes | str, source: str, expected: str) -> Any:
-    try:
-        return yaml.safe_load(content)
-    except Exception as error:  # PyYAML lets errors of int(), of dates and of its own escape
-        place = getattr(error, "problem_mark", None)
-        line = f" at line {place.line + 1}" if place is not None else ""
-        raise ConfigError(f"{source}: not valid YAML{line}; expected {expected}") from error
+        raw = _anchored(Config, raw, path.parent if folder is None else folder)
+    keys = tuple(_apply(raw, override) for override in overrides)
+    return _validated(raw, str(path) if path is not None else "settings", keys)
 
 
 def with_settings(config: Config, source: str, **sections: dict[str, Any]) -> Config:
@@ -60,36 +66,156 @@ def with_settings(config: Config, source: str, **sections: dict[str, Any]) -> Co
 
 def parse_config(raw: dict[str, Any], *, source: str) -> Config:
     """Validate a nested mapping; ``source`` names it in the error."""
+    return _validated(raw, source, ())
+
+
+def _validated(raw: dict[str, Any], source: str, overridden: tuple[Key, ...]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        if first["type"] == "extra_forbidden":
-            now = RENAMED.get(key)
-            advice = f"it is now called {now}" if now else _known_keys(first["loc"])
-            raise ConfigError(f"{source}: unknown key '{key}'; {advice}") from error
+        location = tuple(str(part) for part in first["loc"])
+        unknown = first["type"] == "extra_forbidden"
+        source = _blamed(source, location, overridden, unknown=unknown)
+        key = ".".join(location) or "(top level)"
+        if unknown:
+            raise ConfigError(f"{source}: unknown key '{key}'{_advice(location)}") from error
         value, message = first["input"], first["msg"].removeprefix("Value error, ")
+        at = "" if source == f"--set {key}" else f"{key}: "
         found = "" if isinstance(value, dict | BaseModel) else f"found {value!r}, "
-        raise ConfigError(f"{source}: {key}: {found}{message[0].lower()}{message[1:]}") from error
+        text = first["type"] in ("string_type", "path_type") and isinstance(value, int | float)
+        end = "; write it in quotes" if text else ""
+        raise ConfigError(f"{source}: {at}{found}{message[0].lower()}{message[1:]}{end}") from error
 
 
-def _known_keys(location: tuple[int | str, ...]) -> str:
-    model: Any = Config
-    for part in location[:-1]:
-        # a number is a position in model.clients, the only list of sections
-        model = NetworkConfig if isinstance(part, int) else model.model_fields[part].annotation
-    return "expected one of " + ", ".join(model.model_fields)
+def _blamed(source: str, location: Key, overridden: tuple[Key, ...], *, unknown: bool) -> str:
+    """Return what an error names: the ``--set`` that gave this key, or what else was read."""
+    above = [given for given in overridden if given[: len(location)] == location]
+    exact = [given for given in overridden if location[: len(given)] == given]
+    if exact or (unknown and above):
+        return f"--set {'.'.join((exact or above)[-1])}"
+    return f"{source} with --set" if above else source
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
+# --------------------------------------------------------------------------- keys
+
+
+def _plain_types(annotation: Any) -> tuple[Any, ...]:
+    """Return what a value may be: of ``Annotated[X, ...]`` and ``X | None``, ``X`` comes first."""
+    if get_origin(annotation) is Annotated:
+        return _plain_types(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(kind for each in get_args(annotation) for kind in _plain_types(each))
+    return (annotation,)
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """Return the types of a section's keys; nothing for a value."""
+    return {key: field.annotation for key, field in getattr(kind, "model_fields", {}).items()}
+
+
+def _type_of(key: Key) -> Any:
+    """Return the annotation of a setting or section; None for an unknown one."""
+    kind: Any = Config
+    for part in key:
+        kind = _plain_types(kind)[0]
+        # a part below a list of sections is a position
+        kind = get_args(kind)[0] if get_origin(kind) is tuple else _fields(kind).get(part)
+    return kind
+
+
+def _all_keys(kind: Any = Config, prefix: str = "") -> Iterator[str]:
+    for key, inner in _fields(kind).items():
+        yield from _all_keys(inner, f"{prefix}{key}.") if _fields(inner) else [prefix + key]
+
+
+def _advice(location: Key) -> str:
+    """Return what to write instead of an unknown key: its new name, or the nearest, and all."""
+    key = ".".join(location)
+    if key in RENAMED:
+        return f"; it is now called {RENAMED[key]}"
+    known = list(_fields(_type_of(location[:-1])))
+    near = [(*location[:-1], each) for each in difflib.get_close_matches(location[-1], known, 1)]
+    elsewhere = [each for each in _all_keys() if each.split(".")[-1] == location[-1]]
+    nearest = next(iter([".".join(each) for each in near] + elsewhere), None)
+    return (f" (nearest: {nearest})" if nearest else "") + "; expected one of " + ", ".join(known)
+
+
+def _apply(raw: dict[str, Any], override: str) -> Key:
+    """Set in ``raw`` what an override says, and return its key."""
+    name, equals, text = override.partition("=")
+    parts = tuple(name.strip().split("."))
     if not equals or not all(parts):
         raise ConfigError(f"--set {override}: expected section.key=value, e.g. federate.rounds=5")
-    section, value = raw, _yaml(text, f"--set {override}", "a value, e.g. 5 or [1, 2]")
+    section = raw
     for part in parts[:-1]:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             raise ConfigError(f"--set {override}: '{part}' is a value, not a section")
-    section[parts[-1]] = value
+    section[parts[-1]] = _value(parts, text, override)
+    return parts
+
+
+def _value(key: Key, text: str, override: str) -> Any:
+    """Return an override's value: text as it stands where the key holds text, else YAML."""
+    kinds = _plain_types(_type_of(key))
+    if type(None) in kinds and text.strip().lower() in _NULLS:
+        return None
+    if any(kind in (str, Path) or get_origin(kind) is Literal for kind in kinds):
+        return text
+    return _yaml(text, f"--set {override}", "a value, e.g. 5 or [1, 2]")
+
+
+def _anchored(annotation: Any, raw: Any, folder: Path) -> Any:
+    """Return settings of this kind with ``folder`` before relative paths, default ones too."""
+    kind = _plain_types(annotation)[0]
+    if kind is Path and isinstance(raw, str | Path):
+        return os.path.normpath(folder / raw)
+    if get_origin(kind) is tuple and isinstance(raw, list):
+        return [_anchored(get_args(kind)[0], each, folder) for each in raw]
+    if _fields(kind) and isinstance(raw, dict | BaseModel):
+        given = raw if isinstance(raw, dict) else {}
+        return given | {
+            key: _anchored(field.annotation, given.get(key, field.default), folder)
+            for key, field in kind.model_fields.items()
+        }
+    return raw
+
+
+# --------------------------------------------------------------------------- YAML
+
+
+class _GivenTwiceError(Exception):
+    """A mapping has one key twice; the message says where."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without dates, which no setting is, and without mappings in which the last key wins."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  (as in PyYAML's classes)
+        first: [each for each in resolvers if each[0] != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping, unless it has a key twice."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines:
+                first = lines[name]
+                raise _GivenTwiceError(f"'{key.value}' is given at line {first} and at line {line}")
+            lines[name] = line
+        return node
+
+
+def _yaml(content: bytes | str, source: str, expected: str) -> Any:
+    try:
+        return yaml.load(content, _Loader)
+    except _GivenTwiceError as error:
+        raise ConfigError(f"{source}: {error}; keep one of them") from error
+    except Exception as error:  # PyYAML lets errors of int(), of dates and of its own escape
+        place = getattr(error, "problem_mark", None)
+        line = f" at line {place.line + 1}" if place is not None else ""
+        raise ConfigError(f"{source}: not valid YAML{line}; expected {expected}") from error

@@ -60,7 +60,7 @@ def with_setting(project: Project, section: str, key: str, value: object) -> Non
 def test_an_unknown_key(project: Project) -> None:
     with_setting(project, "cache", "rot", "cache")
     assert refused(project, 2, "prepare") == (
-        f"{project.params}: unknown key 'cache.rot'; expected one of root"
+        f"{project.params}: unknown key 'cache.rot' (nearest: cache.root); expected one of root"
     )
 
 
@@ -175,7 +175,8 @@ def test_a_damaged_digest_in_the_partition(project: Project, stage: str, digest:
 def test_settings_with_a_date_that_does_not_exist(project: Project) -> None:
     project.params.write_text("seed: 2024-99-99\n")
     assert refused(project, 2, "prepare") == (
-        f"{project.params}: not valid YAML; expected sections of keys"
+        f"{project.params}: seed: found '2024-99-99', input should be a valid integer, unable to "
+        "parse string as an integer"
     )
 
 

@@ -233,7 +233,7 @@ def test_the_ceiling_without_its_labels(project: Project) -> None:
 def test_bad_key(tmp_path: Path) -> None:
     project = Project(tmp_path)
     assert fails(2, "prepare", *project.options, "--set", "cache.rot=x") == (
-        f"{project.params}: unknown key 'cache.rot'; expected one of root"
+        "--set cache.rot: unknown key 'cache.rot' (nearest: cache.root); expected one of root"
     )
     assert not project.cache.exists()
 
@@ -243,6 +243,17 @@ def test_no_settings(tmp_path: Path) -> None:
     assert fails(2, "federate", "--params", missing) == (
         f"{missing}: no such file; run in the project's folder or pass --params"
     )
+
+
+def test_without_a_settings_file_the_defaults_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call("cache", "info")
+    assert result.exit_code == 0
+    assert "no params.yaml in the current folder; the defaults serve" in result.stderr
+    (tmp_path / "params.yaml").symlink_to("nowhere")
+    assert fails(2, "cache", "info").startswith("params.yaml: no such file; ")
 
 
 def test_missing_data_root(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 
 from pipeline.config import Config, deciding_settings
 from pipeline.errors import ConfigError
-from pipeline.params import RENAMED, load_config, parse_config
+from pipeline.params import RENAMED, load_config, parse_config, with_settings
 from pipeline.segmentation.networks import build_model
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
@@ -37,7 +38,7 @@ def leaves(value: Any, prefix: str = "") -> set[str]:
 
 
 def test_the_repositorys_params_are_the_defaults() -> None:
-    assert load_config(PARAMS) == Config()
+    assert load_config(PARAMS, folder=Path()) == Config()
 
 
 def test_the_repositorys_params_spell_out_every_key() -> None:
@@ -65,14 +66,14 @@ def test_the_benchmarks_own_networks_are_valid() -> None:
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, "")) == Config()
+    assert load_config(write(tmp_path, ""), folder=Path()) == Config()
     assert load_config(None) == Config()
 
 
 def test_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path, "precompute: {batch: 4}\n")
     assert message(path) == (
-        f"{path}: unknown key 'precompute.batch'; expected one of "
+        f"{path}: unknown key 'precompute.batch' (nearest: precompute.batch_size); expected one of "
         "backend, batch_size, precision, device, readers, threads, warn_consistency, warn_empty"
     )
 
@@ -80,7 +81,8 @@ def test_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
 def test_an_unknown_key_of_a_clients_network_lists_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path, "model: {clients: [{encoder: x}, {encoder_name: y}]}\n")
     assert message(path) == (
-        f"{path}: unknown key 'model.clients.1.encoder_name'; expected one of "
+        f"{path}: unknown key 'model.clients.1.encoder_name' (nearest: model.clients.1.encoder); "
+        "expected one of "
         "architecture, encoder, encoder_depth, decoder_channels, encoder_weights"
     )
 
@@ -109,8 +111,8 @@ def test_a_method_that_the_clients_networks_do_not_allow(
 def test_unknown_section_lists_the_sections(tmp_path: Path) -> None:
     path = write(tmp_path, "federat: {rounds: 4}\n")
     assert message(path) == (
-        f"{path}: unknown key 'federat'; expected one of seed, data, cache, synth, partition, sam, "
-        "precompute, model, agreement, federate"
+        f"{path}: unknown key 'federat' (nearest: federate); expected one of seed, data, cache, "
+        "synth, partition, sam, precompute, model, agreement, federate"
     )
 
 
@@ -167,7 +169,9 @@ def test_a_key_of_an_earlier_version_names_the_new_one(tmp_path: Path, old: str,
     section, key = old.split(".")
     path = write(tmp_path, f"{section}: {{{key}: 1}}\n")
     assert message(path) == f"{path}: unknown key '{old}'; it is now called {new}"
-    assert message(None, f"{old}=1") == f"settings: unknown key '{old}'; it is now called {new}"
+    assert message(None, f"{old}=1") == (
+        f"--set {old}: unknown key '{old}'; it is now called {new}"
+    )
     assert new in {leaf.removeprefix(".") for leaf in leaves(Config().model_dump())}
 
 
@@ -182,7 +186,7 @@ def test_invalid_yaml_names_the_line(tmp_path: Path) -> None:
     assert message(path) == f"{path}: not valid YAML at line 4; expected sections of keys"
 
 
-@pytest.mark.parametrize("value", ["2024-99-99", "1" * 5000, "[" * 1000, "!!float x", "!!int ''"])
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 1000, "!!float x", "!!int ''"])
 def test_a_value_on_which_the_yaml_library_stumbles(tmp_path: Path, value: str) -> None:
     """It raises errors that are none of its own there."""
     path = write(tmp_path, f"seed: {value}")
@@ -242,9 +246,160 @@ def test_an_override_below_a_value(tmp_path: Path) -> None:
     assert message(path, "seed.x=1") == "--set seed.x=1: 'seed' is a value, not a section"
 
 
-def test_an_override_with_an_unknown_key() -> None:
-    assert message(None, "cache.folder=x") == (
-        "settings: unknown key 'cache.folder'; expected one of root"
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "cache.folder=x",
+            "--set cache.folder: unknown key 'cache.folder'; expected one of root",
+        ),
+        (
+            "federate.rounds=many",
+            "--set federate.rounds: found 'many', input should be a valid integer, unable to parse "
+            "string as an integer",
+        ),
+        (
+            "data.image_sise=64",
+            "--set data.image_sise: unknown key 'data.image_sise' (nearest: data.image_size); "
+            "expected one of root, mask_pattern,",
+        ),
+        (
+            "data.server_images=3",
+            "--set data.server_images: unknown key 'data.server_images' (nearest: "
+            "partition.server_images); expected one of root, ",
+        ),
+        (
+            "model.clients=[{encoder: 3}]",
+            "--set model.clients: model.clients.0.encoder: found 3, input should be a valid "
+            "string; write it in quotes",
+        ),
+        (
+            "partition.test_fraction=0.95",
+            "settings with --set: partition: val_fraction + test_fraction must leave something to "
+            "train on",
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_override_names_it(override: str, expected: str) -> None:
+    assert message(None, override).startswith(expected)
+
+
+def test_what_is_wrong_in_the_file_is_not_blamed_on_an_override(tmp_path: Path) -> None:
+    path = write(tmp_path, "federate: {round: 3}\n")
+    assert message(path, "federate.rounds=2", "seed=1").startswith(f"{path}: unknown key ")
+
+
+# --------------------------------------------------------------------------- text and paths
+
+
+@pytest.mark.parametrize("text", ["exp #1", "2024-11-26", "007", "no", "[a", "{a}", "'q'", "null"])
+def test_text_and_paths_of_an_override_are_taken_as_they_stand(text: str) -> None:
+    config = load_config(None, (f"federate.name={text}", f"data.root=/x/{text}"))
+    assert config.federate.name == text
+    assert str(config.data.root) == f"/x/{text}"
+    assert with_settings(Config(), "--name", federate={"name": text}).federate.name == text
+
+
+@pytest.mark.parametrize("text", ["null", "~", ""])
+def test_text_that_may_be_missing_can_be_taken_away(text: str) -> None:
+    keys = ("partition.server_site", "partition.file", "sam.checkpoint", "model.encoder_weights")
+    config = load_config(None, tuple(f"{key}={text}" for key in keys))
+    assert config.partition.server_site is None
+    assert config.sam.checkpoint is None
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", ".hidden", "a\nb", "x" * 300, "C:\\x"])
+def test_a_name_that_cannot_be_a_folder(name: str) -> None:
+    assert message(None, f"federate.name={name}").startswith("--set federate.name: found ")
+
+
+def test_a_date_is_no_value_of_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path, "federate: {name: 2024-11-26}")
+    assert load_config(path).federate.name == "2024-11-26"
+
+
+def test_a_number_where_text_belongs_says_how_to_write_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "federate: {name: 007}")
+    assert message(path) == (
+        f"{path}: federate.name: found 7, input should be a valid string; write it in quotes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 0\ndata: {}\nseed: 1\n", "'seed' is given at line 1 and at line 3"),
+        ("data:\n  root: a\n  root: b\n", "'root' is given at line 2 and at line 3"),
+        ("data: {root: a}\ndata: {image_size: 32}", "'data' is given at line 1 and at line 2"),
+        ("model: {clients: [{encoder: a, encoder: b}]}", "'encoder' is given at line 1 and"),
+    ],
+)
+def test_a_key_given_twice_names_both_lines(tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path, text)
+    assert message(path).startswith(f"{path}: {expected}")
+    assert message(path).endswith("; keep one of them")
+
+
+def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: {clients: [&n {encoder: a}, {<<: *n, encoder: b}]}")
+    assert [each.encoder for each in load_config(path).model.clients] == ["a", "b"]
+
+
+def test_paths_in_a_file_are_relative_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    path = write(
+        folder,
+        "data: {root: ../images}\n"
+        "model: {clients: [&n {encoder: a, encoder_weights: w}, *n]}\n"
+        "sam: {checkpoint: /abs/sam.pth}\n",
+    )
+    monkeypatch.chdir(tmp_path)
+    for given in (path, Path("study/params.yaml")):
+        config = load_config(given, ("partition.file=p.json",))
+        assert config.data.root.resolve() == tmp_path / "images"
+        assert config.cache.root.resolve() == folder / "cache"  # a default, and the same everywhere
+        weights = [each.encoder_weights for each in config.model.clients]
+        assert [each and each.resolve() for each in weights] == [folder / "w"] * 2
+        assert config.sam.checkpoint == Path("/abs/sam.pth")
+        assert config.partition.file == Path("p.json")
+    monkeypatch.chdir(folder)
+    assert load_config(Path("params.yaml")).cache.root == Path("cache")
+
+
+# --------------------------------------------------------------------------- limits
+
+
+def numbers(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every number that a setting may be, with its schema."""
+    for section in (schema, *schema["$defs"].values()):
+        for key, value in section["properties"].items():
+            for kind in (value, value.get("items", {}), *value.get("anyOf", ())):
+                if kind.get("type") in ("integer", "number"):
+                    yield key, kind
+
+
+def test_every_whole_number_has_limits() -> None:
+    found = [each for each in numbers(Config.model_json_schema()) if each[1]["type"] == "integer"]
+    assert len(found) > 20
+    for key, kind in found:
+        assert {"minimum", "exclusiveMinimum"} & set(kind), key
+        assert {"maximum", "exclusiveMaximum"} & set(kind), key
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_a_number_that_is_not_finite(value: str) -> None:
+    for key in ("sam.learning_rate", "agreement.foreground_prior", "federate.kd_weight"):
+        text = message(None, f"{key}={value}")
+        assert text.startswith(f"--set {key}: found ")
+        assert "input should be " in text
+
+
+def test_a_seed_that_numpy_does_not_take() -> None:
+    assert message(None, f"seed={10**22}") == (
+        f"--set seed: found {10**22}, input should be less than 4294967296"
     )
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PIPELINE = ROOT / "pipeline"
 GROUND = {
     "__init__",
+    "__main__",
     "cluster",
     "config",
     "console",

@@ -132,7 +132,7 @@ class RunFolder:
         if not path.is_file():
             raise StageError(f"{path}: not found; run `samfed federate` first")
         try:
-            return load_config(path)
+            return load_config(path, folder=Path())  # written relative to the current folder
         except ConfigError as error:
             raise ConfigError(f"{error}; run `samfed federate`, which wrote it") from error
 
