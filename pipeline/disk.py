@@ -49,8 +49,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``path`` atomically and durably: readers see the old file or the new, never a part."""
-    path = real(path)
+    """Write ``path`` atomically and durably: readers see the old file or the new, never a part.
+
+    A link in its place is replaced: it may lead into DVC's cache, where nothing may change.
+    """
+    path = real(path.parent) / path.name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     try:

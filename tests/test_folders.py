@@ -77,11 +77,18 @@ def test_what_a_link_leads_to_is_moved_and_discarded(tmp_path: Path, link: Path)
     assert link.is_symlink()
 
 
-def test_a_linked_file_stays_a_link(tmp_path: Path) -> None:
-    (tmp_path / "partition.json").symlink_to(tmp_path / "elsewhere" / "partition.json")
-    write_bytes(tmp_path / "partition.json", b"text")
-    assert (tmp_path / "partition.json").is_symlink()
-    assert (tmp_path / "elsewhere" / "partition.json").read_bytes() == b"text"
+def test_a_link_in_the_place_of_a_file_is_replaced(tmp_path: Path) -> None:
+    """DVC may put links into its cache there, whose files are shared with other checkouts."""
+    (tmp_path / "shared").write_text("old")
+    (tmp_path / "partition.json").symlink_to(tmp_path / "shared")
+    write_bytes(tmp_path / "partition.json", b"new")
+    assert (tmp_path / "partition.json").read_bytes() == b"new"
+    assert (tmp_path / "shared").read_text() == "old"
+
+
+def test_a_file_behind_a_folders_link_that_leads_nowhere(tmp_path: Path, link: Path) -> None:
+    write_bytes(link / "sub" / "file", b"text")
+    assert (tmp_path / "elsewhere" / "images" / "sub" / "file").read_bytes() == b"text"
 
 
 def test_leftovers_behind_a_link_are_found(tmp_path: Path, link: Path) -> None:

@@ -21,7 +21,7 @@ from pipeline.data.partition import (
 from pipeline.data.published import read_published
 from pipeline.data.reading import FrameFile, frame_file, read_all
 from pipeline.data.survey import Seen, Survey
-from pipeline.disk import flush, real, write_bytes, writer_lock
+from pipeline.disk import flush, write_bytes, writer_lock
 from pipeline.errors import ConfigError, DataError
 from pipeline.folders import discard, folder_beside
 from pipeline.progress import Progress
@@ -171,7 +171,6 @@ def _write(
 @contextmanager
 def _withdrawal(partition: Path, stores: Sequence[Path]) -> Iterator[Callable[[], None]]:
     """Yield what removes ``partition``; it returns where the block fails before a store changes."""
-    partition = real(partition)
     old = partition.read_bytes() if partition.is_file() else None
     before = [_stamp(store) for store in stores]
 

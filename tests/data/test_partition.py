@@ -679,7 +679,7 @@ def test_the_partition_stays_where_its_stores_cannot_be_replaced(
     assert listing(tmp_path / "cache") == before
 
 
-@pytest.mark.parametrize("part", ["images", "oracle", "partition.json"])
+@pytest.mark.parametrize("part", ["images", "oracle"])
 def test_a_part_of_the_cache_behind_a_link(folder: Path, tmp_path: Path, part: str) -> None:
     """It is written where the link leads, as often as one likes."""
     plain = tiny_config(folder, tmp_path / "plain", data=SMALL, partition=REQUEST)
