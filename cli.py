@@ -141,7 +141,10 @@ def prepare(
 ) -> Result:
     """Partition data.root over server and clients and write the image stores."""
     from pipeline.data.prepare import prepare
+    from pipeline.setup.fit import check_networks, name_traps
 
+    check_networks(config)
+    name_traps(config)
     return prepare(
         config, with_oracle=with_oracle, allow_duplicates=allow_duplicates, progress=progress
     )
@@ -288,6 +291,14 @@ def report(
 
     runs = [run_folder(config, each) for each in name or [config.federate.name]]
     return write_report(runs, out, scores=scores)
+
+
+@command(app)
+def doctor(config: "Config") -> Result:
+    """Say whether this machine, the settings and the data will do; exit code 1 if not."""
+    from pipeline.setup.doctor import examine
+
+    return examine(config)
 
 
 @command(cache_app)

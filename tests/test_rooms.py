@@ -33,6 +33,7 @@ BELOW = {
     "sam": {"data", "stores", "segmentation"},
     "federation": {"data", "stores", "segmentation"},
     "labelling": {"sam", "data", "stores", "segmentation"},
+    "setup": {"labelling", "federation", "sam", "data", "stores", "segmentation"},
     "results": {"labelling", "federation", "sam", "data", "stores", "segmentation"},
 }
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]

@@ -59,8 +59,14 @@ def base_checkpoint(config: SamConfig) -> tuple[Path | None, str]:
 
 
 def note_unofficial(config: SamConfig) -> None:
-    """Log one line if the weights are other than the official ones of the variant."""
+    """Log one line if the weights are random, or other than the official ones of the variant."""
     path, digest = base_checkpoint(config)
+    if path is None:
+        log.warning(
+            "sam.checkpoint: null, so that %s starts from random weights and learns from the "
+            "server's images alone; give the backbone's timm weights",
+            config.variant,
+        )
     if digest != OFFICIAL_SHA256.get(config.variant, digest):
         log.info(
             "%s: not the official %s checkpoint (sha256 %s...); used as it is, and named by its "

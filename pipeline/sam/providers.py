@@ -1,0 +1,44 @@
+"""What of ONNX Runtime runs here: a provider that is compiled in may still lack its libraries."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from pipeline.errors import first_line
+from pipeline.sam.onnx import CPU, CUDA
+
+_LOG_FATAL = 4  # of ONNX Runtime's levels 0..4: what fails is returned
+_OPSET, _IR_VERSION = 17, 8  # old enough for every ONNX Runtime that samfed takes
+
+
+def failing_providers() -> dict[str, str | None]:
+    """Run a model of one node on every provider that samfed uses and this build has.
+
+    Returns:
+        the reason why it does not run, by provider; None where it does.
+    """
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "one", [value], [result])
+    opset = [helper.make_opsetid("", _OPSET)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=_IR_VERSION)
+    found = [each for each in (CPU, CUDA) if each in ort.get_available_providers()]
+    return {provider: _failure(model, provider) for provider in found}
+
+
+def _failure(model: onnx.ModelProto, provider: str) -> str | None:
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_FATAL
+    try:
+        session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=[provider], enable_fallback=0
+        )
+        if session.get_providers()[0] != provider:
+            return "its libraries cannot be loaded"
+        (answer,) = session.run(None, {"x": np.ones(1, np.float32)})
+    except Exception as error:  # its errors share no base class but Exception
+        return first_line(error)
+    return None if answer[0] == -1 else f"it answers {answer[0]} instead of -1"

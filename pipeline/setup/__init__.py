@@ -1,0 +1,1 @@
+"""Before the first command: does everything fit, and what would suit a folder of images."""
