@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class ImportResult:
             f"{self.kind}: {self.images} images, {self.masks} masks, {self.groups} groups, sites "
             f"{sites}",
             f"wrote {self.folder}; its SOURCE.md has licence and citation",
-            f"next: samfed prepare --set data.root={self.folder} --set "
+            f"next: samfed prepare --set {quote(f'data.root={self.folder}')} --set "
             f"data.num_classes={self.classes}",
         ]
         return "\n".join(lines)
@@ -204,7 +205,7 @@ def _unlike(kind: str, source: Path, files: Files) -> DataError:
     if looks_like not in (None, kind):
         return DataError(
             f"{source}: not {kind}; this looks like {looks_like}: "
-            f"samfed import {looks_like} {source} OUT"
+            f"samfed import {looks_like} {quote(str(source))} OUT"
         )
     return DataError(
         f"{source}: no images of {kind} among its {len(files)} files; expected it as it is "

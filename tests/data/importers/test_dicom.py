@@ -248,6 +248,31 @@ def test_masks_beside_single_frames_lose_their_texts_alone(tmp_path: Path) -> No
     assert b"DOE" not in path.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("two masks", "dicom: an image has two masks; say which with --labels"),
+        ("no picture", "file 1 of 2, .+, has a mask beside it that cannot be read"),
+        ("another size", "file 1 of 2, .+ its segmentation .+; resample it"),
+        ("deep colours", "file 1 of 1, .+, has colours of more than 8 bits"),
+    ],
+)
+def test_what_cannot_be_used_is_named_by_number(tmp_path: Path, fault: str, expected: str) -> None:
+    colours = np.zeros((6, 8, 3), np.uint16)
+    image = dataset(colours if fault == "deep colours" else ramp())
+    save(tmp_path / "in" / "a.dcm", image)
+    if fault == "two masks":
+        for name in ("a_mask.png", "a_seg.png"):
+            Image.fromarray(ramp().astype(np.uint8)).save(tmp_path / "in" / name)
+    elif fault == "no picture":
+        (tmp_path / "in" / "a_mask.png").write_bytes(b"no picture")
+    elif fault == "another size":
+        segment = segmentation([(1, 1, 1, np.ones((4, 4), bool))])
+        save(tmp_path / "in" / "seg.dcm", segment)
+    with pytest.raises(DataError, match=expected):
+        import_data("dicom", tmp_path / "in", tmp_path / "out")
+
+
 # --------------------------------------------------------------------------- whose they are
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import answer, digest, fails
+from conftest import answer, call, digest, fails
 from originals import HEIGHT, ORIGINALS, WIDTH, lay_out, mask, picture
 
 from pipeline.data.folder import scan
@@ -239,6 +239,7 @@ def test_what_cannot_be_read_is_an_os_error(tmp_path: Path) -> None:
 
 def test_the_command_prints_what_it_wrote(tmp_path: Path) -> None:
     source = lay_out("isic2018", tmp_path / "in")
+    assert "--set 'data.root=" in call("import", "isic2018", source, tmp_path / "a b").stdout
     found = answer("import", "isic2018", source, tmp_path / "out")
     assert found["images"] == 2
     assert found["sites"] == {"isic2018": 2}
