@@ -205,7 +205,7 @@ def label_all(config: Config, teacher: TeacherBackend, files: list[Path]) -> flo
         named = tuple((f"images/{files[row].name}", keys[row].sha256) for row in rows)
         tasks.append(ChunkTask("client", chunk, rows, named))
     began = time.perf_counter()
-    for result in label_chunks(job, tasks, teacher):
+    for result in label_chunks(job, teacher, tasks):
         store.mark_done(result.task.chunk, result.rows, result.provenance)
     return time.perf_counter() - began
 

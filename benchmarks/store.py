@@ -124,7 +124,7 @@ def write(config: Config, count: int, sha256: str) -> tuple[LabelStore, list[tup
     )
     track: list[tuple[float, float]] = []
     began = time.perf_counter()
-    for result in label_chunks(job, tasks, teacher):
+    for result in label_chunks(job, teacher, tasks):
         store.mark_done(result.task.chunk, result.rows, result.provenance)
         track.append((time.perf_counter() - began, rss_mib()))
     return store, track
@@ -144,8 +144,7 @@ def rates(readers: dict[str, Callable[[], object]], rows: int) -> dict[str, floa
 def read_in_chunks(store: LabelStore) -> None:
     """Read the store in the order of its chunks, one in memory at a time."""
     for chunk in range(store.chunks):
-        rows = store.chunk_rows(chunk)
-        store.read(slice(rows.start, rows.stop))
+        store.read_chunk(chunk)
 
 
 def decode(files: list[Path]) -> None:

@@ -28,7 +28,7 @@ from pipeline.errors import DataError, LockedStoreError, StageError
 _TEMPORARY = ".samfed-tmp"  # so that ours are known wherever they are found
 _OUR_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(_TEMPORARY))
 _NAME_BYTES = 200  # file systems take 255, and we add a suffix
-_GLANCE_SECONDS = 0.1  # after which a lock that ``writer_of`` looked at is free again
+_GLANCE_SECONDS = 0.1  # after which a lock that ``unlock`` looked at is free again
 
 
 def file_sha256(path: Path) -> str:
@@ -190,7 +190,7 @@ def writer_lock(path: Path) -> Iterator[None]:
         if elsewhere:
             others = ", ".join(other.name for other in _of_other_hosts(path.parent))
             also = f" (other hosts' names are also in {others})" if others else ""
-            raise LockedStoreError(f"{path}: {holder} writes to this store{also}; {_CLEAR}")
+            raise LockedStoreError(f"{path}: {holder} holds this lock{also}; {_CLEAR}")
         with naming(path):
             path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         try:
@@ -199,18 +199,6 @@ def writer_lock(path: Path) -> Iterator[None]:
             if lock.is_locked:  # which it is not in a forked child
                 with suppress(FileNotFoundError):  # somebody removed the folder
                     path.write_bytes(b"")
-
-
-def writer_of(path: Path) -> str | None:
-    """Tell who holds the lock file ``path``, as ``process 7``; None if nobody does.
-
-    Changes nothing, and keeps a lock that somebody wants for as good as no time.
-    """
-    holder, elsewhere = _holder(path)
-    if holder is None or not _is_free(path):
-        return holder
-    # the name of one that was killed, or of one whose lock the kernel here does not see
-    return f"{holder} ({_CLEAR})" if elsewhere else None
 
 
 @dataclass(frozen=True)
@@ -248,7 +236,7 @@ def _kernel_lock(path: Path) -> Iterator[FileLock]:
     except Timeout as error:
         holder = _holder(path)[0] or "another process"
         raise LockedStoreError(
-            f"{path}: {holder} writes to this store; wait for it or stop it"
+            f"{path}: {holder} holds this lock; wait for it or stop it"
         ) from error
     except OSError as error:
         if error.filename is not None:  # the file cannot be opened

@@ -452,7 +452,7 @@ def test_a_store_that_another_process_writes(project: Project) -> None:
     with writer_lock(project.cache / "locks" / "sam-site_a.lock"):
         text = fails(5, "precompute-sam", *project.options, "--client", "site_a")
     assert text.startswith(f"{project.cache}/locks/sam-site_a.lock: process ")
-    assert text.endswith(" writes to this store; wait for it or stop it")
+    assert text.endswith(" holds this lock; wait for it or stop it")
 
 
 def test_resume_and_restart(project: Project) -> None:

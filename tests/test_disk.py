@@ -28,7 +28,6 @@ from pipeline.disk import (
     write_bytes,
     write_json,
     writer_lock,
-    writer_of,
 )
 from pipeline.errors import DataError, LockedStoreError, StageError
 from pipeline.folders import discard, folder_beside, move, recover_folder
@@ -323,7 +322,7 @@ def test_the_lock_names_its_holder_and_is_emptied(path: Path) -> None:
 def test_a_second_writer_is_refused(path: Path) -> None:
     with writer_lock(path):
         assert refusal(path) == (
-            f"{path}: process {os.getpid()} writes to this store; wait for it or stop it"
+            f"{path}: process {os.getpid()} holds this lock; wait for it or stop it"
         )
     with writer_lock(path):
         pass
@@ -343,7 +342,7 @@ def test_a_second_process_is_refused(path: Path) -> None:
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        assert f"process {other.pid} writes to this store" in refusal(path)
+        assert f"process {other.pid} holds this lock" in refusal(path)
         other.kill()  # it cannot clean up
         other.wait()
     assert json.loads(path.read_text())["pid"] == other.pid
@@ -376,7 +375,7 @@ def test_of_many_that_find_a_dead_holder_one_gets_the_lock(path: Path) -> None:
     assert len(held) == 1
     assert path.stat().st_ino == inode  # nobody unlinks a lock that another may hold
     assert len(refused) == 7
-    assert all("writes to this store; wait for it or stop it" in text for text in refused)
+    assert all("holds this lock; wait for it or stop it" in text for text in refused)
 
 
 CLEAR = "if it is dead, clear its locks with `samfed cache unlock --yes`"
@@ -384,7 +383,7 @@ CLEAR = "if it is dead, clear its locks with `samfed cache unlock --yes`"
 
 def test_a_lock_of_another_host_is_refused(path: Path) -> None:
     write(path, host="elsewhere", pid=7)
-    message = f"{path}: process 7 on host 'elsewhere' writes to this store"
+    message = f"{path}: process 7 on host 'elsewhere' holds this lock"
     assert refusal(path) == f"{message}; {CLEAR}"
 
 
@@ -396,7 +395,7 @@ def test_locks_of_other_hosts_are_named_together_and_cleared_at_once(path: Path)
     write(folder / "killed.lock", host=socket.gethostname(), pid=2**22 + 1)
     before = refusal(path)
     assert before == (
-        f"{path}: process 7 on host 'old' writes to this store (other hosts' names are also in "
+        f"{path}: process 7 on host 'old' holds this lock (other hosts' names are also in "
         f"a.lock, b.lock); {CLEAR}"
     )
     found = unlock(folder, clear=False)
@@ -426,9 +425,8 @@ def test_a_lock_that_the_kernel_holds_is_not_cleared(path: Path) -> None:
     with path.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert unlock(path.parent, clear=True).holders == {}
-        assert writer_of(path) == "process 7 on host 'elsewhere'"
         assert refusal(path) == (
-            f"{path}: process 7 on host 'elsewhere' writes to this store; wait for it or stop it"
+            f"{path}: process 7 on host 'elsewhere' holds this lock; wait for it or stop it"
         )
     assert list(unlock(path.parent, clear=True).holders) == [path]
 
@@ -455,25 +453,8 @@ def test_a_file_system_without_locks(path: Path, monkeypatch: pytest.MonkeyPatch
     )
 
 
-def test_who_writes(path: Path) -> None:
-    """To ask takes the lock from nobody."""
-    assert writer_of(path) is None
-    assert not path.exists()
-    with writer_lock(path):
-        assert writer_of(path) == writer_of(path) == f"process {os.getpid()}"
-    assert writer_of(path) is None
-    write(path, host=socket.gethostname(), pid=2**22 + 1)  # killed
-    path.chmod(0o444)
-    assert writer_of(path) is None
-    path.chmod(0o644)
-    with writer_lock(path):
-        pass
-    write(path, host="elsewhere", pid=7)
-    assert writer_of(path) == f"process 7 on host 'elsewhere' ({CLEAR})"
-
-
 def test_a_look_at_a_lock_refuses_nobody(path: Path) -> None:
-    """``writer_of`` holds the lock of a killed process for a moment."""
+    """``unlock`` holds the lock of a killed process for a moment."""
     write(path, host=socket.gethostname(), pid=2**22 + 1)
     with path.open() as looked_at:
         fcntl.flock(looked_at, fcntl.LOCK_SH)
@@ -516,7 +497,7 @@ def test_a_forked_child_does_not_have_its_parents_lock(path: Path) -> None:
         child = next(int(number) for number, _ in children if number != b"0")
         try:
             assert {named for _, named in children} == {b"True"}
-            assert f"process {parent.pid} writes to this store" in refusal(path)
+            assert f"process {parent.pid} holds this lock" in refusal(path)
             parent.kill()
             parent.wait()
             with writer_lock(path):

@@ -29,6 +29,7 @@ from pipeline.federation.inputs import load_inputs
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.server import federate
 from pipeline.labelling.precompute import precompute
+from pipeline.labelling.quality import statistics
 from pipeline.results.evaluate import evaluate, final_model, round_table
 from pipeline.results.evaluate_teacher import evaluate_teacher
 from pipeline.results.report import write_report
@@ -331,8 +332,9 @@ def test_history_tells_what_a_round_costs(run: RunFolder) -> None:
 
 def test_inconsistent_sam_is_named_in_the_first_round(labelled: Config) -> None:
     store = LabelStore(labelled.cache.root / "sam" / "site_b.zarr")
-    assert store.statistics is not None
-    limit = store.statistics["flip_dice"] + 1e-6
+    found = statistics(store.quality())
+    assert found is not None
+    limit = found["flip_dice"] + 1e-6
     strict = labelled.precompute.model_copy(update={"warn_consistency": limit})
     history = federate(labelled.model_copy(update={"precompute": strict})).history()
     assert any(w.startswith("site_b: SAM is inconsistent") for w in history[0]["warnings"])

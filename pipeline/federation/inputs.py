@@ -163,8 +163,9 @@ def flip_dice(context: ClientContext) -> float | None:
     """Return SAM's consistency on the client's mirrored images, if stage one measured it."""
     if context.identity is None:
         return None
-    statistics = LabelStore(context.config.cache.root / "sam" / f"{context.name}.zarr").statistics
-    return None if statistics is None else float(statistics["flip_dice"])
+    store = LabelStore(context.config.cache.root / "sam" / f"{context.name}.zarr")
+    dice = [row.flip_dice for row in store.quality() if row and row.flip_dice is not None]
+    return float(np.mean(dice)) if dice else None
 
 
 def _expected_identity(config: Config, partition: Partition) -> Identity:

@@ -9,7 +9,7 @@ marked done by the coordinator, which holds the stores' locks.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,11 +19,9 @@ from pipeline import __version__
 from pipeline.cluster import Cluster, absolute, check_worker
 from pipeline.config import Config
 from pipeline.disk import file_sha256
-from pipeline.errors import DataError
 from pipeline.labelling.backoff import TeacherBackend
 from pipeline.labelling.job import Job, Meter, load_job, store_path
-from pipeline.labelling.quality import Statistics, measure_owner
-from pipeline.labelling.worker import ChunkResult, ChunkTask, label_chunks, load_backend
+from pipeline.labelling.worker import ChunkResult, ChunkTask, Executor, label_chunks, load_backend
 from pipeline.stores.label_store import Identity
 
 
@@ -37,35 +35,23 @@ class Order:
     version: str = __version__  # the coordinator's samfed
 
 
-class DaskExecutor:
-    """dask workers that share the chunks of all owners; results come in no particular order.
+def on_workers(job: Job, cluster: Cluster) -> Executor:
+    """Share the chunks of all owners among the workers; results come in no particular order.
 
-    Methods raise SamfedError as those of ``Cluster`` do.
+    The executor raises SamfedError as ``Cluster`` does.
     """
+    partition = file_sha256(job.config.cache.root / "partition.json")
+    settings = _for_workers(job.config, cluster.threads, cluster.device).model_dump_json()
+    order = Order(settings, job.identity, partition)
 
-    def __init__(self, cluster: Cluster, job: Job) -> None:
-        self._cluster = cluster
-        partition = file_sha256(job.config.cache.root / "partition.json")
-        settings = _for_workers(job.config, cluster.threads, cluster.device).model_dump_json()
-        self._order = Order(settings, job.identity, partition)
-
-    def groups(self, owners: Sequence[str]) -> list[Sequence[str]]:
-        return [owners]
-
-    def run(self, tasks: Iterable[ChunkTask], *, meter: Meter) -> Generator[ChunkResult]:
+    def label(tasks: Iterable[ChunkTask], *, meter: Meter) -> Generator[ChunkResult]:
         result: ChunkResult
         items = ((str(task), task) for task in tasks)
-        for result in self._cluster.results(partial(run_task, self._order), items):
+        for result in cluster.results(partial(run_task, order), items):
             meter.advance(len(result.rows))
             yield result
 
-    def measure(self, owners: Iterable[str]) -> Iterator[tuple[str, Statistics | DataError]]:
-        items = ((f"{owner}: statistics", owner) for owner in owners)
-        return self._cluster.results(partial(run_statistics, self._order), items)
-
-    def check(self, owner: str) -> None:
-        items = [(f"{owner}: the teacher", owner)]
-        list(self._cluster.results(partial(run_check, self._order), items))
+    return label
 
 
 def _for_workers(config: Config, threads: int | None, device: str | None) -> Config:
@@ -90,19 +76,8 @@ def run_task(order: Order, task: ChunkTask) -> ChunkResult:
         SamfedError: this worker runs another samfed, or does not see the coordinator's files.
     """
     job, teacher = _loaded_for(order, task.owner)
-    (result,) = label_chunks(job, [task], teacher)
+    (result,) = label_chunks(job, teacher, [task])
     return result
-
-
-def run_check(order: Order, owner: str) -> None:
-    """Load the teacher as ``run_task`` would; errors as ``run_task``'s."""
-    _loaded_for(order, owner)
-
-
-def run_statistics(order: Order, owner: str) -> tuple[str, Statistics | DataError]:
-    """Measure one finished store; errors as ``run_task``'s."""
-    job, teacher = _loaded_for(order, owner)
-    return owner, measure_owner(job, owner, teacher)
 
 
 def _loaded_for(order: Order, owner: str) -> tuple[Job, TeacherBackend]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.partition import Partition, load_partition
-from pipeline.disk import leftovers, tree_bytes, writer_lock, writer_of
-from pipeline.errors import CorruptStoreError, StageError, StoreError
+from pipeline.disk import leftovers, tree_bytes, writer_lock
+from pipeline.errors import (
+    CorruptStoreError,
+    DataError,
+    LockedStoreError,
+    StageError,
+    StoreError,
+)
 from pipeline.folders import discard, recover_folder
 from pipeline.labelling.job import Meter, Progress, owner_images, store_lock, store_path
 from pipeline.stores.arrays import canonical_json
@@ -36,6 +43,11 @@ def image_stores(cache: Path) -> list[Path]:
 def _moved_aside(cache: Path) -> list[Path]:
     """Return the label stores moved aside; earlier runs, which lie beside them, are results."""
     return sorted(cache.glob("archive/*/[!.]*.zarr"))
+
+
+def counted(number: int, what: str) -> str:
+    """Return ``1 fault`` or ``2 faults``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _mib(count: int) -> str:
@@ -86,8 +98,11 @@ class StoreInfo:
 class CacheInfo:
     """All label stores, and those moved aside."""
 
-    stores: list[StoreInfo]
-    archive: list[dict[str, Any]]  # path and bytes
+    stores: list[StoreInfo] = field(default_factory=list)
+    archive: list[dict[str, Any]] = field(default_factory=list)  # path and bytes
+    damaged: list[str] = field(default_factory=list)  # partition.json and the teacher's card
+
+    exit_code = DataError.exit_code  # of the command, if one of these is damaged
 
     def text(self) -> str:
         lines = [store.text() for store in self.stores]
@@ -97,26 +112,37 @@ class CacheInfo:
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def failures(self) -> list[str]:
+        return self.damaged
+
+    @contextmanager
+    def naming_damage(self) -> Iterator[None]:
+        """Note what the block finds damaged, and go on without it."""
+        try:
+            yield
+        except DataError as error:
+            self.damaged.append(str(error))
+
 
 def info(config: Config) -> CacheInfo:
-    """Read what the label stores hold; needs neither a teacher nor a partition.
-
-    Raises:
-        DataError: the partition or the teacher's card is damaged.
-    """
-    cache, identity, partition = config.cache.root, None, None
-    if (cache / "partition.json").is_file():
-        partition = load_partition(cache / "partition.json")
-    if (cache / "teacher" / CARD_FILE).is_file():
-        size, precision = config.data.image_size, config.precompute.precision
-        identity = load_card(cache / "teacher").identity(label_size=size, precision=precision)
-    stores = [_store_info(path, identity, partition) for path in label_stores(cache)]
+    """Read what the label stores hold; needs neither a teacher nor a partition."""
+    cache, found = config.cache.root, CacheInfo()
+    identity = partition = None
+    with found.naming_damage():
+        if (cache / "partition.json").is_file():
+            partition = load_partition(cache / "partition.json")
+    with found.naming_damage():
+        if (cache / "teacher" / CARD_FILE).is_file():
+            size, precision = config.data.image_size, config.precompute.precision
+            identity = load_card(cache / "teacher").identity(label_size=size, precision=precision)
+    found.stores = [_store_info(path, identity, partition) for path in label_stores(cache)]
     owners = owner_images(partition) if partition is not None else {}
-    for owner in sorted(set(owners) - {store.owner for store in stores}):
+    for owner in sorted(set(owners) - {store.owner for store in found.stores}):
         path = str(store_path(cache, owner))
-        stores.append(StoreInfo(owner, path, "missing", rows=len(owners[owner])))
-    aside = [{"path": str(path), "bytes": tree_bytes(path)} for path in _moved_aside(cache)]
-    return CacheInfo(stores, aside)
+        found.stores.append(StoreInfo(owner, path, "missing", rows=len(owners[owner])))
+    aside = _moved_aside(cache)
+    found.archive = [{"path": str(path), "bytes": tree_bytes(path)} for path in aside]
+    return found
 
 
 def _store_info(path: Path, identity: Identity | None, partition: Partition | None) -> StoreInfo:
@@ -166,7 +192,8 @@ class Verification:
     def text(self) -> str:
         """Return all but the faults, which are its ``failures``."""
         skipped = f"{len(self.skipped)} skipped, " if self.skipped else ""
-        summary = f"{self.stores} stores read, {skipped}{len(self.faults)} faults"
+        stores, faults = counted(self.stores, "store"), counted(len(self.faults), "fault")
+        summary = f"{stores} read, {skipped}{faults}"
         return "\n".join([*self.skipped, summary])
 
     def as_json(self) -> dict[str, Any]:
@@ -179,8 +206,8 @@ class Verification:
 def verify(config: Config, *, progress: Progress | None = None) -> Verification:
     """Read every label and image store whole, and list everything that is wrong.
 
-    Stores moved aside are not read; a store that comes back is checked like any other. One that a
-    process writes to is skipped: what is missing there may only not be there yet.
+    Each is read under its writer's lock. Stores moved aside are not read; a store that comes back
+    is checked like any other. One that a process writes to is skipped, and the process named.
 
     Raises:
         StageError: there is no store.
@@ -191,7 +218,7 @@ def verify(config: Config, *, progress: Progress | None = None) -> Verification:
         raise StageError(f"{cache}: found no store; run `samfed prepare` first")
     meter, result = reading(stores, progress), Verification()
     for path in stores:
-        found = check_at_rest(cache, path, meter)
+        found = check_locked(cache, path, meter)
         if isinstance(found, str):
             result.skipped.append(found)
         else:
@@ -201,32 +228,20 @@ def verify(config: Config, *, progress: Progress | None = None) -> Verification:
     return result
 
 
-def check_at_rest(cache: Path, path: Path, meter: Meter) -> list[Fault] | str:
-    """Check a label or image store, and once more if somebody wrote to it meanwhile.
+def check_locked(cache: Path, path: Path, meter: Meter) -> list[Fault] | str:
+    """Check a label or image store while nobody can write to it.
 
     Returns:
-        the faults, or what to say if a process writes to it.
+        the faults, or what to say if another process writes to it.
     """
     of_labels = path.parent == cache / "sam"
     lock = store_lock(cache, path.stem) if of_labels else cache / "locks" / "prepare.lock"
-    while True:
-        before = _last_taken(lock)
-        writer = writer_of(lock)
-        if writer is not None:
-            return f"{path}: {writer} writes to it; run `samfed cache verify` when it has ended"
-        try:
-            faults = check_store(path, meter.advance)
-        except Exception:  # a folder that is replaced while it is read fails in many ways
-            if _last_taken(lock) == before:
-                raise
-            continue
-        if not faults or _last_taken(lock) == before:
-            return faults
-
-
-def _last_taken(lock: Path) -> int | None:
-    """Return when a writer last took the lock or gave it back."""
-    return lock.stat().st_mtime_ns if lock.is_file() else None
+    try:
+        # whoever may not write to the cache cannot lock it either
+        with writer_lock(lock) if os.access(cache, os.W_OK) else nullcontext():
+            return check_store(path, meter.advance)
+    except LockedStoreError as error:
+        return f"{path}: not read; {error}"
 
 
 def reading(stores: Sequence[Path], progress: Progress | None) -> Meter:

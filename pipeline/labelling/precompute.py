@@ -8,22 +8,29 @@ anywhere continues where it stopped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.cluster import Workers
 from pipeline.config import Config
 from pipeline.disk import writer_lock
-from pipeline.errors import ConfigError, DataError
-from pipeline.labelling.cluster import DaskExecutor
+from pipeline.errors import ConfigError
 from pipeline.labelling.job import Job, Meter, Progress, load_job, store_lock
-from pipeline.labelling.quality import Statistics, quality_warnings, statistics_table
-from pipeline.labelling.worker import ChunkResult, ChunkTask, Executor, InProcess
+from pipeline.labelling.quality import (
+    Statistics,
+    flip_sample,
+    quality_warnings,
+    statistics,
+    statistics_table,
+)
+from pipeline.labelling.worker import ChunkResult, ChunkTask, Executor, in_process
 from pipeline.runtime import torch_threads
 from pipeline.stores.label_store import LabelStore
 from pipeline.stores.opening import open_label_store
+
+if TYPE_CHECKING:
+    from pipeline.cluster import Workers
 
 log = logging.getLogger("samfed.precompute")
 
@@ -76,63 +83,64 @@ def precompute(
             known = ", ".join(job.partition.clients)
             raise ConfigError(f"--client {client}: no such client; expected one of {known}")
     owners = ("server", *(clients or job.partition.clients))
-    return label_owners(job, owners, executor_on(job, cluster), progress=progress)
+    return label_owners(job, owners, cluster, progress=progress)
 
 
 @contextmanager
 def executor_on(job: Job, cluster: Workers | None) -> Iterator[Executor]:
     """Enter the cluster, this process if it is None, and do the job there."""
     if cluster is None:
-        yield InProcess(job)
+        yield in_process(job)
         return
+    from pipeline.labelling.cluster import on_workers
+
     with cluster as workers:
-        yield DaskExecutor(workers, job)
+        yield on_workers(job, workers)
 
 
 def label_owners(
     job: Job,
     owners: Sequence[str],
-    executor: AbstractContextManager[Executor],
+    cluster: Workers | None = None,
     *,
     progress: Progress | None = None,
 ) -> StageOneResult:
-    """Label the images of these owners, clients or ``server``; ``executor`` is entered here.
+    """Label the images of these owners, clients or ``server``; the cluster is entered here.
 
     Raises:
         LockedStoreError: another process writes to a store. SamfedError: the executor's.
     """
     threads = torch_threads(job.config.precompute.threads)
     # the workers are gone before the locks are
-    with threads, _Stores(job) as stores, executor as workers:
+    with threads, ExitStack() as locks, executor_on(job, cluster) as label:
+        stores = _Stores(job, locks)
         for owner in owners:
             stores.open(owner)
         total, done = sum(map(len, stores.opened.values())), stores.result.already_labelled
         meter = Meter("labelling images", total, done, progress)
         meter.advance(0)
-        for group in workers.groups(owners):
-            with closing(workers.run(stores.tasks(group), meter=meter)) as chunks:
-                for chunk in chunks:
-                    stores.mark_done(chunk)
-            for owner, statistics in workers.measure(stores.unmeasured(group)):
-                stores.keep_statistics(owner, statistics)
-            stores.release(group)
+        with closing(label(stores.tasks(), meter=meter)) as chunks:
+            for chunk in chunks:
+                stores.mark_done(chunk)
+    stores.judge()
     return stores.result
 
 
-class _Stores(ExitStack):
+class _Stores:
     """The stores of a run, each under its lock for as long as there is work."""
 
-    def __init__(self, job: Job) -> None:
-        super().__init__()
+    def __init__(self, job: Job, locks: ExitStack) -> None:
         self.result = StageOneResult()
-        self._job = job
         self.opened: dict[str, LabelStore] = {}
+        self._job = job
+        self._all_locks = locks
         self._locks: dict[str, ExitStack] = {}
+        self._waiting: dict[str, int] = {}  # chunks
 
     def open(self, owner: str) -> None:
         """Take the owner's lock and open its store, or make it."""
         cache, job = self._job.config.cache.root, self._job
-        self._locks[owner] = self.enter_context(ExitStack())
+        self._locks[owner] = self._all_locks.enter_context(ExitStack())
         self._locks[owner].enter_context(writer_lock(store_lock(cache, owner)))
         store, notice = open_label_store(
             job.path(owner), job.identity, job.rows(owner), archive=cache / "archive" / owner
@@ -141,57 +149,43 @@ class _Stores(ExitStack):
             log.warning(notice)
             self.result.notices.append(notice)
         self.opened[owner] = store
-        done = store.done()
-        self.result.already_labelled += int(done.sum())
-        if store.statistics is not None and done.all():
-            self._show(owner, store.statistics)
+        self.result.already_labelled += int(store.done().sum())
+        self._release(owner, waiting=len(store.pending()))
 
-    def release(self, owners: Iterable[str]) -> None:
-        """Let another process write to the owners' stores."""
-        for owner in owners:
-            self._locks[owner].close()
-
-    def tasks(self, owners: Sequence[str]) -> Iterator[ChunkTask]:
-        """Yield each chunk of the owners' with work left, and its rows that are not done."""
+    def tasks(self) -> Iterator[ChunkTask]:
+        """Yield each chunk with work left, and its rows that are not done."""
         images = self._job.partition.images
-        for owner in owners:
-            store = self.opened[owner]
-            done = store.done()
+        for owner, store in self.opened.items():
+            done, sample = store.done(), flip_sample(store.rows)
             for chunk in store.pending():
                 rows = tuple(row for row in store.chunk_rows(chunk) if not done[row])
                 keys = [store.rows[row] for row in rows]
                 files = tuple((images[key.image_id].image, key.sha256) for key in keys)
-                yield ChunkTask(owner, chunk, rows, files)
+                yield ChunkTask(owner, chunk, rows, files, frozenset(sample.intersection(rows)))
 
     def mark_done(self, chunk: ChunkResult) -> None:
         """Set the done marks of what is labelled."""
+        owner = chunk.task.owner
         if chunk.rows:
-            store = self.opened[chunk.task.owner]
-            store.mark_done(chunk.task.chunk, chunk.rows, chunk.provenance)
+            self.opened[owner].mark_done(
+                chunk.task.chunk, chunk.rows, chunk.provenance, chunk.quality
+            )
         self.result.labelled += len(chunk.rows)
         self.result.failed += chunk.failed
+        self._release(owner, waiting=self._waiting[owner] - 1)
 
-    def unmeasured(self, owners: Sequence[str]) -> list[str]:
-        """Return the owners whose store is complete and has no statistics yet."""
-        stores = ((owner, self.opened[owner]) for owner in owners)
-        return [owner for owner, s in stores if s.statistics is None and s.done().all()]
+    def _release(self, owner: str, *, waiting: int) -> None:
+        """Let others write to the owner's store once no chunk of it is waited for."""
+        self._waiting[owner] = waiting
+        if not waiting:
+            self._locks[owner].close()
 
-    def keep_statistics(self, owner: str, statistics: Statistics | DataError) -> None:
-        """Keep the statistics with the finished store.
-
-        Where an image of their sample cannot be read any more, the labels are good all the same.
-        """
-        if isinstance(statistics, DataError):
-            self._warn([f"{owner}: the labels were not checked: {statistics}"])
-        else:
-            self.opened[owner].set_statistics(statistics)
-            self._show(owner, statistics)
-
-    def _show(self, owner: str, statistics: Statistics) -> None:
-        self.result.statistics[owner] = statistics
-        self._warn(quality_warnings(owner, statistics, self._job.config.precompute))
-
-    def _warn(self, lines: list[str]) -> None:
-        for line in lines:
+    def judge(self) -> None:
+        """Say whose labels to doubt, of the stores that are finished."""
+        for owner, store in self.opened.items():
+            found = statistics(store.quality())
+            if found is not None:
+                self.result.statistics[owner] = found
+                self.result.warnings += quality_warnings(owner, found, self._job.config.precompute)
+        for line in self.result.warnings:
             log.warning(line)
-        self.result.warnings += lines

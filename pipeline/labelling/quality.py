@@ -1,49 +1,63 @@
-"""What a finished label store says of the teacher without any truth, and when to warn of it.
+"""What labels say of the teacher without any truth, and when to warn of it.
 
-The statistics follow from the store and the teacher alone, so a run that stopped and went on ends
-with the same bytes. They are kept among the store's attributes and measured once.
+Each row is measured in its chunk's task, while its image and labels are in memory, and the chunk's
+JSON keeps that; the statistics of a finished store follow from these files alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.config import PrecomputeConfig
-from pipeline.data.images import load_image
-from pipeline.errors import DataError
-from pipeline.labelling.backoff import Image, TeacherBackend
-from pipeline.labelling.job import Job
 from pipeline.segmentation.metrics import dice_score
-from pipeline.stores.label_store import LabelStore, RowKey, confidence_to_probability
+from pipeline.stores.arrays import Bytes
+from pipeline.stores.label_store import (
+    PseudoLabels,
+    RowKey,
+    RowQuality,
+    confidence_to_probability,
+)
 
-FLIPPED_IMAGES = 16  # labelled once more, mirrored; all if there are fewer
-_SAMPLE_SEED = 0  # whatever the run's seed: the sample is the store's own
+FLIPPED_IMAGES = 16  # of a store, labelled once more, mirrored; all if there are fewer
 
-Statistics = dict[str, Any]  # see ``measure``
-
-
-def measure_owner(job: Job, owner: str, teacher: TeacherBackend) -> Statistics | DataError:
-    """Measure an owner's finished store; the error where an image of the sample cannot be read."""
-
-    def load(key: RowKey) -> Image:
-        file = job.partition.images[key.image_id].image
-        return load_image(job.config.data.root, file, sha256=key.sha256)
-
-    size = job.config.precompute.batch_size
-    try:
-        return measure(LabelStore(job.path(owner)), teacher, load, batch_size=size)
-    except DataError as error:
-        return error
+Statistics = dict[str, Any]  # see ``statistics``
 
 
-def measure(
-    store: LabelStore, teacher: TeacherBackend, load: Callable[[RowKey], Image], *, batch_size: int
-) -> Statistics:
-    """Measure a store whose rows are all done, reading it once, chunk by chunk.
+def flip_sample(rows: Sequence[RowKey]) -> set[int]:
+    """Return the rows to mirror: those with the lowest sha256, which says nothing of an image."""
+    return set(sorted(range(len(rows)), key=lambda row: rows[row].sha256)[:FLIPPED_IMAGES])
+
+
+def measure(labels: PseudoLabels, mirrored: Mapping[int, Bytes]) -> list[RowQuality]:
+    """Return what n images' labels say of the teacher.
+
+    Args:
+        mirrored: for some of 0..n-1 the (S, S) masks of their mirror images, uint8.
+    """
+    found = []
+    for row, (mask, stored) in enumerate(zip(labels.masks, labels.confidences, strict=True)):
+        foreground, sure = mask > 0, confidence_to_probability(stored)
+        flip = None
+        if row in mirrored:
+            pair = (mirrored[row][:, ::-1] > 0).astype(np.uint8), foreground.astype(np.uint8)
+            flip = dice_score(*pair, num_classes=1)
+        found.append(
+            RowQuality(
+                confidence=float(sure.mean(dtype=np.float64)),
+                foreground_confidence=_mean(sure[foreground]),
+                area=float(foreground.mean()),
+                predicted_iou=float(labels.predicted_iou[row]),
+                flip_dice=flip,
+            )
+        )
+    return found
+
+
+def statistics(quality: Sequence[RowQuality | None]) -> Statistics | None:
+    """Return what a store's rows say together; None if one of them was never measured.
 
     Returns:
         JSON-ready: ``images``; ``confidence``, the mean probability over all pixels, and
@@ -52,68 +66,39 @@ def measure(
         share; ``empty``, the share of images without any; ``predicted_iou``, the mean of the
         teacher's own estimates; ``flips``, the number of images that were mirrored and labelled
         again, and ``flip_dice``, the mean foreground Dice of those labels, mirrored back, with the
-        store's.
+        store's (None if there are none).
     """
-    levels = np.zeros((2, 256), np.int64)  # pixels by stored confidence: all, foreground
-    areas, predicted_iou = [], []
-    for chunk in range(store.chunks):
-        labels = store.read_chunk(chunk)
-        foreground = labels.masks > 0
-        levels[0] += np.bincount(labels.confidences.ravel(), minlength=256)
-        levels[1] += np.bincount(labels.confidences[foreground], minlength=256)
-        areas.append(foreground.mean(axis=(1, 2)))
-        predicted_iou.append(labels.predicted_iou)
-    area = np.concatenate(areas)
-    flips = _flip_dice(store, teacher, load, batch_size)
+    rows = [row for row in quality if row is not None]
+    if len(rows) < len(quality):
+        return None
+    inside = [row.foreground_confidence or 0.0 for row in rows]
+    area = np.array([row.area for row in rows])
+    flips = [row.flip_dice for row in rows if row.flip_dice is not None]
     return {
-        "images": len(store),
-        "confidence": _mean_probability(levels[0]),
-        "foreground_confidence": _mean_probability(levels[1]),
+        "images": len(rows),
+        "confidence": _mean([row.confidence for row in rows]),
+        "foreground_confidence": float(np.average(inside, weights=area)) if area.any() else None,
         "area": float(area.mean()),
         "area_std": float(area.std()),
         "empty": float((area == 0).mean()),
-        "predicted_iou": float(np.concatenate(predicted_iou).astype(np.float64).mean()),
+        "predicted_iou": _mean([row.predicted_iou for row in rows]),
         "flips": len(flips),
-        "flip_dice": float(np.mean(flips)),
+        "flip_dice": _mean(flips),
     }
 
 
-def _mean_probability(levels: NDArray[np.int64]) -> float | None:
-    """Return the mean of the probabilities that 256 levels stand for, weighted by their pixels."""
-    if not levels.any():
-        return None
-    values = confidence_to_probability(np.arange(256, dtype=np.uint8)).astype(np.float64)
-    return float(levels @ values / levels.sum())
-
-
-def _flip_dice(
-    store: LabelStore, teacher: TeacherBackend, load: Callable[[RowKey], Image], batch_size: int
-) -> list[float]:
-    """Return the foreground Dice of a sample's stored labels with those of its mirror images."""
-    count = min(FLIPPED_IMAGES, len(store))
-    sample = np.random.default_rng(_SAMPLE_SEED).choice(len(store), count, replace=False)
-    rows = sorted(sample.tolist())
-    dice = []
-    for start in range(0, count, batch_size):
-        batch = rows[start : start + batch_size]
-        mirrored = [np.ascontiguousarray(load(store.rows[row])[:, ::-1]) for row in batch]
-        found = teacher.label(mirrored, store.identity.label_size).masks[:, :, ::-1]
-        for row, mask in zip(batch, found, strict=True):
-            stored = store.read(slice(row, row + 1)).masks[0]
-            pair = ((mask > 0).astype(np.uint8), (stored > 0).astype(np.uint8))
-            dice.append(dice_score(*pair, num_classes=1))
-    return dice
+def _mean(values: Any) -> float | None:
+    return float(np.mean(values, dtype=np.float64)) if len(values) else None
 
 
 def quality_warnings(owner: str, statistics: Statistics, config: PrecomputeConfig) -> list[str]:
     """Return one line for each reason to look at SAM's labels of ``owner`` before using them."""
-    lines = []
-    if statistics["flip_dice"] < config.warn_consistency:
+    lines, dice = [], statistics["flip_dice"]
+    if dice is not None and dice < config.warn_consistency:
         lines.append(
             f"{owner}: SAM contradicts itself: the labels of {statistics['flips']} mirrored images "
-            f"match its own with Dice {statistics['flip_dice']:.2f}, below "
-            f"precompute.warn_consistency {config.warn_consistency:g}; look at them before you "
-            "trust them"
+            f"match its own with Dice {dice:.2f}, below precompute.warn_consistency "
+            f"{config.warn_consistency:g}; look at them before you trust them"
         )
     if statistics["empty"] > config.warn_empty:
         lines.append(
@@ -131,11 +116,13 @@ def statistics_table(statistics: dict[str, Statistics]) -> str:
         f"{'pred. IoU':>10} {'flip Dice':>10}"
     ]
     for owner, row in statistics.items():
-        inside = row["foreground_confidence"]
-        shown = "-" if inside is None else f"{inside:.3f}"
+        inside, dice = (
+            "-" if row[name] is None else f"{row[name]:.3f}"
+            for name in ("foreground_confidence", "flip_dice")
+        )
         area = f"{row['area']:.1%} \N{PLUS-MINUS SIGN} {row['area_std']:.1%}"
         lines.append(
-            f"{owner:<12} {row['images']:7d} {row['confidence']:11.3f} {shown:>11} {area:>16} "
-            f"{row['empty']:6.0%} {row['predicted_iou']:10.3f} {row['flip_dice']:10.3f}"
+            f"{owner:<12} {row['images']:7d} {row['confidence']:11.3f} {inside:>11} {area:>16} "
+            f"{row['empty']:6.0%} {row['predicted_iou']:10.3f} {dice:>10}"
         )
     return "\n".join(lines)

@@ -13,17 +13,26 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
+
+import numpy as np
 
 from pipeline.data.images import load_image
 from pipeline.errors import DataError
 from pipeline.labelling.backoff import Image, MemoryAwareTeacher, TeacherBackend, join
 from pipeline.labelling.job import Job, Meter
-from pipeline.labelling.quality import Statistics, measure_owner
+from pipeline.labelling.quality import measure
 from pipeline.sam.frame import fit_longest_side
 from pipeline.sam.onnx import load_onnx_teacher
 from pipeline.sam.teacher import load_teacher
-from pipeline.stores.label_store import LabelStore, Provenance, PseudoLabels, check_identity
+from pipeline.stores.label_store import (
+    LabelStore,
+    Provenance,
+    PseudoLabels,
+    RowQuality,
+    check_identity,
+)
 
 _AHEAD = 2  # batches that wait, decoded, for the teacher, and chunks that wait for the disk
 
@@ -36,6 +45,7 @@ class ChunkTask:
     chunk: int
     rows: tuple[int, ...]
     files: tuple[tuple[str, str], ...]  # path below data.root, sha256
+    mirrored: frozenset[int] = frozenset()  # rows to be labelled once more, mirrored
 
     def __str__(self) -> str:
         return f"{self.owner} rows {self.rows[0]}..{self.rows[-1]}"
@@ -47,6 +57,7 @@ class ChunkResult:
 
     task: ChunkTask
     rows: list[int] = field(default_factory=list)  # labelled
+    quality: list[RowQuality] = field(default_factory=list)  # of these rows
     failed: list[str] = field(default_factory=list)  # a line for each image that has no label
     provenance: list[Provenance] = field(default_factory=list)  # each that labelled some, once
 
@@ -54,38 +65,13 @@ class ChunkResult:
 class Executor(Protocol):
     """Whatever does stage one's work; the same bytes whatever it is."""
 
-    def groups(self, owners: Sequence[str]) -> list[Sequence[str]]:
-        """Return the owners in groups, each to be labelled, measured and released together."""
-
-    def run(self, tasks: Iterable[ChunkTask], *, meter: Meter) -> Generator[ChunkResult]:
+    def __call__(self, tasks: Iterable[ChunkTask], *, meter: Meter) -> Generator[ChunkResult]:
         """Label and write each task's chunk; yield each result once its labels are on the disk."""
 
-    def measure(self, owners: Iterable[str]) -> Iterator[tuple[str, Statistics | DataError]]:
-        """Measure finished stores; the error where an image of the sample cannot be read."""
 
-    def check(self, owner: str) -> None:
-        """Do all that comes before labelling the owner's images; it fails where that would."""
-
-
-class InProcess:
-    """The teacher in this process: one owner after the other, so that each is soon released."""
-
-    def __init__(self, job: Job) -> None:
-        """Load the teacher; errors as ``load_backend``'s."""
-        self._job = job
-        self._teacher = load_backend(job)
-
-    def groups(self, owners: Sequence[str]) -> list[Sequence[str]]:
-        return [[owner] for owner in owners]
-
-    def run(self, tasks: Iterable[ChunkTask], *, meter: Meter) -> Generator[ChunkResult]:
-        return label_chunks(self._job, tasks, self._teacher, meter=meter)
-
-    def measure(self, owners: Iterable[str]) -> Iterator[tuple[str, Statistics | DataError]]:
-        return ((owner, measure_owner(self._job, owner, self._teacher)) for owner in owners)
-
-    def check(self, owner: str) -> None:
-        """Do nothing: the teacher is loaded, and the files are here."""
+def in_process(job: Job) -> Executor:
+    """Load the teacher here; errors as ``load_backend``'s."""
+    return partial(label_chunks, job, load_backend(job))
 
 
 def load_backend(job: Job) -> TeacherBackend:
@@ -101,7 +87,7 @@ def load_backend(job: Job) -> TeacherBackend:
 
 
 def label_chunks(
-    job: Job, tasks: Iterable[ChunkTask], teacher: TeacherBackend, *, meter: Meter | None = None
+    job: Job, teacher: TeacherBackend, tasks: Iterable[ChunkTask], *, meter: Meter | None = None
 ) -> Generator[ChunkResult]:
     """Label and write every task in turn; yield each result once its labels are on the disk.
 
@@ -162,19 +148,27 @@ def _read_ahead(
 
 
 def _label(batch: _Batch, teacher: TeacherBackend, size: int) -> PseudoLabels | None:
-    """Label the batch's images that can be read; None if there are none."""
-    images, result = [], batch.result
+    """Label and measure the batch's images that can be read; None if there are none."""
+    images: list[Image] = []
+    sample: dict[int, Image] = {}  # mirrored, by their place among the images
+    result = batch.result
     for row, future in zip(batch.rows, batch.images, strict=True):
         try:
-            images.append(future.result())
-            result.rows.append(row)
+            image = future.result()
         except DataError as error:
             result.failed.append(str(error))  # named at the end; the other images go on
+            continue
+        if row in result.task.mirrored:
+            sample[len(images)] = np.ascontiguousarray(image[:, ::-1])
+        images.append(image)
+        result.rows.append(row)
     if not images:
         return None
     labels = teacher.label(images, size)
     if teacher.provenance() not in result.provenance:
         result.provenance.append(teacher.provenance())
+    masks = teacher.label([*sample.values()], size).masks if sample else ()
+    result.quality += measure(labels, dict(zip(sample, masks, strict=True)))
     return labels
 
 

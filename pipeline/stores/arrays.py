@@ -21,7 +21,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.buffer.cpu import NDBuffer
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, StorePath
 
 from pipeline.disk import file_sha256, leftovers, to_json, write_bytes
 from pipeline.errors import CorruptStoreError, FormatError
@@ -30,7 +30,7 @@ FORMAT = 2
 CHUNK_ROWS = 64
 STORE_FILE = "store.jsonl"  # what the store is, and the text of its zarr.json files
 METADATA_FILE = "zarr.json"
-ADVICE = "run `samfed cache repair`"
+REPAIR = "run `samfed cache repair`"  # of label stores; damaged image stores are written anew
 
 Bytes = NDArray[np.uint8]
 Advance = Callable[[int], None]  # takes the bytes read since the last call
@@ -89,9 +89,14 @@ def create_array(
     )
 
 
-def open_array(path: Path, name: str) -> Any:
-    """Open an array of a store, to be read and written to."""
-    array = zarr.open_array(DurableStore(path), path=name, mode="r+", zarr_format=3)
+def open_array(path: Path, name: str, content: Any) -> Any:
+    """Open an array of a store, to be read and written to; ``content`` is its ``store.jsonl``'s.
+
+    The ``zarr.json`` files, of which that holds the text, are for other readers: damage in them
+    costs us nothing.
+    """
+    metadata = json.loads(content["metadata"][f"{name}/{METADATA_FILE}"])
+    array = zarr.Array.from_dict(StorePath(DurableStore(path), name), metadata)
     return array.with_config(_CONFIG)
 
 
@@ -100,7 +105,7 @@ def chunk_name(array: Any, chunk: int) -> str:
     return f"{array.path}/{array.metadata.encode_chunk_key((chunk, *[0] * (array.ndim - 1)))}"
 
 
-def read_rows(path: Path, array: Any, rows: range) -> Any:
+def read_rows(path: Path, array: Any, rows: range, *, advice: str = REPAIR) -> Any:
     """Read rows of one array, each chunk checked against its crc32c and for being there at all.
 
     Raises:
@@ -119,7 +124,7 @@ def read_rows(path: Path, array: Any, rows: range) -> Any:
             array.get_basic_selection(slice(first, last), out=out)
         except (ValueError, RuntimeError) as error:  # of bad bytes: zarr's and numcodecs'
             raise CorruptStoreError(
-                f"{path}: {array.path} rows {first}..{last - 1} are {state}; {ADVICE}"
+                f"{path}: {array.path} rows {first}..{last - 1} are {state}; {advice}"
             ) from error
     return values
 
@@ -137,7 +142,7 @@ def write_sealed(file: Path, content: Any) -> None:
     write_bytes(file, 2 * _sealed(content))
 
 
-def read_sealed(path: Path, name: str) -> Any:
+def read_sealed(path: Path, name: str, *, advice: str = REPAIR) -> Any:
     """Read what ``write_sealed`` wrote to the file ``name`` of a store, from an intact line.
 
     Raises:
@@ -146,14 +151,14 @@ def read_sealed(path: Path, name: str) -> Any:
     try:
         raw = (path / name).read_bytes()
     except FileNotFoundError as error:
-        raise CorruptStoreError(f"{path}: {name} is missing; {ADVICE}") from error
+        raise CorruptStoreError(f"{path}: {name} is missing; {advice}") from error
     half = len(raw) // 2
     for line in (raw[:half], raw[half:]):
         with suppress(ValueError, LookupError, TypeError, RecursionError):
             content = json.loads(line)["content"]
             if line == _sealed(content):
                 return content
-    raise CorruptStoreError(f"{path}: {name} is damaged; {ADVICE}")
+    raise CorruptStoreError(f"{path}: {name} is damaged; {advice}")
 
 
 def is_sealed(path: Path, name: str) -> bool:
@@ -176,14 +181,14 @@ def store_metadata(path: Path) -> dict[str, str]:
     return {file.relative_to(path).as_posix(): file.read_text() for file in files}
 
 
-def read_store_file(path: Path, kind: str | None = None) -> Any:
-    """Return what ``store.jsonl`` says, once it and the ``zarr.json`` files are found intact.
+def read_store_file(path: Path, kind: str | None = None, *, advice: str = REPAIR) -> Any:
+    """Return what ``store.jsonl`` says.
 
     Raises:
-        FormatError: another samfed wrote the store. CorruptStoreError: one of these files is
-        damaged, or the store is not of this ``kind`` ("images" or "labels").
+        FormatError: another samfed wrote the store. CorruptStoreError: the file is damaged, or the
+        store is not of this ``kind`` ("images" or "labels").
     """
-    content = _format_1(path) or read_sealed(path, STORE_FILE)
+    content = _format_1(path) or read_sealed(path, STORE_FILE, advice=advice)
     if content["format"] != FORMAT:
         way = (
             "`samfed prepare`, which writes it anew"
@@ -194,10 +199,6 @@ def read_store_file(path: Path, kind: str | None = None) -> Any:
         raise FormatError(f"{path}: {found}; run {way}")
     if kind not in (None, content["kind"]):
         raise CorruptStoreError(f"{path}: not a store of {kind}; remove it and rerun")
-    for name, text in content["metadata"].items():
-        state = file_state(path / name, hashlib.sha256(text.encode()).hexdigest())
-        if state != "whole":
-            raise CorruptStoreError(f"{path}: {name} is {state}; {ADVICE}")
     return content
 
 

@@ -113,18 +113,20 @@ def read_image_store(
     """
     if not path.is_dir():
         raise StageError(f"{path}: not found; run `samfed {stage}` first")
-    content = read_store_file(path, "images")
-    images = open_array(path, "images")
+    advice = f"run `samfed {stage}`"
+    content = read_store_file(path, "images", advice=advice)
+    images = open_array(path, "images", content)
     wanted = {"image_size": size, "num_classes": num_classes}
     found = {"image_size": images.shape[1], "num_classes": content["num_classes"]}
     for name, value in wanted.items():
         if found[name] != value:
             raise IdentityError(
-                f"{path}: {name} is {found[name]}, the run asks for {value}; run `samfed {stage}`"
+                f"{path}: {name} is {found[name]}, the run asks for {value}; {advice}"
             )
     if content["image_ids"] != list(image_ids):
-        raise IdentityError(f"{path}: holds other images than the partition; run `samfed {stage}`")
-    every = range(len(image_ids))
-    labelled = f"labels/{METADATA_FILE}" in content["metadata"]
-    labels = read_rows(path, open_array(path, "labels"), every) if labelled else None
-    return ImageSet(tuple(image_ids), read_rows(path, images, every), labels)
+        raise IdentityError(f"{path}: holds other images than the partition; {advice}")
+    arrays = [images]
+    if f"labels/{METADATA_FILE}" in content["metadata"]:
+        arrays.append(open_array(path, "labels", content))
+    rows = [read_rows(path, array, range(len(image_ids)), advice=advice) for array in arrays]
+    return ImageSet(tuple(image_ids), rows[0], rows[1] if len(rows) > 1 else None)

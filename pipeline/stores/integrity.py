@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any
 from pipeline.disk import tree_bytes, write_bytes
 from pipeline.errors import CorruptStoreError, FormatError
 from pipeline.stores.arrays import (
-    ADVICE,
     STORE_FILE,
     Advance,
     file_state,
@@ -22,10 +22,7 @@ from pipeline.stores.arrays import (
     read_store_file,
     write_sealed,
 )
-from pipeline.stores.label_store import STATISTICS_FILE, LabelStore, RowKey, chunk_file
-
-METADATA = "metadata"  # store.jsonl or a zarr.json, without which nothing else can be read
-FORMAT_FAULT = "format"  # whole, but of another samfed
+from pipeline.stores.label_store import LabelStore, RowKey, chunk_file
 
 
 @dataclass(frozen=True)
@@ -33,18 +30,14 @@ class Fault:
     """Damage in one store."""
 
     path: Path  # of the store
-    what: str  # an array, ``metadata``, ``format``, or a JSON file's name
-    rows: range | None  # of the store, that are lost; None where none is
+    what: str  # an array, ``format``, or a file that is no array's
+    rows: range | None  # of the store, that are lost; None where none is, or all are
     reason: str
+    mendable: bool = False  # without a teacher, as all is said elsewhere too
 
     def __str__(self) -> str:
         where = "" if self.rows is None else f" rows {self.rows.start}..{self.rows.stop - 1}"
         return f"{self.path}: {self.what}{where}: {self.reason}"
-
-    @property
-    def costs_labels(self) -> bool:
-        """Whether stage one has to label anew, as ``mend_metadata`` is not enough."""
-        return self.rows is not None or self.what == FORMAT_FAULT
 
     def as_json(self) -> dict[str, Any]:
         """Return it for ``--json``; rows are [first, last]."""
@@ -56,8 +49,8 @@ def check_store(path: Path, advance: Advance = lambda read: None) -> list[Fault]
     """Read a label or image store whole, one chunk at a time, and list all that is wrong with it.
 
     Each line of a JSON file is held against its own sha256, and each other file against the one
-    that a JSON file names, or in a chunk with rows still to come against its crc32c. Without its
-    metadata nothing else of a store can be read: that is one fault.
+    that a JSON file names, or in a chunk with rows still to come against its crc32c. Without
+    ``store.jsonl`` nothing else of a store can be read: that is one fault.
 
     Raises:
         OSError: a file cannot be read, which says nothing about its bytes.
@@ -65,47 +58,39 @@ def check_store(path: Path, advance: Advance = lambda read: None) -> list[Fault]
     try:
         content = read_store_file(path)
     except CorruptStoreError as error:
-        reason = str(error).removeprefix(f"{path}: ").removesuffix(f"; {ADVICE}")
-        return [Fault(path, METADATA, None, reason)]
+        return [Fault(path, STORE_FILE, None, _state(error))]
     except FormatError as error:
-        return [Fault(path, FORMAT_FAULT, None, str(error).removeprefix(f"{path}: format "))]
-    if content["kind"] == "labels":
-        return [*_check_json(path, STORE_FILE), *_check_labels(LabelStore(path), advance)]
-    return [*_check_json(path, STORE_FILE), *_check_images(path, content["files"], advance)]
+        return [Fault(path, "format", None, str(error).removeprefix(f"{path}: format "))]
+    check = _check_labels if content["kind"] == "labels" else _check_images
+    metadata = _check_metadata(path, content["metadata"])
+    return [*_check_json(path, STORE_FILE), *metadata, *check(path, content, advance)]
 
 
 def mend_metadata(path: Path) -> None:
-    """Mend all that costs a label store no label: JSON of which a line is left, and statistics.
+    """Mend all that costs a label store no label: JSON of which a line is left, and ``zarr.json``.
 
     Raises:
         CorruptStoreError: nobody can tell any more whose labels these are.
     """
     for name, text in read_sealed(path, STORE_FILE)["metadata"].items():
         write_bytes(path / name, text.encode())
-    store = LabelStore(path)
-    for name in (STORE_FILE, *map(chunk_file, range(store.chunks))):
-        with suppress(CorruptStoreError):  # a chunk that ``mend_store`` forgets
+    for name in (STORE_FILE, *map(chunk_file, range(LabelStore(path).chunks))):
+        with suppress(CorruptStoreError):  # a chunk that ``forget_damaged`` forgets
             write_sealed(path / name, read_sealed(path, name))
-    try:
-        store.set_statistics(store.statistics)
-    except CorruptStoreError:
-        store.set_statistics(None)
 
 
-def mend_store(path: Path, faults: Sequence[Fault], rows: Sequence[RowKey]) -> None:
-    """Make a label store with these faults, its metadata mended, an honest, unfinished one.
+def forget_damaged(path: Path, faults: Sequence[Fault], rows: Sequence[RowKey]) -> None:
+    """Make the chunks of a label store that have a fault undone, and remove what they hold.
 
-    A chunk with a fault becomes undone and loses what it holds. Marks are on the disk before
-    anything is removed, so that none ever promises what is gone.
+    Marks are on the disk before anything is removed, so that none ever promises what is gone.
 
     Args:
         rows: the rows that the store should have, for a chunk whose own list is lost.
 
     Raises:
-        CorruptStoreError: its metadata is damaged, or such a chunk's rows cannot be told.
+        CorruptStoreError: such a chunk's rows cannot be told, or whose labels these are.
     """
     store = LabelStore(path)
-    store.set_statistics(None)  # they were of the whole store
     for chunk in sorted({f.rows.start // store.rows_per_chunk for f in faults if f.rows}):
         span = store.chunk_rows(chunk)
         try:
@@ -117,42 +102,48 @@ def mend_store(path: Path, faults: Sequence[Fault], rows: Sequence[RowKey]) -> N
         store.forget_chunk(chunk, known)
 
 
-def _check_images(path: Path, files: dict[str, str], advance: Advance) -> Iterator[Fault]:
-    for name, sha256 in files.items():
+def _check_metadata(path: Path, texts: dict[str, str]) -> Iterator[Fault]:
+    for name, text in texts.items():
+        state = file_state(path / name, hashlib.sha256(text.encode()).hexdigest())
+        if state != "whole":
+            yield Fault(path, name, None, state, mendable=True)
+
+
+def _check_images(path: Path, content: Any, advance: Advance) -> Iterator[Fault]:
+    for name, sha256 in content["files"].items():
         state = file_state(path / name, sha256)
         if state != "whole":
-            array = open_array(path, name.split("/")[0])
+            array = open_array(path, name.split("/")[0], content)
             step, chunk = array.chunks[0], int(name.split(".")[1])
             rows = range(chunk * step, min((chunk + 1) * step, array.shape[0]))
             yield Fault(path, array.path, rows, state)
         advance(tree_bytes(path / name))
 
 
-def _check_labels(store: LabelStore, advance: Advance) -> Iterator[Fault]:
-    if (store.path / STATISTICS_FILE).exists():
-        yield from _check_json(store.path, STATISTICS_FILE)
+def _check_labels(path: Path, content: Any, advance: Advance) -> Iterator[Fault]:
+    store = LabelStore(path)
     for chunk in range(store.chunks):
-        faults = _check_json(store.path, chunk_file(chunk), store.chunk_rows(chunk))
+        faults = _check_json(path, chunk_file(chunk), store.chunk_rows(chunk))
         yield from faults
-        if not any(fault.costs_labels for fault in faults):
+        if all(fault.mendable for fault in faults):
             yield from _check_chunk(store, chunk)
-        advance(sum(tree_bytes(store.path / name) for name in store.chunk_files(chunk).values()))
+        advance(sum(tree_bytes(path / name) for name in store.chunk_files(chunk).values()))
 
 
 def _check_chunk(store: LabelStore, chunk: int) -> Iterator[Fault]:
     """Check the files of a chunk by their sha256; by their crc32c where that may still change."""
     state, span = store.state(chunk), store.chunk_rows(chunk)
-    for array, name in store.chunk_files(chunk).items():
+    for name, file in store.chunk_files(chunk).items():
         found = "whole"
         if state.files:
-            found = file_state(store.path / name, state.files.get(name, ""))
-        elif any(state.done) or (store.path / name).exists():
+            found = file_state(store.path / file, state.files.get(file, ""))
+        elif any(state.done) or (store.path / file).exists():
             try:
-                read_rows(store.path, open_array(store.path, array), span)
+                read_rows(store.path, store.arrays[name], span)
             except CorruptStoreError as error:
                 found = _state(error)
         if found != "whole":
-            yield Fault(store.path, array, span, found)
+            yield Fault(store.path, name, span, found)
 
 
 def _check_json(path: Path, name: str, rows: range | None = None) -> list[Fault]:
@@ -160,11 +151,11 @@ def _check_json(path: Path, name: str, rows: range | None = None) -> list[Fault]
     try:
         if is_sealed(path, name):
             return []
-        return [Fault(path, name, None, "one of its two lines is damaged")]
+        return [Fault(path, name, None, "one of its two lines is damaged", mendable=True)]
     except CorruptStoreError as error:
         return [Fault(path, name, rows, _state(error))]
 
 
 def _state(error: CorruptStoreError) -> str:
     """Return "missing" or "damaged", with which these errors end before they give advice."""
-    return str(error).removesuffix(f"; {ADVICE}").rsplit(" ", 1)[-1]
+    return str(error).split("; ")[0].rsplit(" ", 1)[-1]

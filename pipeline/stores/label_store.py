@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.disk import file_sha256, flush
+from pipeline.disk import file_sha256
 from pipeline.errors import IdentityError, StageError, StoreError
 from pipeline.folders import folder_beside
 from pipeline.stores.arrays import (
@@ -39,7 +39,6 @@ from pipeline.stores.arrays import (
 LABEL_VERSION = 2
 
 LABEL_ARRAYS = ("masks", "confidences", "predicted_iou")
-STATISTICS_FILE = "statistics.jsonl"
 
 Provenance = dict[str, str]  # what computed labels: backend, precision, device, versions
 
@@ -87,6 +86,16 @@ class PseudoLabels:
     predicted_iou: NDArray[np.float32]
 
 
+class RowQuality(NamedTuple):
+    """What one image's labels say of the teacher without any truth."""
+
+    confidence: float  # mean probability over all pixels
+    foreground_confidence: float | None  # over those labelled foreground; None if there are none
+    area: float  # the foreground's share of the pixels
+    predicted_iou: float
+    flip_dice: float | None  # with the mirrored image's labels, mirrored back; of a sample alone
+
+
 @dataclass(frozen=True)
 class ChunkState:
     """What ``chunks/<number>.jsonl`` says of one chunk."""
@@ -95,6 +104,7 @@ class ChunkState:
     done: list[bool]  # of each row
     provenance: list[Provenance]  # of all that computed one of the rows done
     files: dict[str, str]  # sha256 of the chunk's files, once every row is done
+    quality: list[RowQuality | None]  # of each row; None where it is not done, or unknown
 
 
 def chunk_file(chunk: int) -> str:
@@ -114,8 +124,9 @@ class LabelStore:
         if not path.is_dir():
             raise StageError(f"{path}: not found; run `samfed precompute-sam` first")
         self.path = path
-        self.identity = Identity.model_validate(read_store_file(path, "labels")["identity"])
-        self._arrays = {name: open_array(path, name) for name in LABEL_ARRAYS}
+        content = read_store_file(path, "labels")
+        self.identity = Identity.model_validate(content["identity"])
+        self.arrays = {name: open_array(path, name, content) for name in LABEL_ARRAYS}
 
     @classmethod
     def create(cls, path: Path, identity: Identity, rows: Sequence[RowKey]) -> LabelStore:
@@ -125,18 +136,18 @@ class LabelStore:
         return cls(path)
 
     def __len__(self) -> int:
-        count: int = self._arrays["masks"].shape[0]
+        count: int = self.arrays["masks"].shape[0]
         return count
 
     @cached_property
     def rows(self) -> tuple[RowKey, ...]:
         """The image behind each row; read when first asked for, which no writer of a chunk does."""
-        return tuple(chain.from_iterable(self.state(chunk).rows for chunk in range(self.chunks)))
+        return tuple(chain.from_iterable(state.rows for state in self.states()))
 
     @property
     def rows_per_chunk(self) -> int:
         """Number of rows of every chunk but the last: 64, or fewer if they are very long."""
-        count: int = self._arrays["masks"].chunks[0]
+        count: int = self.arrays["masks"].chunks[0]
         return count
 
     @property
@@ -151,7 +162,7 @@ class LabelStore:
 
     def chunk_files(self, chunk: int) -> dict[str, str]:
         """Return the file of a chunk in each array, relative to the store."""
-        return {name: chunk_name(array, chunk) for name, array in self._arrays.items()}
+        return {name: chunk_name(array, chunk) for name, array in self.arrays.items()}
 
     def state(self, chunk: int) -> ChunkState:
         """Read what is known of a chunk, as on disk now.
@@ -160,29 +171,36 @@ class LabelStore:
             CorruptStoreError: its JSON file is missing or damaged.
         """
         content = read_sealed(self.path, chunk_file(chunk))
-        return ChunkState(**{**content, "rows": [RowKey(*row) for row in content["rows"]]})
+        rows = [RowKey(*row) for row in content["rows"]]
+        marks = content.get("quality", [None] * len(rows))  # first stores of this format have none
+        quality = [None if mark is None else RowQuality(*mark) for mark in marks]
+        return ChunkState(**{**content, "rows": rows, "quality": quality})
+
+    def states(self) -> list[ChunkState]:
+        """Read what is known of every chunk; errors as ``state``'s."""
+        return [self.state(chunk) for chunk in range(self.chunks)]
 
     def _write_state(self, chunk: int, state: ChunkState) -> None:
         write_sealed(self.path / chunk_file(chunk), vars(state))
 
-    def done(self, rows: slice = slice(None)) -> NDArray[np.bool_]:
-        """Return which of ``rows`` are complete, bool, as on disk now."""
-        span, step = range(*rows.indices(len(self))), self.rows_per_chunk
-        first, stop = span.start // step, -(-span.stop // step)
-        states = map(self.state, range(first, stop))
-        marks = np.array([mark for state in states for mark in state.done], np.bool_)
-        return marks[span.start - first * step :][: len(span)]
+    def done(self) -> NDArray[np.bool_]:
+        """Return which rows are complete, bool, as on disk now."""
+        return np.array([mark for state in self.states() for mark in state.done], np.bool_)
 
     def pending(self) -> list[int]:
         """List the chunks with a row that is not done."""
-        return [chunk for chunk in range(self.chunks) if not all(self.state(chunk).done)]
+        return [chunk for chunk, state in enumerate(self.states()) if not all(state.done)]
+
+    def quality(self) -> list[RowQuality | None]:
+        """Return what is known of each row's labels."""
+        return [mark for state in self.states() for mark in state.quality]
 
     def provenance(self) -> list[list[Provenance]]:
         """Return for each chunk all that computed one of its rows; [] where none is done.
 
         One is the rule; more where rows had to wait for another run, or came from other chunks.
         """
-        return [self.state(chunk).provenance for chunk in range(self.chunks)]
+        return [state.provenance for state in self.states()]
 
     def check_rows(self, rows: Sequence[int], sha256: Sequence[str]) -> None:
         """Refuse rows of one chunk that are not of the images with these digests.
@@ -211,7 +229,7 @@ class LabelStore:
         inside = [row - span.start for row in rows]
         if any(done[row] for row in inside):
             raise StoreError(f"{self.path}: rows of chunk {chunk} are labelled by now")
-        for name, array in self._arrays.items():
+        for name, array in self.arrays.items():
             if any(done):
                 values = read_rows(self.path, array, span)
             else:  # what a killed run may have left is not kept: same bytes either way
@@ -221,59 +239,50 @@ class LabelStore:
             values[inside] = getattr(labels, name)
             array[span.start : span.stop] = values
 
-    def mark_done(self, chunk: int, rows: Sequence[int], provenance: Sequence[Provenance]) -> None:
+    def mark_done(
+        self,
+        chunk: int,
+        rows: Sequence[int],
+        provenance: Sequence[Provenance],
+        quality: Sequence[RowQuality | None] | None = None,
+    ) -> None:
         """Record, last of all, that ``rows`` of a chunk are complete, and what computed them.
 
-        What computed its other complete rows is kept, before these. Statistics of the store as it
-        was are dropped first.
+        What computed its other complete rows is kept, before these.
         """
-        self.set_statistics(None)
         before, start = self.state(chunk), self.chunk_rows(chunk).start
-        inside = {row - start for row in rows}
-        done = [mark or row in inside for row, mark in enumerate(before.done)]
-        others = any(mark for row, mark in enumerate(before.done) if row not in inside)
-        every = [*(before.provenance if others else []), *provenance]
+        done, marks = list(before.done), list(before.quality)
+        for row, mark in zip(rows, quality or [None] * len(rows), strict=True):
+            done[row - start], marks[row - start] = True, mark
+        every = [*before.provenance, *provenance]
         unique = [record for n, record in enumerate(every) if record not in every[:n]]
         # rows that come later change the files, and a kill may come before the marks: no sha256 yet
         names = self.chunk_files(chunk).values() if all(done) else ()
         files = {name: file_sha256(self.path / name) for name in names}
-        self._write_state(chunk, ChunkState(before.rows, done, unique, files))
+        self._write_state(chunk, ChunkState(before.rows, done, unique, files, marks))
 
     def forget_chunk(self, chunk: int, rows: Sequence[RowKey]) -> None:
         """Make a chunk of these ``rows`` undone, durably, and then remove what it holds."""
-        self._write_state(chunk, ChunkState(list(rows), [False] * len(rows), [], {}))
+        count = len(rows)
+        self._write_state(
+            chunk, ChunkState(list(rows), [False] * count, [], {}, quality=[None] * count)
+        )
         for name in self.chunk_files(chunk).values():
             (self.path / name).unlink(missing_ok=True)
 
-    @property
-    def statistics(self) -> dict[str, Any] | None:
-        """What ``set_statistics`` kept with the labels as they are now; None if nothing."""
-        if not (self.path / STATISTICS_FILE).exists():
-            return None
-        statistics: dict[str, Any] = read_sealed(self.path, STATISTICS_FILE)
-        return statistics
-
-    def set_statistics(self, statistics: dict[str, Any] | None) -> None:
-        """Keep a JSON-ready summary of the finished labels beside them; None drops it."""
-        if statistics is not None:
-            write_sealed(self.path / STATISTICS_FILE, statistics)
-        elif (self.path / STATISTICS_FILE).exists():
-            (self.path / STATISTICS_FILE).unlink()
-            flush(self.path)
-
-    def read(self, rows: slice = slice(None)) -> PseudoLabels:
-        """Read the labels of ``rows``, all of which must be done.
+    def read(self) -> PseudoLabels:
+        """Read the labels of all rows.
 
         Raises:
             StageError: a row is not done. CorruptStoreError: a done row is missing or damaged.
         """
-        done = self.done(rows)
+        done = self.done()
         if not done.all():
             raise StageError(
                 f"{self.path}: {int(done.sum())} of {len(done)} rows are labelled; "
                 "run `samfed precompute-sam` to finish it"
             )
-        return self._read(range(*rows.indices(len(self))))
+        return self._read(range(len(self)))
 
     def read_chunk(self, chunk: int) -> PseudoLabels:
         """Read a chunk with a done row; its rows that are not done mean nothing.
@@ -284,9 +293,8 @@ class LabelStore:
         return self._read(self.chunk_rows(chunk))
 
     def _read(self, rows: range) -> PseudoLabels:
-        return PseudoLabels(
-            *(read_rows(self.path, self._arrays[name], rows) for name in LABEL_ARRAYS)
-        )
+        arrays = self.arrays.values()
+        return PseudoLabels(*(read_rows(self.path, array, rows) for array in arrays))
 
 
 def write_empty(path: Path, identity: Identity, rows: Sequence[RowKey]) -> LabelStore:

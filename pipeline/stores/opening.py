@@ -5,9 +5,9 @@ No finished label is lost to another teacher, nor, of an image that stays, to ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +78,7 @@ def _fullest(archive: Path, identity: Identity, rows: Sequence[RowKey]) -> Path 
     def labelled(path: Path) -> int:
         try:
             store = LabelStore(path)
-            return sum(
-                key in wanted for key, done in zip(store.rows, store.done(), strict=True) if done
-            )
+            return len(wanted.intersection(compress(store.rows, store.done())))
         except CorruptStoreError:
             return -1  # only if there is no other
 
@@ -91,36 +89,26 @@ def _fullest(archive: Path, identity: Identity, rows: Sequence[RowKey]) -> Path 
 
 def _carry_over(old: LabelStore, rows: Sequence[RowKey]) -> tuple[LabelStore, int]:
     """Rebuild ``old`` for other ``rows``; keep what is finished in both, and count it."""
-    done, provenance = old.done(), old.provenance()
-    where = {key: row for row, key in enumerate(old.rows) if done[row]}
+    states = old.states()
+    where = {
+        key: (chunk, inside)
+        for chunk, state in enumerate(states)
+        for inside, key in enumerate(state.rows)
+        if state.done[inside]
+    }
     read_chunk = lru_cache(maxsize=2)(old.read_chunk)  # rows mostly keep their order
-    count = 0
     with folder_beside(old.path) as building:
         new = write_empty(building, old.identity, rows)
         for chunk in range(new.chunks):
             targets = [row for row in new.chunk_rows(chunk) if rows[row] in where]
-            if not targets:
-                continue
             sources = [where[rows[row]] for row in targets]
-            new.write_chunk(chunk, targets, _pick(read_chunk, sources, old.rows_per_chunk))
-            chunks = dict.fromkeys(source // old.rows_per_chunk for source in sources)
-            records = [record for source in chunks for record in provenance[source]]
-            new.mark_done(chunk, targets, records)
-            count += len(targets)
-    return LabelStore(old.path), count
-
-
-def _pick(
-    read_chunk: Callable[[int], PseudoLabels], rows: Sequence[int], per_chunk: int
-) -> PseudoLabels:
-    """Return the labels of ``rows``, in this order, reading each run of one chunk's rows once."""
-    parts = [
-        (read_chunk(chunk), [row - chunk * per_chunk for row in run])
-        for chunk, run in groupby(rows, lambda row: row // per_chunk)
-    ]
-    return PseudoLabels(
-        *(
-            np.concatenate([getattr(p, name)[inside] for p, inside in parts])
-            for name in LABEL_ARRAYS
-        )
-    )
+            if not sources:
+                continue
+            found = [(read_chunk(source), inside) for source, inside in sources]
+            labels = (np.stack([getattr(part, n)[i] for part, i in found]) for n in LABEL_ARRAYS)
+            new.write_chunk(chunk, targets, PseudoLabels(*labels))
+            chunks = dict.fromkeys(source for source, _ in sources)
+            records = [r for source in chunks for r in states[source].provenance]
+            quality = [states[source].quality[inside] for source, inside in sources]
+            new.mark_done(chunk, targets, records, quality)
+    return LabelStore(old.path), sum(key in where for key in rows)

@@ -36,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = settings(folder / "data", folder / "cache")
     prepare(config, with_oracle=True)
     with pytest.MonkeyPatch.context() as patch:
-        stand_in(patch, teacher_of(config), measured=False)
+        stand_in(patch, teacher_of(config))
         precompute(config)
     return config
 
@@ -56,4 +56,4 @@ def whole(finished: Config) -> dict[str, bytes]:
 def run(config: Config, **changes: object) -> tuple[StageOneResult, int]:
     """Stage one by a teacher with these changes; also the number of images that it labelled."""
     teacher = teacher_of(config, **changes)
-    return run_with(config, teacher, measured=False), teacher.images
+    return run_with(config, teacher), teacher.images

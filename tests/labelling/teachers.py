@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import distributed
 import numpy as np
@@ -22,19 +21,6 @@ from pipeline.stores.label_store import LabelStore, PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard
 
 Images = Sequence[NDArray[np.uint8]]
-
-#: What stands in for the statistics of a store where a test counts the images that are labelled.
-STATISTICS: dict[str, Any] = {
-    "images": 40,
-    "confidence": 0.9,
-    "foreground_confidence": 0.8,
-    "area": 0.25,
-    "area_std": 0.125,
-    "empty": 0.5,
-    "predicted_iou": 0.75,
-    "flips": 16,
-    "flip_dice": 0.7,
-}
 
 
 def make_card(**changes: object) -> TeacherCard:
@@ -94,22 +80,21 @@ class Hungry(FakeTeacher):
         return super().label(images, size)
 
 
-def stand_in(patch: pytest.MonkeyPatch, teacher: FakeTeacher, *, measured: bool = True) -> None:
+def stand_in(patch: pytest.MonkeyPatch, teacher: FakeTeacher, *, mirrors: bool = False) -> None:
     """Let stage one find ``teacher`` where it would load one.
 
-    Without ``measured`` statistics are made up, so the images that the teacher counts are rows.
+    Without ``mirrors`` no image is labelled twice, so the images that the teacher counts are rows.
     """
     patch.setattr("pipeline.labelling.job.checked_card", lambda *args: teacher.card)
     patch.setattr("pipeline.labelling.worker.load_teacher", lambda *args: teacher)
-    if not measured:
-        for module in ("worker", "cluster"):
-            patch.setattr(f"pipeline.labelling.{module}.measure_owner", lambda *args: STATISTICS)
+    if not mirrors:
+        patch.setattr("pipeline.labelling.precompute.flip_sample", lambda rows: set[int]())
 
 
-def run(config: Config, teacher: FakeTeacher, *, measured: bool = True) -> StageOneResult:
+def run(config: Config, teacher: FakeTeacher, *, mirrors: bool = False) -> StageOneResult:
     """Run stage one with this teacher."""
     with pytest.MonkeyPatch.context() as patch:
-        stand_in(patch, teacher, measured=measured)
+        stand_in(patch, teacher, mirrors=mirrors)
         return precompute(config)
 
 

@@ -18,10 +18,11 @@ from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
 from pipeline.disk import writer_lock
 from pipeline.errors import SamfedError
-from pipeline.labelling.cluster import Order, run_check
+from pipeline.labelling.cluster import Order, run_task
 from pipeline.labelling.job import load_job, store_lock
 from pipeline.labelling.precompute import precompute
 from pipeline.labelling.repair import repair
+from pipeline.labelling.worker import ChunkTask
 from pipeline.stores.label_store import LabelStore
 
 
@@ -37,7 +38,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Config:
         precompute={"batch_size": 16},
     )
     prepare(config)
-    run(config, FakeTeacher())
+    run(config, FakeTeacher(), mirrors=True)
     return config
 
 
@@ -54,7 +55,7 @@ def config(whole: Config, tmp_path: Path) -> Config:
 def teacher(monkeypatch: pytest.MonkeyPatch) -> FakeTeacher:
     """The teacher that the workers, too, find."""
     teacher = FakeTeacher()
-    stand_in(monkeypatch, teacher)
+    stand_in(monkeypatch, teacher, mirrors=True)
     return teacher
 
 
@@ -205,7 +206,7 @@ def test_other_images_with_the_same_settings(
     path.write_bytes(before)
     result = precompute(config, cluster=threads.workplace)
     assert (result.failed, result.warnings) == ([], [])
-    assert LabelStore(config.cache.root / "sam" / "site.zarr").statistics is not None
+    assert LabelStore(config.cache.root / "sam" / "site.zarr").done().all()
 
 
 def test_a_tasks_own_timeout_is_not_the_clusters(
@@ -225,11 +226,11 @@ def test_a_tasks_own_timeout_is_not_the_clusters(
 def test_a_worker_of_another_samfed_or_without_the_files(
     config: Config, teacher: FakeTeacher
 ) -> None:
-    identity = load_job(config).identity
+    identity, task = load_job(config).identity, ChunkTask("site", 0, (0,), (("a", "b"),))
     with pytest.raises(SamfedError, match=r"expected 0\.0\.0; install it"):
-        run_check(Order(config.model_dump_json(), identity, "", version="0.0.0"), "site")
+        run_task(Order(config.model_dump_json(), identity, "", version="0.0.0"), task)
     with pytest.raises(SamfedError) as caught:
-        run_check(Order(config.model_dump_json(), identity, ""), "site")
+        run_task(Order(config.model_dump_json(), identity, ""), task)
     assert f"{config.cache.root / 'sam' / 'site.zarr'} is not there" in str(caught.value)
 
 
@@ -240,7 +241,6 @@ def test_repair_on_workers(
     shutil.copytree(whole.cache.root / "sam", config.cache.root / "sam")
     chunk = config.cache.root / "sam" / "site.zarr" / "masks" / "c.1.0.0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
-    before = content(config.cache.root / "sam")
 
     def refuse(*args: object) -> None:
         raise SamfedError("a worker's finding")
@@ -250,8 +250,9 @@ def test_repair_on_workers(
         patch.setattr("pipeline.labelling.worker.load_teacher", refuse)
         with pytest.raises(SamfedError, match="a worker's finding"):
             repair(config, cluster=threads.workplace)
-    assert content(config.cache.root / "sam") == before
-    stand_in(monkeypatch, teacher)
+    assert LabelStore(chunk.parents[1]).pending() == [1]  # nothing damaged, only undone
+    chunk.parents[1].joinpath("masks", "c.0.0.0").unlink()
+    stand_in(monkeypatch, teacher, mirrors=True)
     result = repair(config, cluster=threads.workplace)
-    assert result.labelled == 64
+    assert result.labelled == 2 * 64
     assert content(config.cache.root / "sam") == content(whole.cache.root / "sam")

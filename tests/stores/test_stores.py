@@ -20,15 +20,22 @@ from pipeline.errors import (
     StageError,
     StoreError,
 )
-from pipeline.stores.arrays import CHUNK_ROWS, canonical_json, rows_per_chunk
+from pipeline.stores.arrays import (
+    CHUNK_ROWS,
+    canonical_json,
+    read_sealed,
+    rows_per_chunk,
+    write_sealed,
+)
 from pipeline.stores.image_store import read_image_store, write_image_store
-from pipeline.stores.integrity import check_store, mend_metadata, mend_store
+from pipeline.stores.integrity import check_store, forget_damaged, mend_metadata
 from pipeline.stores.label_store import (
     LABEL_ARRAYS,
     Identity,
     LabelStore,
     PseudoLabels,
     RowKey,
+    RowQuality,
     check_identity,
     confidence_to_probability,
     read_labels,
@@ -48,11 +55,7 @@ IDENTITY = Identity(
 OTHER = IDENTITY.model_copy(update={"adapter_sha256": "c" * 64})
 COUNT = CHUNK_ROWS + 6  # a whole chunk and a part of one
 PROVENANCE = {"backend": "torch", "precision": "fp32"}
-NONE = PseudoLabels(
-    np.zeros((0, SIZE, SIZE), np.uint8),
-    np.zeros((0, SIZE, SIZE), np.uint8),
-    np.zeros(0, np.float32),
-)
+QUALITY = RowQuality(0.75, None, 0.0, 0.5, None)
 
 
 def keys(count: int = COUNT, start: int = 0) -> list[RowKey]:
@@ -75,7 +78,8 @@ def fill(store: LabelStore, chunks: Sequence[int] | None = None) -> LabelStore:
     for chunk in range(store.chunks) if chunks is None else chunks:
         rows = list(store.chunk_rows(chunk))
         store.write_chunk(chunk, rows, labels_of([store.rows[row] for row in rows]))
-        store.mark_done(chunk, rows, [PROVENANCE | {"chunk": str(chunk)}])
+        quality = [QUALITY] * len(rows)
+        store.mark_done(chunk, rows, [PROVENANCE | {"chunk": str(chunk)}], quality)
     return store
 
 
@@ -199,11 +203,15 @@ def test_every_flipped_bit_in_an_image_store_is_found(tmp_path: Path) -> None:
             assert (fault.what, fault.rows) == ("store.jsonl", None)
             read_image_store(path, image_ids=["a", "b"], size=SIZE, num_classes=1)
             continue
-        of_metadata = file.name == "zarr.json"
-        assert fault.what == ("metadata" if of_metadata else file.parent.name)
-        assert fault.rows == (None if of_metadata else range(2))
-        with pytest.raises(CorruptStoreError, match=str(path)):
+        if file.name == "zarr.json":  # whose text is also in store.jsonl
+            assert (fault.what, fault.rows) == (file.relative_to(path).as_posix(), None)
             read_image_store(path, image_ids=["a", "b"], size=SIZE, num_classes=1)
+            continue
+        assert (fault.what, fault.rows) == (file.parent.name, range(2))
+        with pytest.raises(CorruptStoreError) as caught:
+            read_image_store(path, image_ids=["a", "b"], size=SIZE, num_classes=1)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert str(caught.value).endswith("; run `samfed prepare`")  # which repair cannot mend
     assert check_store(path) == []
 
 
@@ -221,18 +229,10 @@ def test_label_store_round_trip(path: Path) -> None:
     assert again.chunks == 2
     same(again.read(), expected)
     same(store.read(), expected)
-    part = again.read(slice(60, 67))
-    np.testing.assert_array_equal(part.masks, expected.masks[60:67])
+    np.testing.assert_array_equal(again.read_chunk(1).masks, expected.masks[CHUNK_ROWS:])
+    assert again.quality() == [QUALITY] * COUNT
     found = read_labels(path, rows=keys(), identity=IDENTITY)
     same(found, expected)
-
-
-@pytest.mark.parametrize("start", [0, 3, 63, 64, 69])
-@pytest.mark.parametrize("stop", [1, 37, 64, 66, COUNT])
-def test_parts_are_those_of_the_whole(path: Path, start: int, stop: int) -> None:
-    store = fill(LabelStore.create(path, IDENTITY, keys()))
-    same(store.read(slice(start, stop)), labels_of(keys()[start:stop]) if start < stop else NONE)
-    assert store.done(slice(start, stop)).tolist() == [True] * max(stop - start, 0)
 
 
 def test_plain_zarr_reads_the_arrays(path: Path) -> None:
@@ -264,7 +264,6 @@ def test_an_unfinished_store_is_not_read(path: Path) -> None:
     assert str(caught.value) == (
         f"{path}: 6 of 70 rows are labelled; run `samfed precompute-sam` to finish it"
     )
-    assert len(store.read(slice(CHUNK_ROWS, COUNT)).predicted_iou) == 6
 
 
 def test_a_part_of_a_chunk_keeps_the_rest(path: Path) -> None:
@@ -278,9 +277,7 @@ def test_a_part_of_a_chunk_keeps_the_rest(path: Path) -> None:
             assert np.flatnonzero(store.done()).tolist() == first
             assert store.pending() == [0, 1]
     assert store.pending() == [1]
-    np.testing.assert_array_equal(
-        store.read(slice(0, CHUNK_ROWS)).masks, labels_of(keys(CHUNK_ROWS)).masks
-    )
+    np.testing.assert_array_equal(store.read_chunk(0).masks, labels_of(keys(CHUNK_ROWS)).masks)
 
 
 def test_a_damaged_chunk_is_not_completed(path: Path) -> None:
@@ -311,7 +308,7 @@ def test_a_kill_between_the_files_of_a_chunk_is_no_damage(path: Path) -> None:
     store.mark_done(1, [64, 65], [PROVENANCE])
     shutil.copy(whole.path / "masks" / "c.1.0.0", path / "masks")
     assert check_store(path) == []
-    same(store.read(slice(64, 66)), labels_of(keys(2, 64)))
+    np.testing.assert_array_equal(store.read_chunk(1).masks[:2], labels_of(keys(2, 64)).masks)
 
 
 def test_labels_are_on_the_disk_before_their_marks(
@@ -363,7 +360,7 @@ def test_chunk_order_does_not_change_the_bytes(tmp_path: Path) -> None:
 
 
 def test_rows_of_a_chunk_that_several_made(path: Path) -> None:
-    """A record for each, in their order, and as long as the chunk has a row of theirs."""
+    """A record for each, once, in their order."""
     store = LabelStore.create(path, IDENTITY, keys())
     one, two = (PROVENANCE | {"backend": name} for name in ("one", "two"))
     store.mark_done(0, [0, 1], [one])
@@ -372,8 +369,6 @@ def test_rows_of_a_chunk_that_several_made(path: Path) -> None:
     assert content(path) == alone
     store.mark_done(0, [5, 7], [two, one])
     assert store.provenance() == [[one, two], []]
-    store.mark_done(0, [0, 1, 5, 7], [two])  # all of them again
-    assert store.provenance() == [[two], []]
 
 
 def test_confidences_are_never_quite_certain() -> None:
@@ -485,9 +480,10 @@ def test_rows_are_kept_when_images_come_go_or_change(path: Path, archive: Path) 
     assert store.rows == tuple(new)
     done = store.done()
     assert np.flatnonzero(~done).tolist() == [0, 58]
-    found = store.read(slice(1, 58))
-    np.testing.assert_array_equal(found.masks, labels_of(old[3:60]).masks)
-    np.testing.assert_array_equal(found.predicted_iou, labels_of(old[3:60]).predicted_iou)
+    found = store.read_chunk(0)
+    np.testing.assert_array_equal(found.masks[1:58], labels_of(old[3:60]).masks)
+    np.testing.assert_array_equal(found.predicted_iou[1:58], labels_of(old[3:60]).predicted_iou)
+    assert [mark is not None for mark in store.quality()] == done.tolist()
     assert list(path.parent.iterdir()) == [path]  # nothing half-built stays
     again, notice = open_label_store(path, IDENTITY, new, archive=archive)
     assert notice is None
@@ -499,15 +495,16 @@ def test_carried_rows_in_another_order(path: Path, archive: Path) -> None:
     old = keys(3 * CHUNK_ROWS)
     store = fill(open_label_store(path, IDENTITY, old, archive=archive)[0], [0, 2])
     store.write_chunk(1, [64, 70], labels_of([old[64], old[70]]))
-    store.mark_done(1, [64, 70], [PROVENANCE | {"chunk": "1"}])
+    store.mark_done(1, [64, 70], [PROVENANCE | {"chunk": "1"}])  # not measured
     new = [*old[::-3], RowKey("new", "f" * 64)]
     store, notice = open_label_store(path, IDENTITY, new, archive=archive)
     kept = [i for i, row in enumerate(new[:-1]) if not 64 <= int(row.sha256, 16) < 128]
     kept = sorted({*kept, *(i for i, row in enumerate(new) if row in (old[64], old[70]))})
     assert notice == f"{path}: the images changed; kept the labels of {len(kept)} of 65"
     assert np.flatnonzero(store.done()).tolist() == kept
-    for row in kept:
-        same(store.read(slice(row, row + 1)), labels_of([new[row]]))
+    found = store.read_chunk(0)
+    for row in set(kept) - {64}:
+        np.testing.assert_array_equal(found.masks[row], labels_of([new[row]]).masks[0])
     every = [PROVENANCE | {"chunk": str(chunk)} for chunk in (2, 0)]
     assert store.provenance() == [every, []]
 
@@ -632,12 +629,10 @@ def read_everything(path: Path) -> None:
     store.read()
 
 
-@pytest.mark.parametrize("state", ["finished", "measured", "unfinished", "begun"])
+@pytest.mark.parametrize("state", ["finished", "unfinished", "begun"])
 def test_a_flipped_bit_costs_one_chunk_at_most(path: Path, state: str) -> None:
     """In every file of a store it is found, named and mended; what is lost is labelled anew."""
     store = fill(LabelStore.create(path, IDENTITY, keys()))
-    if state == "measured":
-        store.set_statistics({"empty": 0.5})
     if state == "unfinished":
         store.forget_chunk(1, keys()[CHUNK_ROWS:])
     if state == "begun":  # a chunk with rows to come, and one that a killed run wrote
@@ -654,23 +649,21 @@ def test_a_flipped_bit_costs_one_chunk_at_most(path: Path, state: str) -> None:
             lost = int(file.name.split(".")[1])
             assert (fault.what, fault.reason) == (file.parent.name, "damaged")
             assert fault.rows == store.chunk_rows(lost)
-            mend_store(path, [fault], keys())
+            forget_damaged(path, [fault], keys())
             mended, kept = LabelStore(path), 1 - lost
             assert (mended.rows, mended.identity) == (tuple(keys()), IDENTITY)
             assert not mended.done()[list(store.chunk_rows(lost))].any()
             assert mended.provenance()[kept] == provenance[kept]
             rows = list(store.chunk_rows(kept))
             np.testing.assert_array_equal(mended.done()[rows], done[rows])
-            if state in ("finished", "measured"):
+            if state == "finished":
                 fill(mended, mended.pending())
-                labels = {key: value for key, value in before.items() if "statistics" not in key}
-                assert content(path) == labels
+                assert content(path) == before
         else:
-            if file.name == "zarr.json":
-                assert (fault.what, fault.reason) == ("metadata", f"{name} is damaged")
-            else:
-                assert (fault.what, fault.reason) == (name, "one of its two lines is damaged")
-                LabelStore(path).done()  # nothing is lost
+            of_zarr = file.name == "zarr.json"
+            reason = "damaged" if of_zarr else "one of its two lines is damaged"
+            assert (fault.what, fault.reason, fault.mendable) == (name, reason, True)
+            LabelStore(path).done()  # nothing is lost
             mend_metadata(path)
             assert content(path) == before, name
         assert check_store(path) == []
@@ -687,34 +680,54 @@ def test_a_flipped_bit_costs_one_chunk_at_most(path: Path, state: str) -> None:
         "chunks/0.jsonl",
         "masks/zarr.json",
         "zarr.json",
-        "statistics.jsonl",
     ],
 )
 @pytest.mark.parametrize("what", ["missing", "truncated", "empty"])
 def test_a_missing_or_truncated_file_is_found(path: Path, name: str, what: str) -> None:
     store = fill(LabelStore.create(path, IDENTITY, keys()))
     whole = content(path)
-    store.set_statistics({"empty": 0.5})
-    before = (path / name).read_bytes()
     (path / name).unlink()
     if what != "missing":
-        (path / name).write_bytes(before[: len(before) * 2 // 3] if what == "truncated" else b"")
-    elif name == "statistics.jsonl":  # stage one measures again
-        return
+        cut = len(whole[name]) * 2 // 3
+        (path / name).write_bytes(whole[name][:cut] if what == "truncated" else b"")
     faults = check_store(path)
     assert all(("missing" in fault.reason) == (what == "missing") for fault in faults)
-    if name != "statistics.jsonl":
+    if not faults[0].mendable:
         with pytest.raises(CorruptStoreError) as caught:
             read_everything(path)
         assert str(caught.value).startswith(f"{path}: ")
-    if faults[0].costs_labels:
-        mend_store(path, faults, keys())
-    else:
-        mend_metadata(path)
+    mend_metadata(path)
+    forget_damaged(path, faults, keys())
     store = LabelStore(path)
     assert fill(store, store.pending()).rows == tuple(keys())
-    store.set_statistics(None)
     assert content(path) == whole
+
+
+def test_all_faults_are_listed(path: Path) -> None:
+    """Damage in one file hides no other one."""
+    fill(LabelStore.create(path, IDENTITY, keys()))
+    for name in ("zarr.json", "masks/zarr.json", "chunks/0.jsonl", "masks/c.1.0.0"):
+        (path / name).unlink()
+    flip(path / "store.jsonl", 9)
+    assert [(fault.what, fault.rows) for fault in check_store(path)] == [
+        ("store.jsonl", None),
+        ("masks/zarr.json", None),
+        ("zarr.json", None),
+        ("chunks/0.jsonl", range(64)),
+        ("masks", range(64, COUNT)),
+    ]
+
+
+def test_chunks_that_nobody_measured_are_read(path: Path) -> None:
+    """The first stores of format 2 say nothing of quality."""
+    fill(LabelStore.create(path, IDENTITY, keys()))
+    state = read_sealed(path, "chunks/0.jsonl")
+    del state["quality"]
+    write_sealed(path / "chunks" / "0.jsonl", state)
+    store = LabelStore(path)
+    assert store.quality() == [None] * CHUNK_ROWS + [QUALITY] * 6
+    assert store.done().all()
+    assert check_store(path) == []
 
 
 def test_what_cannot_be_mended(path: Path) -> None:
@@ -722,16 +735,16 @@ def test_what_cannot_be_mended(path: Path) -> None:
     fill(LabelStore.create(path, IDENTITY, keys()))
     (path / "chunks" / "0.jsonl").unlink()
     with pytest.raises(CorruptStoreError):
-        mend_store(path, check_store(path), keys()[1:])
+        forget_damaged(path, check_store(path), keys()[1:])
     for place in (9, -9):
         flip(path / "store.jsonl", place)
     before = content(path)
     faults = check_store(path)
-    assert [str(fault) for fault in faults] == [f"{path}: metadata: store.jsonl is damaged"]
+    assert [str(fault) for fault in faults] == [f"{path}: store.jsonl: damaged"]
     with pytest.raises(CorruptStoreError):
         mend_metadata(path)
     with pytest.raises(CorruptStoreError):
-        mend_store(path, faults, keys())
+        forget_damaged(path, faults, keys())
     assert content(path) == before
 
 
@@ -741,8 +754,8 @@ def test_an_error_names_the_rows(path: Path, what: str) -> None:
     chunk = path / "masks" / "c.1.0.0"
     chunk.unlink() if what == "missing" else flip(chunk, 12)
     with pytest.raises(CorruptStoreError) as caught:
-        store.read(slice(60, 68))
-    assert str(caught.value) == f"{path}: masks rows 64..67 are {what}; run `samfed cache repair`"
+        store.read()
+    assert str(caught.value) == f"{path}: masks rows 64..69 are {what}; run `samfed cache repair`"
 
 
 def test_a_whole_file_of_another_chunk_is_damage(path: Path) -> None:
@@ -770,7 +783,8 @@ def test_what_cannot_be_read_is_not_called_damaged(
         return real(file, *args, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
-    for use in (read_everything, check_store):
+    # no label is read by way of a zarr.json
+    for use in (check_store,) if "zarr" in name else (check_store, read_everything):
         with pytest.raises(type(error)) as caught:
             use(path)
         assert caught.value.errno == error.errno
