@@ -381,7 +381,7 @@ def test_a_damaged_store_is_verified_and_repaired(project: Project) -> None:
         result = call("cache", "verify", *project.options)
     assert result.exit_code == 0
     skipped, summary = result.stdout.splitlines()
-    assert skipped.startswith(f"{store}: process ")
+    assert skipped.startswith(f"{store}: not read; ")
     assert summary == f"{len(every) - 1} stores read, 1 skipped, 0 faults"
     shard = store / "masks" / "c.0.0.0"
     shard.write_bytes(shard.read_bytes()[:-1])
