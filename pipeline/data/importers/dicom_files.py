@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.data.importers.items import pair_labels
 from pipeline.data.importers.sources import Files
 from pipeline.errors import ConfigError, DataError
+from pipeline.progress import Progress
 
 _MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
 _SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -100,7 +101,7 @@ def silence() -> Iterator[None]:
         log.setLevel(level)
 
 
-def find_dicom(files: Files, labels: str | None) -> DicomFiles:
+def find_dicom(files: Files, labels: str | None, progress: Progress) -> DicomFiles:
     """Read the tags of all files, and find series, segmentations and masks beside images.
 
     Raises:
@@ -126,6 +127,7 @@ def find_dicom(files: Files, labels: str | None) -> DicomFiles:
             ) from None
         except Exception:  # pydicom raises many kinds for damaged bytes
             raise found.fault(number, "is damaged; replace or remove it") from None
+        progress("reading tags", number, len(files))
     masks = {name: files[name] for name in others}
     images = [file.name for each in found.series.values() for file in each]
     try:

@@ -236,7 +236,7 @@ def _cases(entry: Kind, pairs: Pairs) -> list[Case]:
 
 
 def _dicom(source: Path, files: Files, options: Options, progress: Progress) -> _Content:
-    found = find_dicom(files, options.labels)
+    found = find_dicom(files, options.labels, progress)
     if not found.series:
         looks_like = recognise_files(files)
         hint = f"; this looks like {looks_like}" if looks_like not in (None, "dicom") else ""
