@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from pipeline.config import Config, NetworkConfig
+from pipeline.data.folder import IMAGE_SUFFIXES
 from pipeline.errors import ConfigError
 from pipeline.segmentation.networks import build_model
 
@@ -66,5 +67,7 @@ def _networks(config: Config) -> list[tuple[str, NetworkConfig]]:
 
 
 def _is_generated(root: Path) -> bool:
-    images = list((root / "images").glob("*"))
-    return bool(images) and all(_GENERATED.fullmatch(path.stem) for path in images)
+    """Tell whether no image in ``root`` is anything but generated."""
+    files = (root / "images").glob("*")
+    images = [path.stem for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    return all(_GENERATED.fullmatch(name) for name in images)
