@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,16 @@ def test_the_first_bad_file_is_named_and_leaves_nothing(root: Path) -> None:
         prepare(settings(root))
     assert str(caught.value).startswith(f"{root}/images/north1.png: ")
     assert not (root.parent / "cache").exists()
+
+
+def test_a_full_disk_names_the_cache_and_leaves_nothing(root: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * SIZE**2 * 19, hard))  # of twenty frames
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            prepare(settings(root))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(root.parent / "cache")
+    left = [path for path in (root.parent / "cache").rglob("*") if path.is_file()]
+    assert [path.name for path in left] == ["prepare.lock"]
