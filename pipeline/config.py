@@ -34,6 +34,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy, torch and dask all take i
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.5, lt=1.0)]  # of the likelier of two
 
+AggregationName = Literal["fedavg", "median", "trimmed_mean", "krum", "multi_krum"]
 Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
 
 
@@ -229,7 +230,10 @@ class FederateConfig(_Section):
     method: Method = "sam_fed"
     rounds: Count = 15
     clients_per_round: Count | None = None  # drawn anew each round; null = all
-    aggregation: Literal["fedavg", "median"] = "fedavg"  # median: of each coordinate
+    # a round that ends with fewer usable updates is repeated once, then the run stops
+    min_clients: Annotated[Count, _NOTHING] = 1
+    aggregation: AggregationName = "fedavg"
+    byzantine: CountOrNone = 1  # trimmed_mean, krum, multi_krum: clients that may be hostile
     pretrain_steps: Annotated[CountOrNone, _FIRST_MODEL] = 200  # of each first model, on D_p
     local_steps: Count = 10  # optimiser steps of each client in a round
     labelled_batch: Annotated[Count, Field(ge=2), _FIRST_MODEL] = 8  # batch norm needs two images
@@ -274,9 +278,10 @@ class Config(_Section):
                 "list them in model.clients"
             )
         averages = METHODS[method].networks == "equal"
-        if own and (averages or self.federate.aggregation == "median"):
+        rule = self.federate.aggregation
+        if own and (averages or rule != "fedavg"):
             raise ValueError(
-                f"{method if averages else 'aggregation median'} averages weights, which clients "
+                f"{method if averages else f'aggregation {rule}'} averages weights, which clients "
                 "with networks of their own (model.clients) do not share; expected one of "
                 f"{', '.join(methods_for('own'))}, with aggregation fedavg"
             )

@@ -5,16 +5,24 @@
 import inspect
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from types import FrameType
+from typing import Annotated, Any, NoReturn, Protocol, TypeVar
 
 import typer
 from typer import Option
 
 from pipeline.disk import to_json
-from pipeline.errors import EXIT_INTERRUPTED, EXIT_PARTIAL, SamfedError
+from pipeline.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_PARTIAL,
+    EXIT_TERMINATED,
+    SamfedError,
+    Terminated,
+)
 from pipeline.progress import console_progress
 
 log = logging.getLogger("samfed")
@@ -62,7 +70,7 @@ def command(group: typer.Typer, /, *, params_file: bool = True, **helps: Any) ->
             debug: Annotated[bool, Option("--debug", help="Show an error's traceback.")] = False,
             **given: Any,
         ) -> None:
-            with _errors(debug):
+            with _errors(debug), _sigterm_as_ctrl_c():
                 from pipeline.params import load_config
 
                 logging.basicConfig(format="%(levelname)s: %(message)s", force=True)
@@ -116,9 +124,26 @@ def _errors(debug: bool) -> Iterator[None]:
             where = f"{error.filename}: " if error.filename is not None else ""
             line = f"error: {where}{error.strerror or error}; {OS_ADVICE}"
         elif isinstance(error, KeyboardInterrupt):
-            line, code = "interrupted: run the same command again to continue", EXIT_INTERRUPTED
+            by_signal = isinstance(error, Terminated)
+            code = EXIT_TERMINATED if by_signal else EXIT_INTERRUPTED
+            what = "terminated" if by_signal else "interrupted"
+            line = f"{what}: run the same command again to continue"
         typer.echo(line, err=True)
         raise typer.Exit(code) from error
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Raise ``Terminated`` where SIGTERM comes, so that everything ends in order."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show(result: Result, as_json: bool) -> None:

@@ -1,11 +1,17 @@
 """Every error that samfed raises on purpose, with the exit code that its command ends with.
 
-Exit code 0 is success, 6 means "done, except for the images named on stderr", 130 is Ctrl-C.
+Exit code 0 is success, 6 means "done, except for the images named on stderr", 130 is Ctrl-C, 143 is
+SIGTERM.
 A message names the file or key, what was found, what was expected, and what to do.
 """
 
 EXIT_PARTIAL = 6
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as SLURM, Kubernetes and ``docker stop`` send it; it ends a command like Ctrl-C."""
 
 
 class SamfedError(Exception):

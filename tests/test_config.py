@@ -442,6 +442,7 @@ ROUNDS = [
     "federate.rounds",
     "federate.clients_per_round",
     "federate.aggregation",
+    "federate.byzantine",
     "federate.local_steps",
     "federate.unlabelled_batch",
     "federate.unlabelled_weight",
@@ -468,6 +469,7 @@ NOTHING = [
     "agreement.warn_agreement",
     "agreement.warn_coverage",
     "federate.name",
+    "federate.min_clients",
     "federate.link_mbit",
     "federate.warn_drift",
 ]

@@ -1,14 +1,39 @@
-"""Aggregation of clients' weights on the server: their weighted mean, or the coordinate median."""
+"""Aggregation of clients' weights on the server: their weighted mean, or what resists hostile ones.
+
+* ``fedavg``: the mean, weighted by the clients' images (McMahan et al., 2017).
+* ``median``: the median of each coordinate; of an even number the mean of the two middle values
+  (Yin et al., 2018).
+* ``trimmed_mean``: of each coordinate the mean without the f smallest and f largest values
+  (Yin et al., 2018); n > 2f.
+* ``krum``: the update nearest to its n - f - 2 nearest others, by the sum of squared Euclidean
+  distances (Blanchard et al., 2017); n >= 2f + 3.
+* ``multi_krum``: the mean of the n - f updates that Krum's scores rank first.
+
+All but the first give every client the same weight, since its number of images is its own claim.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from pipeline.config import AggregationName
+from pipeline.federation.updates import Updates
 from pipeline.segmentation.networks import State
+
+#: By rule: n >= 2f + this. The others know no f.
+_BEYOND_HOSTILE: Mapping[AggregationName, int] = MappingProxyType(
+    {"trimmed_mean": 1, "krum": 3, "multi_krum": 3}
+)
+
+
+def fewest_updates(rule: AggregationName, byzantine: int) -> int:
+    """Return how many updates ``rule`` needs to bear ``byzantine`` hostile ones among them."""
+    return 2 * byzantine + _BEYOND_HOSTILE[rule] if rule in _BEYOND_HOSTILE else 1
 
 
 def check_update(update: State, broadcast: State) -> str | None:
@@ -39,65 +64,101 @@ def update_norm(update: State, broadcast: State) -> float:
     return math.sqrt(sum(float(change.square().sum()) for change in changes))
 
 
-class Aggregation:
-    """What combines a round's updates, added one at a time in the order of the clients.
+def aggregate(
+    updates: Updates, rule: AggregationName, *, byzantine: int, trained: Collection[str]
+) -> tuple[State, Sequence[str]]:
+    """Return the combined weights, each entry in the dtype of the broadcast, and who is in them.
 
-    Floating-point entries (parameters and batch norm's running statistics) are combined in float64
-    as ``kind`` says; integer entries (batch norm's counters) take the maximum of the updates and
-    the broadcast.
+    Floats are combined in float64. Integers (batch norm's counters) take the maximum of the
+    updates and the broadcast. Batch norm's running statistics are combined like parameters, except
+    by Krum: a client whose parameters are chosen could send any statistics with them, so that
+    these take their median over all clients.
 
-    * ``fedavg``: the weighted mean (McMahan et al., 2017). Float sums depend on the clients' order;
-      the memory it needs does not depend on their number.
-    * ``median``: the median of each coordinate, whatever the weights (Yin et al., 2018). Up to half
-      of the clients may send anything at all without moving an entry beyond what the others sent.
-      Of an even number the two middle values are averaged. All updates are in memory at once.
+    Args:
+        byzantine: f; as many as the number of updates allows, where some were rejected before.
+        trained: the names of the parameters, which Krum's distances are taken over.
+
+    Raises:
+        ValueError: there are fewer updates than the rule needs.
     """
+    count, fewest = len(updates), fewest_updates(rule, 0)
+    if count < fewest:
+        raise ValueError(f"{rule}: found {count} usable updates, expected at least {fewest}")
+    hostile = min(byzantine, (count - fewest) // 2)
+    chosen: Sequence[str] = list(updates.weights)
+    if rule == "fedavg":
+        return _finish(updates, _mean(updates, updates.weights)), chosen
+    cut = hostile if rule == "trimmed_mean" else (count - 1) // 2
+    combined = {}
+    if rule in ("krum", "multi_krum"):
+        ranked = krum_order(updates, byzantine=hostile, trained=trained)
+        chosen = ranked[: 1 if rule == "krum" else count - hostile]
+        in_order = [client for client in updates.weights if client in chosen]
+        combined = _mean(updates, dict.fromkeys(in_order, 1.0), trained)
+    for name, old in updates.broadcast.items():
+        if old.is_floating_point() and name not in combined:
+            combined[name] = _trimmed_mean(updates, name, cut)
+    return _finish(updates, combined), chosen
 
-    def __init__(self, broadcast: State, kind: Literal["fedavg", "median"] = "fedavg") -> None:
-        """Expect updates of ``broadcast``, the weights that every client started from."""
-        self._broadcast, self._median, self._weight = broadcast, kind == "median", 0.0
-        self._combined = {  # sums of floats, maxima of integers
-            name: torch.zeros_like(old, dtype=torch.float64) if old.is_floating_point() else old
-            for name, old in broadcast.items()
-        }
-        self._updates: list[State] = []  # for the median alone
 
-    def add(self, update: State, weight: float) -> None:
-        """Count ``update`` with ``weight`` > 0, such as the client's number of images.
+def krum_order(updates: Updates, *, byzantine: int, trained: Collection[str]) -> list[str]:
+    """Return the clients from the lowest of Krum's scores to the highest, ties in their order."""
+    distances, near = _squared_distances(updates, trained), len(updates) - byzantine - 2
+    distances.fill_diagonal_(math.inf)  # nobody is their own neighbour
+    scores = distances.sort(dim=1).values[:, :near].sum(dim=1)
+    order = scores.sort(stable=True).indices.tolist()
+    clients = list(updates.weights)
+    return [clients[index] for index in order]
 
-        Raises:
-            ValueError: ``check_update`` refuses the update, or the weight is not positive.
-        """
-        reason = check_update(update, self._broadcast)
-        if reason is not None or not weight > 0:
-            raise ValueError(reason or f"weight {weight} is not positive")
-        self._weight += weight
-        if self._median:
-            self._updates.append({name: value.clone() for name, value in update.items()})
-        for name, value in update.items():
-            if not value.is_floating_point():
-                self._combined[name] = torch.maximum(self._combined[name], value)
-            elif not self._median:
-                self._combined[name] += value.double() * weight
 
-    def result(self) -> State:
-        """Return the combined weights, each entry in the dtype of the broadcast.
+def _squared_distances(updates: Updates, trained: Collection[str]) -> Tensor:
+    """Return (n, n) float64: differences are summed as they are, so that equal updates have 0."""
+    count = len(updates)
+    distances = torch.zeros(count, count, dtype=torch.float64)
+    for name in trained:
+        for block in updates.blocks(name):
+            values = block.double()
+            for index in range(count - 1):
+                apart = (values[index + 1 :] - values[index]).square().sum(dim=1)
+                distances[index, index + 1 :] += apart
+    return distances + distances.T
 
-        Raises:
-            ValueError: nothing was added.
-        """
-        if not self._weight:
-            raise ValueError("nothing to aggregate: no client sent a usable update")
-        return {
-            name: (self._floats(name) if old.is_floating_point() else self._combined[name]).to(
-                old.dtype
-            )
-            for name, old in self._broadcast.items()
-        }
 
-    def _floats(self, name: str) -> Tensor:
-        if not self._median:
-            return self._combined[name] / self._weight
-        values = torch.stack([update[name] for update in self._updates]).double()
-        ordered, middle = values.sort(dim=0).values, len(values) // 2
-        return (ordered[middle] + ordered[-middle - 1]) / 2
+def _mean(
+    updates: Updates, weights: Mapping[str, float], names: Collection[str] | None = None
+) -> State:
+    """Return the weighted mean of the float entries (of ``names``), added in the clients' order."""
+    sums = {
+        name: torch.zeros_like(old, dtype=torch.float64)
+        for name, old in updates.broadcast.items()
+        if old.is_floating_point() and (names is None or name in names)
+    }
+    for client, weight in weights.items():
+        update = updates.read(client)
+        for name, total in sums.items():
+            total += update[name].double() * weight
+    return {name: total / sum(weights.values()) for name, total in sums.items()}
+
+
+def _trimmed_mean(updates: Updates, name: str, cut: int) -> Tensor:
+    """Return each coordinate's mean without ``cut`` values at each end: of 1 or 2, the median."""
+    parts = [
+        block.double().sort(dim=0).values[cut : len(updates) - cut].mean(dim=0)
+        for block in updates.blocks(name)
+    ]
+    old = updates.broadcast[name]
+    return (torch.cat(parts) if parts else old.double()).reshape(old.shape)
+
+
+def _finish(updates: Updates, combined: State) -> State:
+    """Return the combined floats in their dtypes, and the integers."""
+    return {
+        name: combined[name].to(old.dtype) if name in combined else _largest(updates, name)
+        for name, old in updates.broadcast.items()
+    }
+
+
+def _largest(updates: Updates, name: str) -> Tensor:
+    old = updates.broadcast[name]
+    parts = [block.amax(dim=0) for block in updates.blocks(name)]
+    return torch.maximum(old, torch.cat(parts).reshape(old.shape)) if parts else old

@@ -2,23 +2,18 @@
 
 An update is checked when it arrives: names, shapes, dtypes, finite values, and how far it goes.
 Whether it goes too far for this round is known only when all have arrived, so updates wait in files
-meanwhile; memory does not grow with the clients.
+meanwhile.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-import torch
-
 from pipeline import methods
-from pipeline.config import Config
-from pipeline.disk import naming
-from pipeline.federation.aggregation import Aggregation, check_update, update_norm
+from pipeline.config import AggregationName, Config
+from pipeline.federation.aggregation import aggregate, check_update, fewest_updates, update_norm
 from pipeline.federation.agreement import Calibration
 from pipeline.federation.diagnostics import FEWEST_TO_COMPARE
 from pipeline.federation.local_update import train_on_server
@@ -28,6 +23,7 @@ from pipeline.federation.rounds import Round, Strategy
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.schedule import server_seed
 from pipeline.federation.targets import measure_calibration
+from pipeline.federation.updates import Updates
 from pipeline.federation.workplace import Workplace
 from pipeline.segmentation.networks import State
 
@@ -39,25 +35,25 @@ MAX_MEDIANS = 20.0
 
 
 class Averaging(Strategy):
-    """FedAvg or the coordinate median of all that took part in a round."""
+    """The weighted mean of all that took part in a round, or a rule that resists hostile ones."""
 
-    def __init__(self, config: Config, workplace: Workplace, updates: Path) -> None:
-        """Keep a round's updates in the folder ``updates`` until they are averaged."""
-        self._config, self._workplace, self._updates = config, workplace, updates
+    def __init__(self, config: Config, workplace: Workplace, folder: Path) -> None:
+        """Keep a round's updates in ``folder`` until they are averaged."""
+        self._config, self._workplace, self._folder = config, workplace, folder
         self._calibration = Calibration()
         self._norm = 0.0  # of the broadcast weights
         self._trained: State = {}  # the broadcast weights without batch norm's statistics
-        self._arrived: dict[str, tuple[int, float]] = {}  # images and norm, by client
+        self._norms: dict[str, float] = {}  # of what each client did to these
+        self._updates: Updates
 
     def begin(self, this: Round) -> None:
         """Measure the calibration, as each client would: all hold D_p and the same weights."""
         sent = this.before.weights
-        self._calibration, self._arrived = self._measure(sent), {}
+        self._calibration, self._norms = self._measure(sent), {}
         self._norm = update_norm(sent, {name: value * 0 for name, value in sent.items()})
         network = self._workplace.frozen(self._config.model, sent)
         self._trained = {name: sent[name] for name, _ in network.named_parameters()}
-        shutil.rmtree(self._updates, ignore_errors=True)  # of a killed run
-        self._updates.mkdir(parents=True)
+        self._updates = Updates(self._folder, sent)
 
     def fit_request(self, this: Round, client: str) -> FitRequest:
         """Return a request to train from the broadcast weights."""
@@ -79,26 +75,29 @@ class Averaging(Strategy):
         if change > MAX_CHANGE * self._norm:
             times = change / self._norm
             return f"it changes the model by {times:.0%}, more than {MAX_CHANGE:.0%}"
-        self._arrived[reply.client] = images, update_norm(update, self._trained)
-        path = self._path(reply.client)
-        with naming(path):  # not durable: a round that stops is repeated
-            path.write_bytes(b"".join(update[name].numpy().tobytes() for name in sent))
+        self._norms[reply.client] = update_norm(update, self._trained)
+        self._updates.add(reply.client, update, images)
         return None
 
-    def finish(self, this: Round) -> State:
-        """Average, in the clients' order, the updates that do not go far beyond the median's."""
-        settings = self._config.federate
-        norms = [norm for _, norm in self._arrived.values()]
-        usual = median(norms) if len(norms) >= FEWEST_TO_COMPARE else math.inf
-        combined = Aggregation(this.before.weights, settings.aggregation)
-        for client, (images, norm) in self._arrived.items():
+    def review(self, this: Round) -> None:
+        """Reject what goes far beyond the median's norm; ask for as many as the rule needs."""
+        usual = median(self._norms.values()) if len(self._norms) >= FEWEST_TO_COMPARE else math.inf
+        for client, norm in self._norms.items():
             if norm > MAX_MEDIANS * usual:
                 reason = f"its norm is {norm / usual:.0f} times the median of the round's"
                 this.reject_update(client, f"{reason}, more than {MAX_MEDIANS:.0f}")
-            else:
-                combined.add(_read(self._path(client), this.before.weights), images)
-        shutil.rmtree(self._updates)
-        weights = combined.result()
+                self._updates.drop(client)
+        this.require(len(self._updates), "a usable update", fewest_updates(self._rule, 0))
+
+    def finish(self, this: Round) -> State:
+        """Combine the updates that are left."""
+        settings = self._config.federate
+        weights, chosen = aggregate(
+            self._updates, self._rule, byzantine=settings.byzantine, trained=self._trained
+        )
+        for client in self._updates.weights if len(chosen) < len(self._updates) else ():
+            this.reports[client]["chosen"] = client in chosen
+        self._updates.close()
         if not methods.METHODS[settings.method].tunes_at_server:
             return weights
         model = self._workplace.loaded(self._config.model, weights)
@@ -119,19 +118,10 @@ class Averaging(Strategy):
         run.save_examples(examples)
         return calibration
 
+    @property
+    def _rule(self) -> AggregationName:
+        return self._config.federate.aggregation
+
     def _measure(self, weights: State) -> Calibration:
         model = self._workplace.frozen(self._config.model, weights)
         return measure_calibration(model, self._workplace.public, self._config)
-
-    def _path(self, client: str) -> Path:
-        return self._updates / f"{client}.safetensors"
-
-
-def _read(path: Path, like: State) -> State:
-    """Read an update, whose names, shapes and dtypes are those of ``like``."""
-    content, start, update = path.read_bytes(), 0, {}
-    for name, old in like.items():
-        values = np.frombuffer(content, old.numpy().dtype, old.numel(), start)
-        update[name] = torch.from_numpy(values.reshape(old.shape).copy())
-        start += old.nbytes
-    return update

@@ -95,9 +95,8 @@ class Exchange(Strategy):
                 combined.add(_logits(reply))
                 self._heard.add(reply.client)
             except ValueError as error:
-                this.warnings.append(f"{reply.client}: predictions rejected, {error}")
-        if not self._heard:
-            raise this.nobody("usable predictions")
+                this.refuse(f"{reply.client}: predictions rejected, {error}")
+        this.require(len(self._heard), "usable predictions")
         answer: Any = combined.result()
         logits = self._condense(this, answer) if self._rule.condenses else answer
         requests = [

@@ -16,6 +16,10 @@ from pipeline.federation.schedule import Rates
 from pipeline.stores.plain_data import State
 
 
+class TooFewError(SamfedError):
+    """Fewer clients than needed sent what counts in a round."""
+
+
 class Engine(Protocol):
     """Where clients run. It brings each request to its client, and the replies back in order.
 
@@ -51,10 +55,12 @@ class Round:
     clients: Sequence[str]  # who takes part, in the clients' order
     rates: Rates
     engine: Engine
+    min_clients: int = 1  # that must be left
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)  # by client
     server_terms: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     rejected: set[str] = field(default_factory=set)  # clients whose update does not count
+    refusals: list[str] = field(default_factory=list)  # those of the warnings that name why
 
     @property
     def number(self) -> int:
@@ -83,12 +89,27 @@ class Round:
     def reject_update(self, client: str, reason: str) -> None:
         """Go on without a client's update, and say why."""
         self.rejected.add(client)
-        self.warnings.append(f"{client}: update rejected, {reason}")
+        self.refuse(f"{client}: update rejected, {reason}")
 
-    def nobody(self, what: str) -> SamfedError:
-        """Return the error of a round that nobody is left in."""
-        reason, advice = self.warnings[-1], "lower federate.learning_rate"
-        return SamfedError(f"round {self.number}: no client sent {what} ({reason}); {advice}")
+    def refuse(self, warning: str) -> None:
+        """Warn of what a client sent that does not count."""
+        self.refusals.append(warning)
+        self.warnings.append(warning)
+
+    def require(self, count: int, what: str, fewest: int = 1) -> None:
+        """Check that enough clients are left after so many sent something usable.
+
+        Raises:
+            TooFewError: fewer than ``fewest`` or ``federate.min_clients``; it names the others.
+        """
+        expected = max(fewest, self.min_clients)
+        if count < expected:
+            found = f"{count} of {len(self.clients)} clients" if count else "no client"
+            reasons = "; ".join(self.refusals) or "no other took part"
+            raise TooFewError(
+                f"round {self.number}: {found} sent {what}, expected {expected} ({reasons}); "
+                "lower federate.learning_rate or federate.min_clients"
+            )
 
     def entry(self) -> dict[str, Any]:
         """Return the round's entry of the history."""
@@ -125,9 +146,13 @@ class Strategy(ABC):
         """Take in an update without a fault; return why it cannot be used, or None if it can."""
         return None
 
+    def review(self, this: Round) -> None:
+        """Reject what cannot be used beside the others, and ``require`` enough when all are in."""
+        this.require(len(this.clients) - len(this.rejected), "a usable update")
+
     @abstractmethod
     def finish(self, this: Round) -> State:
-        """Return the server's weights after the round; updates may still be rejected here."""
+        """Return the server's weights after the round."""
 
     def shared(self, weights: State) -> State | None:
         """Return the weights that clients are scored with; None where these are their own."""

@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.federation.aggregation import fewest_updates
 from pipeline.federation.local_update import cosine
 
 
@@ -40,6 +42,30 @@ class Rates:
             learning_rate=settings.learning_rate * cosine(number - 1, settings.rounds),
             unlabelled_weight=settings.unlabelled_weight * ramp,
             kl_weight=settings.fusion_weight if number > settings.fusion_warmup_rounds else 0.0,
+        )
+
+
+def check_participants(config: Config, clients: int) -> None:
+    """Check that a round has as many clients as the settings need.
+
+    Raises:
+        ConfigError: it has fewer than ``min_clients``, or than the rule needs against ``byzantine``
+            hostile ones.
+    """
+    settings = config.federate
+    count, hostile, rule = settings.clients_per_round, settings.byzantine, settings.aggregation
+    count = clients if count is None else min(count, clients)
+    if count < settings.min_clients:
+        raise ConfigError(
+            f"federate.min_clients: found {settings.min_clients}, expected at most {count}, "
+            "the clients of a round"
+        )
+    fewest = fewest_updates(rule, hostile)
+    if count < fewest:
+        raise ConfigError(
+            f"federate.aggregation {rule}: found {count} clients in a round, expected at least "
+            f"{fewest} for federate.byzantine {hostile}; take more clients, a smaller byzantine, "
+            "or median"
         )
 
 

@@ -23,9 +23,9 @@ from pipeline.federation.exchange import Exchange
 from pipeline.federation.inputs import RunInputs, load_inputs
 from pipeline.federation.messages import EvaluateRequest, Reply
 from pipeline.federation.pretraining import first_model
-from pipeline.federation.rounds import Engine, Round, Strategy, asked
+from pipeline.federation.rounds import Engine, Round, Strategy, TooFewError, asked
 from pipeline.federation.runs import Checkpoint, RunFolder
-from pipeline.federation.schedule import Progress, Rates, participants
+from pipeline.federation.schedule import Progress, Rates, check_participants, participants
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.runtime import resolve_device, torch_threads
 
@@ -50,11 +50,13 @@ def federate(
 
     Raises:
         StageError: an earlier stage is missing. LockedStoreError: the run is being made already.
-        SamfedError: no client sent a usable update.
+        ConfigError: there are too few clients for the settings.
+        TooFewError: fewer than ``federate.min_clients`` sent a usable update, twice.
     """
     # before anything is read or written
     networks = build_networks(config, resolve_device(config.federate.device))
     inputs = load_inputs(config)
+    check_participants(config, len(inputs.contexts))
     workplace = Workplace(config, inputs.public, networks)
     cache, name = config.cache.root, config.federate.name
     run = RunFolder(cache / "runs" / name)
@@ -133,10 +135,19 @@ class Server:
         return Checkpoint(0, weights, {}, self.inputs.partition, self.inputs.fingerprint)
 
     def _play(self, before: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
-        """Play the next round; return what it ends with, and its entry of the history."""
+        """Play the next round, a second time where too few clients sent what counts."""
+        try:
+            return self._attempt(before)
+        except TooFewError as error:
+            log.warning("%s; the round is repeated", error)
+            return self._attempt(before)
+
+    def _attempt(self, before: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
+        """Play a round; return what it ends with, and its entry of the history."""
         config, entries, number = self.config, self.engine.entries, before.round + 1
         chosen = participants(config, [entry.name for entry in entries], number)
-        this = Round(before, chosen, Rates.of(config, number), self.engine)
+        rates, fewest = Rates.of(config, number), config.federate.min_clients
+        this = Round(before, chosen, rates, self.engine, fewest)
         if number == 1:
             this.warnings += quality_warnings(config, entries)
         self.strategy.begin(this)
@@ -144,8 +155,7 @@ class Server:
             reason = reply.fault or self.strategy.accept(this, reply)
             if reason:
                 this.reject_update(reply.client, reason)
-        if len(this.rejected) == len(chosen):
-            raise this.nobody("a usable update")
+        self.strategy.review(this)
         weights = self.strategy.finish(this)
         usable = [client for client in chosen if client not in this.rejected]
         for client in usable:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
-from pipeline.errors import NotFiniteError, SamfedError
+from pipeline.errors import ConfigError, NotFiniteError, SamfedError
 from pipeline.federation.engines import in_process
 from pipeline.federation.inputs import ClientContext
 from pipeline.federation.messages import AnyRequest, FitRequest, Reply
@@ -261,8 +261,71 @@ def test_a_round_without_a_usable_update_ends_the_run(labelled: Config) -> None:
         with pytest.raises(SamfedError) as caught:
             federate(config)
         message = str(caught.value)
-        assert message.startswith("round 1: no client sent a usable update (site_")
-        assert message.endswith("is not finite); lower federate.learning_rate")
+        assert message.startswith("round 1: no client sent a usable update, expected 1 (site_a: ")
+        assert message.count(" is not finite; site_") == 3  # every client is named
+        assert message.endswith(
+            " is not finite); lower federate.learning_rate or federate.min_clients"
+        )
+
+
+def faulty(times: int) -> Watched:
+    """Return clients of whom one has no update in round 2, the first so many times it is asked."""
+    asked: list[AnyRequest] = []
+
+    def change(request: AnyRequest, reply: Reply) -> Reply:
+        if not isinstance(request, FitRequest) or (reply.client, reply.round_number) != (CLIENT, 2):
+            return reply
+        asked.append(request)
+        return replace(reply, fault="no disk") if len(asked) <= times else reply
+
+    return Watched(change)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_round_with_too_few_clients_is_repeated_once(
+    labelled: Config, caplog: pytest.LogCaptureFixture, own: bool
+) -> None:
+    """Then the run stops with its last checkpoint, and goes on from there to the same bytes."""
+    whole = models(federate(changed(labelled, "whole", own=own)))
+    strict = changed(labelled, "strict", own=own, min_clients=4)
+    reason = (
+        "round 2: 3 of 4 clients sent a usable update, expected 4 "
+        f"({CLIENT}: update rejected, no disk); "
+        "lower federate.learning_rate or federate.min_clients"
+    )
+    with pytest.raises(SamfedError) as caught:
+        federate(strict, connect=faulty(2).connect)
+    assert str(caught.value) == reason
+    assert f"{reason}; the round is repeated" in caplog.messages
+    run = federate(strict, mode="resume", connect=faulty(1).connect)
+    assert models(run) == whole
+    assert len(run.history()) == 2
+
+
+def test_a_round_with_enough_clients_left_goes_on(labelled: Config) -> None:
+    watched = faulty(1)
+    federate(changed(labelled, "tolerant", min_clients=3), connect=watched.connect)
+    assert sum(isinstance(request, FitRequest) for request, _ in watched.seen) == 8
+
+
+def test_hostile_clients_are_left_out(labelled: Config) -> None:
+    """One of four sends what does not go far enough to be rejected, and Krum takes another's."""
+    larger = spoil(lambda w: {k: v * 1.01 if v.is_floating_point() else v for k, v in w.items()})
+    with pytest.raises(ConfigError) as caught:
+        federate(changed(labelled, "few", aggregation="krum"))
+    assert str(caught.value) == (
+        "federate.aggregation krum: found 4 clients in a round, expected at least 5 for "
+        "federate.byzantine 1; take more clients, a smaller byzantine, or median"
+    )
+    with pytest.raises(ConfigError, match="min_clients: found 5, expected at most 2, the clients"):
+        federate(changed(labelled, "few", min_clients=5, clients_per_round=2))
+    settings = {"aggregation": "multi_krum", "byzantine": 0, "rounds": 1}
+    honest = federate(changed(labelled, "honest", **settings))
+    assert "chosen" not in honest.history()[0]["clients"][CLIENT]
+    krum = changed(labelled, "krum", aggregation="krum", byzantine=0, rounds=1)
+    reports = federate(krum, connect=larger.connect).history()[0]["clients"]
+    assert sum(report["chosen"] for report in reports.values()) == 1
+    assert not reports[CLIENT]["chosen"]
 
 
 def test_a_first_model_that_diverges_is_not_kept(labelled: Config) -> None:
@@ -287,5 +350,5 @@ def test_predictions_that_cannot_be_used_are_rejected_and_named(labelled: Config
     assert "fusion_loss" not in entry["clients"][CLIENT]
     assert "fusion_loss" in entry["clients"]["site_a"]
     names = {"site_a", "site_b", "site_c", "site_d"}
-    with pytest.raises(SamfedError, match="round 1: no client sent usable predictions"):
+    with pytest.raises(SamfedError, match="round 1: no client sent usable predictions, "):
         federate(changed(labelled, "all_nan", own=True), connect=broken(names).connect)
