@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.disk import naming
 from pipeline.segmentation.networks import State
 
-_BLOCK = 1 << 22  # numbers of all updates together that are read at once
+BLOCK = 1 << 22  # numbers of all updates together that are read at once
 
 
 class Updates:
@@ -66,7 +66,7 @@ class Updates:
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield an entry of all updates, flat and in pieces: (updates, numbers), its own dtype."""
         start, old = next((start, old) for found, start, old in self._entries() if found == name)
-        most = max(1, _BLOCK // len(self))
+        most = max(1, BLOCK // len(self))
         for first in range(0, old.numel(), most):
             place, count = start + first * old.itemsize, min(most, old.numel() - first)
             yield torch.stack([self._numbers(each, place, count, old) for each in self._weights])

@@ -230,7 +230,7 @@ def test_blocks_give_the_same_as_whole_entries(
     generator = torch.Generator().manual_seed(0)
     states = [{"w": torch.randn(3, 5, generator=generator)} for _ in range(7)]
     whole = [combine(kind, states, byzantine=1)["w"] for kind in KINDS]
-    monkeypatch.setattr("pipeline.federation.updates._BLOCK", 7 * 4)
+    monkeypatch.setattr("pipeline.federation.updates.BLOCK", 7 * 4)
     assert all(
         torch.equal(combine(kind, states, byzantine=1)["w"], before)
         for kind, before in zip(KINDS, whole, strict=True)

@@ -18,7 +18,7 @@ import dask
 import distributed
 import pytest
 from conftest import ADAPTED, call, copy_cache, tiny_config, write_params
-from dask_processes import ROOT, Workers
+from dask_processes import ROOT, Workers, group_is_there
 from teachers import content
 
 from pipeline.cluster import connect, local_cluster
@@ -138,14 +138,6 @@ def test_a_signal_with_local_workers(
     # on a busy machine dask warns that its event loop was held up
     assert [line for line in again.stderr.splitlines() if "distributed" not in line] == []
     assert content(config.cache.root / "sam") == content(prepared.cache.root / "sam")
-
-
-def group_is_there(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
