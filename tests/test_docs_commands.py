@@ -130,7 +130,7 @@ def parse_samfed(words: list[str]) -> None:
         return  # `samfed cache`, which is a family of commands
     given = command.make_context(command.name, list(words), parent=context).params
     if "overrides" in given:
-        params = ROOT / given.get("params", "params.yaml")
+        params = ROOT / (given.get("params") or "params.yaml")
         load_config(params, tuple(given["overrides"] or ()))
 
 
