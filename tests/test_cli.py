@@ -314,7 +314,7 @@ def test_compare(project: Project) -> None:
 
 def test_compare_what_is_not_there(project: Project, tmp_path: Path) -> None:
     folder = project.cache / "runs"
-    assert fails(2, "compare", "other", *project.options) == (
+    assert fails(4, "compare", "other", *project.options) == (
         f"other: no such row or run in {folder}; found sam_fed"
     )
     assert fails(2, "compare", *project.options, "--reference", "oracle") == (

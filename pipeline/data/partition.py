@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Annotated
@@ -19,7 +20,14 @@ from pipeline.stores.label_store import RowKey
 
 FORMAT = 1
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+def _hexadecimal(text: str) -> str:
+    if re.fullmatch("[0-9a-f]{64}", text) is None:
+        raise ValueError("expected 64 hexadecimal digits in lower case")
+    return text
+
+
+Sha256 = Annotated[str, AfterValidator(_hexadecimal)]
 
 
 def _inside(file: str) -> str:

@@ -188,6 +188,7 @@ class Client:
                     *examples,
                 ]
         self._run.save_examples(examples, self._context.name)
+        (self._private / _DISTILLED).unlink(missing_ok=True)
 
     def _agreement(
         self, state: PrivateState, request: FitRequest | EvaluateRequest, model: nn.Module

@@ -2,7 +2,7 @@
 
 ``params.yaml`` as used, ``history.jsonl`` (one line a round), the last two of
 ``checkpoints/round_NNNN.safetensors``, and when the run is complete ``models/global.safetensors``,
-or ``models/<client>.safetensors`` where clients have networks of their own, and
+or ``clients/<client>/model.safetensors`` where clients have networks of their own, and
 ``examples.safetensors``. What lies in ``clients/<client>/`` and a client's own model are written
 and read by that client alone. ``metrics.json`` comes from ``samfed evaluate`` and ``report.html``
 from ``samfed report``.
@@ -11,6 +11,7 @@ from ``samfed report``.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from pipeline.params import load_config
 from pipeline.stores.plain_data import Plain, State, load, save
 
 EXAMPLES = "examples.safetensors"
+
+log = logging.getLogger("samfed.runs")
 _KEPT_CHECKPOINTS = 2
 
 
@@ -89,10 +92,12 @@ class RunFolder:
     @property
     def model_path(self) -> Path:
         """The file of the final global model."""
-        return self._model("global")
+        return self._model(None)
 
-    def _model(self, name: str) -> Path:
-        return self.path / "models" / f"{name}.safetensors"
+    def _model(self, client: str | None) -> Path:
+        if client is None:
+            return self.path / "models" / "global.safetensors"
+        return self.private(client) / "model.safetensors"
 
     def begin(self, config: Config, fingerprint: str, *, mode: str, archive: Path) -> str | None:
         """Prepare the folder for a run with ``fingerprint``; return a sentence for the user.
@@ -161,12 +166,18 @@ class RunFolder:
     def examples(self) -> list[Example]:
         """Return the example images of the last round: of the public set, then of each client.
 
+        Names the files that are missing beside the others.
+
         Raises:
             StageError: the run is not complete, or was made before samfed kept any.
         """
-        found = [*self.path.glob(EXAMPLES), *sorted(self.path.glob(f"clients/*/{EXAMPLES}"))]
+        folders = [self.path] if self.model_path.exists() else []
+        paths = [path / EXAMPLES for path in (*folders, *sorted(self.path.glob("clients/*")))]
+        found = [path for path in paths if path.exists()]
         if not found:
             raise StageError(f"{self.path}: no example images; run `samfed federate` first")
+        for path in sorted({*paths} - {*found}):
+            log.warning("%s: not found, so not shown; run `samfed federate` again", path)
         return [example for path in found for example in load_examples(path)]
 
     def append_history(self, entry: dict[str, Any]) -> None:
@@ -206,17 +217,17 @@ class RunFolder:
         dice = "" if found["val_dice"] is None else f", validation Dice {found['val_dice']:.3f}"
         return f"{found['rounds']} rounds{dice}; {self.path}"
 
-    def save_model(self, weights: State, name: str = "global") -> None:
-        """Write a final model atomically; the same weights give the same bytes."""
-        save(self._model(name), weights)
+    def save_model(self, weights: State, client: str | None = None) -> None:
+        """Write a final model, global or a client's own; the same weights give the same bytes."""
+        save(self._model(client), weights)
 
-    def load_model(self, name: str = "global") -> State:
-        """Return the weights of a final model: the global one, or a client's own by its name.
+    def load_model(self, client: str | None = None) -> State:
+        """Return the weights of the global model, or of a client's own.
 
         Raises:
             StageError: the run is missing or not complete. CorruptStoreError: it is damaged.
         """
-        path = self._model(name)
+        path = self._model(client)
         if not path.is_file():
             raise StageError(f"{path}: not found; run `samfed federate` first")
         return load(path, State)

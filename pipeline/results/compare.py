@@ -76,8 +76,8 @@ def compare(
         output: a file to which the tables are written.
 
     Raises:
-        ConfigError: a name or the reference is not there, or runs of a row are not seeds of one
-        method. StageError: a run is not evaluated yet. IdentityError: runs of different
+        ConfigError: the reference is not there, or runs of a row are not seeds of one method.
+        StageError: a run is not there, or not evaluated yet. IdentityError: runs of different
         partitions, images or image sizes. DataError: a file is not what samfed writes.
     """
     if output is not None and output.is_dir():
@@ -111,7 +111,7 @@ def _choose(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
         members = [name for name in found if wanted in (name, row_of(name))]
         if not members:
             there = ", ".join(found) or "none"
-            raise ConfigError(f"{wanted}: no such row or run in {folder}; found {there}")
+            raise StageError(f"{wanted}: no such row or run in {folder}; found {there}")
         if names and not ready.intersection(members):
             missing = folder / members[0] / "metrics.json"
             raise StageError(f"{missing}: not found; run `samfed evaluate` first")

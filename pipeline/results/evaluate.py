@@ -86,7 +86,7 @@ def _score(
         part = read_image_store(path, image_ids=ids, size=size, num_classes=num_classes)
         assert part.labels is not None
         network = config.network_of(names.index(name))
-        model = shared or final_model(run, config, name=name, network=network)
+        model = shared or final_model(run, config, client=name, network=network)
         predicted = predict_masks(model, as_tensor(part)).numpy()
         for image_id, mask, truth in zip(ids, predicted, part.labels, strict=True):
             score = image_metrics(mask, truth, num_classes=num_classes)
@@ -102,14 +102,18 @@ def _why_untested(partition: Partition) -> str:
 
 
 def final_model(
-    run: RunFolder, config: Config, *, name: str = "global", network: NetworkConfig | None = None
+    run: RunFolder,
+    config: Config,
+    *,
+    client: str | None = None,
+    network: NetworkConfig | None = None,
 ) -> nn.Module:
-    """Return the run's global model, or the one of the client ``name`` with its own ``network``.
+    """Return the run's global model, or a client's own, which has its own ``network``.
 
     Raises:
         StageError: the run is not complete.
     """
-    weights = run.load_model(name)
+    weights = run.load_model(client)
     # pretrained weights would be overwritten, and their file need not be here any more
     network = (network or config.model).model_copy(update={"encoder_weights": None})
     model = build_model(config, seed=config.seed, network=network)

@@ -95,7 +95,6 @@ def read_run(run: RunFolder, *, scores: Path | None = None) -> FinishedRun:
         # a file cut short, or left by a killed evaluation
         raise DataError(f"{path}: not the images of metrics.json; run `samfed evaluate` again")
     own = [path.name for path in run.path.glob("clients/*")]
-    own += [path.stem for path in run.path.glob("models/*") if config.heterogeneous]
     took_part = [name for entry in history for name in entry["clients"]]
     return FinishedRun(
         name=run.path.name,

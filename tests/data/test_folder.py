@@ -469,3 +469,13 @@ def test_a_suggested_pattern_fits(tmp_path_factory: pytest.TempPathFactory, ids:
         assert {i: files.mask for i, files in found.items()} == {
             each: f"masks/truth {each}.gif" for each in ids
         }
+
+
+def test_the_default_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    root = tmp_path / "data" / "synthetic"
+    with pytest.raises(DataError) as caught:
+        scan(root)
+    assert str(caught.value).endswith(f"; run `samfed synth {root}` to make it")
+    with pytest.raises(DataError) as other:
+        scan(tmp_path / "mine")
+    assert str(other.value).endswith(" in data.root")

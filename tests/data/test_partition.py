@@ -373,7 +373,7 @@ def _no_mapping(raw: dict[str, Any]) -> str:
     return "clients: Input should be a valid dictionary; expected a samfed partition"
 
 
-SHA256_PATTERN = "String should match pattern '^[0-9a-f]{64}$'; expected a samfed partition"
+SHA256_PATTERN = "expected 64 hexadecimal digits in lower case; expected a samfed partition"
 
 
 def _no_digest(raw: dict[str, Any]) -> str:

@@ -38,7 +38,8 @@ def changed(config: Config, name: str, *, own: bool = False, **federate: Any) ->
 
 def models(run: RunFolder) -> dict[str, bytes]:
     """Return the final models that lie in a run's folder."""
-    return {path.name: path.read_bytes() for path in (run.path / "models").iterdir()}
+    paths = [*run.path.glob("models/*"), *run.path.glob("clients/*/model.safetensors")]
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in paths}
 
 
 Change = Callable[[AnyRequest, Reply], Reply]

@@ -52,7 +52,9 @@ def named(
 
 
 def models(run: RunFolder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run.path / "models").iterdir()}
+    assert not (run.path / "models").exists()
+    paths = run.path.glob("clients/*/model.safetensors")
+    return {path.parent.name: path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_four_backbones_in_one_run(labelled: Config, method: str) -> None:
     run = federate(config)
     evaluate(config, run)
     partition = load_partition(config.cache.root / "partition.json")
-    assert sorted(models(run)) == sorted(f"{name}.safetensors" for name in partition.clients)
+    assert sorted(models(run)) == sorted(partition.clients)
     assert len({len(content) for content in models(run).values()}) == 4  # four networks
     logits = 2 * len(partition.server.train) * 2 * 32 * 32
     for entry in run.history():
@@ -106,7 +108,7 @@ def test_who_does_not_take_part_stays_as_it_was(labelled: Config) -> None:
     assert len(took_part) == 2
     first, second = map(models, runs)
     for name, content in first.items():
-        assert (content == second[name]) == (name.removesuffix(".safetensors") not in took_part)
+        assert (content == second[name]) == (name not in took_part)
 
 
 def test_the_first_model_is_shared_with_runs_that_average(labelled: Config) -> None:

@@ -283,3 +283,17 @@ def test_a_run_that_begins_again_outlives_its_old_checkpoints(run: RunFolder) ->
     assert files(run) == ["round_0000.safetensors"]
     run.save_checkpoint(checkpoint(1))
     equal(run.load_checkpoint(), checkpoint(1))
+
+
+def test_examples_that_are_missing_are_named(
+    run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.save_model({"layer.weight": torch.zeros(1)})
+    run.save_examples([])
+    run.private("a").mkdir(parents=True)
+    run.save_examples([], "b")
+    assert run.examples() == []
+    missing = run.private("a") / "examples.safetensors"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{missing}: not found, so not shown; run `samfed federate` again"
+    ]

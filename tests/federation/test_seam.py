@@ -63,10 +63,15 @@ def test_a_client_elsewhere_gives_the_same_bytes(
     there = federate(changed(labelled, name, own=own), connect=connect)
     brought = folder / "cache" / "runs" / name
     if own:
-        (there.path / "models").mkdir(exist_ok=True)
-        shutil.copy(brought / "models" / f"{CLIENT}.safetensors", there.path / "models")
+        assert not (there.path / "models").exists()
+        assert not (there.path / "examples.safetensors").exists()
     assert not (there.path / "clients" / CLIENT).exists()
-    assert (brought / "clients" / CLIENT / "examples.safetensors").is_file()
+    private = brought / "clients" / CLIENT
+    assert (private / "examples.safetensors").is_file()
+    assert not (private / "distilled.safetensors").exists()
+    if own:
+        (there.path / "clients" / CLIENT).mkdir()
+        shutil.copy(private / "model.safetensors", there.path / "clients" / CLIENT)
     assert models(there) == models(here)
     scores = [[entry["val"]["dice"] for entry in run.history()] for run in (here, there)]
     assert scores[0] == scores[1]
@@ -159,7 +164,8 @@ def test_the_checkpoint_before_a_damaged_one_is_enough(labelled: Config) -> None
     run = federate(config)
     whole = models(run)
     (run.path / "checkpoints" / "round_0004.safetensors").unlink()
-    shutil.rmtree(run.path / "models")
+    for path in run.path.glob("clients/*/model.safetensors"):
+        path.unlink()
     assert models(federate(config)) == whole
     assert [entry["round"] for entry in run.history()] == [1, 2, 3, 4]
 

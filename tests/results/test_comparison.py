@@ -279,7 +279,7 @@ def test_the_same_seeds_are_no_warning(runs: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_names_that_are_not_there(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(StageError) as caught:
         compare(runs, ["sam_fed", "other"])
     assert str(caught.value) == (
         f"other: no such row or run in {runs}; found sam_fed-seed0, sam_fed-seed1, "
@@ -289,7 +289,7 @@ def test_names_that_are_not_there(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError) as early:
         compare(nothing)
     assert str(early.value) == f"{nothing}: found no evaluated run; run `samfed evaluate` first"
-    with pytest.raises(ConfigError, match=r"no such row or run in .*; found none$"):
+    with pytest.raises(StageError, match=r"no such row or run in .*; found none$"):
         compare(nothing, ["sam_fed"])
 
 
