@@ -293,6 +293,22 @@ def report(
     return write_report(runs, out, scores=scores)
 
 
+@command(
+    app,
+    params_file=False,
+    folder=Argument(help="Folder with images/ and masks/; it is only read."),
+    out="Settings file to write.",
+    force=Option("--force", help="Replace a file that is there."),
+)
+def init(
+    config: "Config", folder: Path, out: Path = Path("params.yaml"), force: bool = False
+) -> Result:
+    """Look at a folder of images and write commented settings that suit it."""
+    from pipeline.setup.init import init
+
+    return init(folder, out, force=force)
+
+
 @command(app)
 def doctor(config: "Config") -> Result:
     """Say whether this machine, the settings and the data will do; exit code 1 if not."""
