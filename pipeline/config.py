@@ -35,6 +35,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.5, lt=1.0)]  # of the likelier of two
 
 AggregationName = Literal["fedavg", "median", "trimmed_mean", "krum", "multi_krum"]
+ServerOptimizer = Literal["none", "fedavgm", "fedadam"]
 Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
 
 
@@ -234,6 +235,12 @@ class FederateConfig(_Section):
     min_clients: Annotated[Count, _NOTHING] = 1
     aggregation: AggregationName = "fedavg"
     byzantine: CountOrNone = 1  # trimmed_mean, krum, multi_krum: clients that may be hostile
+    server_optimizer: ServerOptimizer = "none"  # of the averaged change of the model
+    server_learning_rate: PositiveFloat | None = None  # null: 1 for fedavgm, 0.01 for fedadam
+    server_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9  # of both; Adam's beta_1
+    server_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99  # fedadam
+    server_tau: PositiveFloat = 1e-3  # fedadam: added to the root of the second moment
+    proximal_weight: NonNegativeFloat = 0.0  # FedProx's mu: holds clients to the broadcast model
     pretrain_steps: Annotated[CountOrNone, _FIRST_MODEL] = 200  # of each first model, on D_p
     local_steps: Count = 10  # optimiser steps of each client in a round
     labelled_batch: Annotated[Count, Field(ge=2), _FIRST_MODEL] = 8  # batch norm needs two images
@@ -277,13 +284,18 @@ class Config(_Section):
                 f"federate.method {method} is for clients with networks of their own; "
                 "list them in model.clients"
             )
-        averages = METHODS[method].networks == "equal"
-        rule = self.federate.aggregation
-        if own and (averages or rule != "fedavg"):
+        federate, averages = self.federate, METHODS[method].networks == "equal"
+        others = [
+            f"federate.{key} {getattr(federate, key)}"
+            for key in ("aggregation", "server_optimizer", "proximal_weight")
+            if getattr(federate, key) != FederateConfig.model_fields[key].default
+        ]
+        if own and (averages or others):
             raise ValueError(
-                f"{method if averages else f'aggregation {rule}'} averages weights, which clients "
-                "with networks of their own (model.clients) do not share; expected one of "
-                f"{', '.join(methods_for('own'))}, with aggregation fedavg"
+                f"{method if averages else others[0]} builds on averaged weights, which "
+                "clients with networks of their own (model.clients) do not share; expected one of "
+                f"{', '.join(methods_for('own'))}, with aggregation fedavg, server_optimizer none "
+                "and proximal_weight 0"
             )
         return self
 

@@ -94,11 +94,15 @@ def test_an_unknown_key_of_a_clients_network_lists_the_known_ones(tmp_path: Path
         (["federate.method=fedmd"], "fedmd is for clients with networks of their own; list them"),
         (
             ["federate.method=semifl", "model.clients=[{architecture: fpn}]"],
-            "semifl averages weights, which clients with networks of their own",
+            "semifl builds on averaged weights, which clients with networks of their own",
         ),
         (
             ["federate.aggregation=median", "model.clients=[{architecture: fpn}]"],
-            "aggregation median averages weights, which clients with networks of their own",
+            "aggregation median builds on averaged weights, which clients with networks of",
+        ),
+        (
+            ["federate.server_optimizer=fedadam", "model.clients=[{architecture: fpn}]"],
+            "federate.server_optimizer fedadam builds on averaged weights, which clients",
         ),
     ],
 )
@@ -443,6 +447,12 @@ ROUNDS = [
     "federate.clients_per_round",
     "federate.aggregation",
     "federate.byzantine",
+    "federate.server_optimizer",
+    "federate.server_learning_rate",
+    "federate.server_momentum",
+    "federate.server_beta2",
+    "federate.server_tau",
+    "federate.proximal_weight",
     "federate.local_steps",
     "federate.unlabelled_batch",
     "federate.unlabelled_weight",

@@ -22,6 +22,7 @@ from pipeline.federation.panels import public_examples
 from pipeline.federation.rounds import Round, Strategy
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.schedule import server_seed
+from pipeline.federation.server_optimizer import server_step
 from pipeline.federation.targets import measure_calibration
 from pipeline.federation.updates import Updates
 from pipeline.federation.workplace import Workplace
@@ -90,7 +91,7 @@ class Averaging(Strategy):
         this.require(len(self._updates), "a usable update", fewest_updates(self._rule, 0))
 
     def finish(self, this: Round) -> State:
-        """Combine the updates that are left."""
+        """Combine the updates that are left, and take the server's step."""
         settings = self._config.federate
         weights, chosen = aggregate(
             self._updates, self._rule, byzantine=settings.byzantine, trained=self._trained
@@ -98,6 +99,10 @@ class Averaging(Strategy):
         for client in self._updates.weights if len(chosen) < len(self._updates) else ():
             this.reports[client]["chosen"] = client in chosen
         self._updates.close()
+        before = this.before
+        weights, this.moments = server_step(
+            before.weights, weights, before.moments, trained=self._trained, settings=settings
+        )
         if not methods.METHODS[settings.method].tunes_at_server:
             return weights
         model = self._workplace.loaded(self._config.model, weights)

@@ -2,6 +2,7 @@
 
     L = L_sup(f(x_p), y_p) + lambda_u L_agree(f(strong(x)), target, w)
       + lambda_kd T^2 KL(G(x) || f(x))
+      + mu / 2 |w - w_0|^2
 
 Every method takes the same number of optimiser steps on the same labelled batches, the methods
 with an unlabelled term on the same unlabelled batches and views; only the target differs.
@@ -10,6 +11,7 @@ with an unlabelled term on the same unlabelled batches and views; only the targe
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +80,8 @@ def local_update(
     optimizer = make_optimizer(model, task.learning_rate, settings.weight_decay)
     labelled = Generator().manual_seed(task.seed)  # the same draws whatever the method
     unlabelled = Generator().manual_seed(task.seed + 1)
-    sums = dict.fromkeys(("loss", "loss_sup", "loss_agree", "loss_kd", "gradient_norm"), 0.0)
+    start = [each.detach().clone() for each in model.parameters()]
+    sums: defaultdict[str, float] = defaultdict(float)
     with seeded(task.seed, model):
         for _ in range(settings.local_steps):
             images, truth = labelled_batch(public, settings.labelled_batch, labelled, device)
@@ -89,6 +92,9 @@ def local_update(
                 if views.truth is not None:
                     learner.count(audit(pair[1], views.truth))
             terms = losses(learner, task, (images, truth), pair)
+            if settings.proximal_weight:
+                terms["loss_prox"] = proximal_loss(model, start)
+                terms["loss"] = terms["loss"] + settings.proximal_weight * terms["loss_prox"]
             terms["gradient_norm"] = optimiser_step(model, optimizer, terms["loss"])
             for name, value in terms.items():
                 sums[name] += float(value.detach())
@@ -135,6 +141,12 @@ def losses(
             )
             total = total + settings.kd_weight * terms["loss_kd"]
     return {"loss": total, **terms}
+
+
+def proximal_loss(model: nn.Module, start: Iterable[Tensor]) -> Tensor:
+    """Return FedProx's ``|w - w_0|^2 / 2`` over the trained parameters (Li et al., 2020)."""
+    pairs = zip(model.parameters(), start, strict=True)
+    return 0.5 * torch.stack([(new - old).square().sum() for new, old in pairs]).sum()
 
 
 def optimiser_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Round:
     min_clients: int = 1  # that must be left
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)  # by client
     server_terms: dict[str, float] = field(default_factory=dict)
+    moments: dict[str, State] = field(default_factory=dict)  # of the server's optimiser, after it
     warnings: list[str] = field(default_factory=list)
     rejected: set[str] = field(default_factory=set)  # clients whose update does not count
     refusals: list[str] = field(default_factory=list)  # those of the warnings that name why

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Checkpoint(Plain):
     client_rounds: dict[str, int]  # of whom took part: the round whose private state counts
     partition: str  # sha256 of the partition.json that the run was made on
     fingerprint: str  # of all that decides the run's result
+    moments: dict[str, State] = field(default_factory=dict)  # of the server's optimiser
 
     def address(self, client: str, number: int) -> dict[str, Any]:
         """Return what a request of round ``number`` to ``client`` says that builds on this one."""

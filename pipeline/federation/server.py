@@ -162,8 +162,8 @@ class Server:
             this.warnings += client_warnings(config, client, this.reports[client])
         this.warnings += round_warnings(config, this.reports)
         rounds = before.client_rounds | dict.fromkeys(usable, number)
-        after = replace(before, round=number, weights=weights, client_rounds=rounds)
-        return after, this.entry()
+        after = replace(before, round=number, weights=weights, moments=this.moments)
+        return replace(after, client_rounds=rounds), this.entry()
 
     def _evaluate(self, after: Checkpoint, names: Sequence[str], **ask: Any) -> Iterator[Reply]:
         """Ask clients to score the models as they are after a round."""

@@ -128,6 +128,7 @@ def test_the_servers_checkpoint_holds_no_clients_weights(labelled: Config) -> No
         "client_rounds",
         "partition",
         "fingerprint",
+        "moments",
     ]
     server = (run.path / "checkpoints" / "round_0002.safetensors").stat().st_size
     private = sorted((run.path / "clients" / CLIENT).glob("round_*"))

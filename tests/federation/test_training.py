@@ -19,6 +19,7 @@ from pipeline.federation.local_update import (
     audited_dice,
     cosine,
     local_update,
+    proximal_loss,
     train_on_server,
 )
 from pipeline.federation.views import ClientData, PublicSet
@@ -266,3 +267,33 @@ def test_appearance_stays_in_range_and_differs_by_image() -> None:
     assert len(set(means.tolist())) == 4
     light = change_appearance(images, LIGHT, torch.Generator().manual_seed(0))
     assert float((light - images).abs().mean()) < float((strong - images).abs().mean())
+
+
+def test_the_proximal_term_by_hand() -> None:
+    """(3^2 + 4^2 + 12^2) / 2 = 84.5, and its gradient is the way back."""
+    model = torch.nn.Linear(2, 1)
+    start = [each.detach().clone() for each in model.parameters()]
+    assert proximal_loss(model, start).item() == 0
+    with torch.no_grad():
+        model.weight += torch.tensor([[3.0, -4.0]])
+        model.bias += 12
+    loss = proximal_loss(model, start)
+    assert loss.item() == pytest.approx(84.5, rel=1e-5)
+    loss.backward()
+    assert model.weight.grad is not None
+    assert model.weight.grad.flatten().tolist() == pytest.approx([3, -4], rel=1e-5)
+
+
+def test_the_proximal_term_holds_a_client_near_the_broadcast_model() -> None:
+    """0 is no term at all; a large one leaves little of the change."""
+    free, held = (update("sam_fed", local_steps=20, proximal_weight=mu) for mu in (0.0, 10.0))
+    assert "loss_prox" not in free.metrics
+    drifts = [result.metrics["drift"] for result in (free, held)]
+    assert drifts[0] is not None
+    assert drifts[1] is not None
+    assert drifts[1] < 0.5 * drifts[0]
+    loss, proximal = held.metrics["loss"], held.metrics["loss_prox"]
+    assert proximal is not None
+    assert loss is not None
+    assert proximal > 0
+    assert loss > 10 * proximal
