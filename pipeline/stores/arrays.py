@@ -8,7 +8,6 @@ of zeros are written.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Callable
@@ -52,8 +51,13 @@ class DurableStore(LocalStore):
         write_bytes(self.root / key, value.to_bytes())
 
     async def set(self, key: str, value: Any) -> None:
-        """Write as ``set_sync`` does, beside other work."""
-        await asyncio.to_thread(self.set_sync, key, value)
+        """Write as ``set_sync`` does; in a thread it might go on when zarr has raised already."""
+        self.set_sync(key, value)
+
+    async def set_if_not_exists(self, key: str, value: Any) -> None:
+        """Write what is not there yet, likewise."""
+        if not (self.root / key).exists():
+            self.set_sync(key, value)
 
 
 # --------------------------------------------------------------------------- arrays

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import zarr
 from numpy.typing import NDArray
 
+from pipeline.disk import write_bytes
 from pipeline.errors import (
     CorruptStoreError,
     FormatError,
@@ -831,3 +833,22 @@ def test_rows_of_other_images_are_refused(path: Path) -> None:
     store.check_rows([1, 3], [rows[1].sha256, rows[3].sha256])
     with pytest.raises(IdentityError, match="row 3 is of another image by now"):
         store.check_rows([1, 3], [rows[1].sha256, rows[2].sha256])
+
+
+def test_nothing_is_written_any_more_once_a_store_could_not_be_made(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """zarr writes a folder's file beside that of its array: none may go on in a thread."""
+    writers: list[str] = []
+
+    def write(file: Path, content: bytes) -> None:
+        writers.append(threading.current_thread().name)
+        if file.parent.name == "masks":
+            raise OSError(28, "No space left on device")
+        write_bytes(file, content)
+
+    monkeypatch.setattr("pipeline.stores.arrays.write_bytes", write)
+    with pytest.raises(OSError, match="No space left"):
+        LabelStore.create(path, IDENTITY, keys())
+    assert writers == ["zarr_io", "zarr_io"]  # the loop itself, one after the other
+    assert list(path.parent.iterdir()) == []
