@@ -18,20 +18,25 @@ from pipeline.stores.label_store import Identity, LabelStore, PseudoLabels
 _SHIFT = 2  # px that labels lie beside the truth, so that SAM and client have conflicts
 
 
-def prepare_with_labels(config: Config) -> Partition:
+def prepare_with_labels(config: Config, *, flipped: int = 0) -> Partition:
     """Run ``samfed prepare --with-oracle`` on ``data.root``, and finish each owner's label store.
+
+    The last ``flipped`` clients take background for foreground (of one class).
 
     There is no teacher's card: stage two then asks for the labels of the server's own store.
     """
     # benchmarks repeat their images, to measure many
     partition = prepare(config, with_oracle=True, allow_duplicates=True).partition
     _label(config, partition, "server", partition.server.calibration)
-    for name, part in partition.clients.items():
-        _label(config, partition, name, part.train)
+    honest = len(partition.clients) - flipped
+    for index, (name, part) in enumerate(partition.clients.items()):
+        _label(config, partition, name, part.train, flipped=index >= honest)
     return partition
 
 
-def _label(config: Config, partition: Partition, owner: str, ids: tuple[str, ...]) -> None:
+def _label(
+    config: Config, partition: Partition, owner: str, ids: tuple[str, ...], *, flipped: bool = False
+) -> None:
     root = config.cache.root
     identity = Identity(
         variant="generated",
@@ -45,6 +50,8 @@ def _label(config: Config, partition: Partition, owner: str, ids: tuple[str, ...
     server = root / "images" / "server" / "calibration.zarr"
     path = server if owner == "server" else root / "oracle" / f"{owner}.zarr"
     labels = _spoil(_read(config, path, ids))
+    if flipped:
+        labels.masks[:] = 1 - labels.masks
     store = LabelStore.create(root / "sam" / f"{owner}.zarr", identity, partition.row_keys(ids))
     for chunk in range(store.chunks):
         rows = store.chunk_rows(chunk)
