@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Project, answer, fails, listing
+from conftest import Project, answer, call, fails, listing
 from PIL import Image
 
 
@@ -159,7 +159,7 @@ def test_unusable_encoder_weights_leave_no_run(project: Project, encoder_weights
 # --------------------------------------------------------------------------- damaged small files
 
 
-@pytest.mark.parametrize("stage", ["finetune-sam", "precompute-sam", "federate", "cache info"])
+@pytest.mark.parametrize("stage", ["finetune-sam", "precompute-sam", "federate"])
 @pytest.mark.parametrize("digest", ["x" * 64, "0" * 10, 7, None])
 def test_a_damaged_digest_in_the_partition(project: Project, stage: str, digest: object) -> None:
     path = project.cache / "partition.json"
@@ -167,9 +167,12 @@ def test_a_damaged_digest_in_the_partition(project: Project, stage: str, digest:
     image_id = raw["server"]["train"][0]
     raw["images"][image_id]["image_sha256"] = digest
     path.write_text(json.dumps(raw))
-    text = refused(project, 3, *stage.split())
+    text = refused(project, 3, stage)
     assert text.startswith(f"{path}: images.{image_id}.image_sha256: ")
     assert text.endswith("; expected a samfed partition")
+    shown = call("cache", "info", *project.options)  # what can be shown all the same is
+    assert (shown.exit_code, shown.stdout) == (3, "no label store\n")
+    assert text in shown.stderr
 
 
 def test_settings_with_a_date_that_does_not_exist(project: Project) -> None:
