@@ -75,11 +75,11 @@ def fetch(
     config: "Config", name: str | None = None, out: Path | None = None, yes: bool = False
 ) -> Result:
     """Download public weights or a public data set, once its licence and size are accepted."""
-    from pipeline.data.fetching import Catalogue, fetch, offer
-    from pipeline.data.sources import SOURCES
+    from pipeline.data.catalogue import SOURCES
+    from pipeline.data.fetching import Listing, fetch, offer
 
     if name is None:
-        return Catalogue(SOURCES)
+        return Listing(SOURCES)
     offered = offer(name, out=out, cache=config.cache.root)
     if not yes and not can_ask():
         raise ConfigError(f"fetch: cannot ask here; give --yes to accept {offered.terms}")

@@ -50,7 +50,7 @@ NOT_RUN = {
     "samfed export-onnx ": "takes a quarter of a minute; tests/sam/test_onnx.py runs it",
     "samfed precompute-sam --backend onnx ": "needs that model; tests/sam/test_onnx.py runs it",
     "samfed import *": "needs data sets; tests/data/importers/ lays out tiny ones and imports them",
-    "samfed fetch sam_*": "downloads; tests/data/test_fetching.py does from a local server",
+    "samfed fetch ?*": "downloads; tests/data/test_fetching.py does from a local server",
 }
 
 # --------------------------------------------------------------------------- reading the docs

@@ -144,7 +144,7 @@ def _version_of(part: Path) -> Path:
 
 def _check_received(file: RemoteFile, part: Path) -> None:
     """Remove the part if its digest is wrong, or keep it by another name if ours may be wrong."""
-    doubtful = part.with_name(f"unverified-{file.name}")
+    doubtful = part.with_name(f"{file.name}.unverified")
     try:
         _check_digest(
             file,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.catalogue import SOURCES, Source
 from pipeline.data.downloads import (
     PAUSES_SECONDS,
     RemoteFile,
@@ -18,7 +19,7 @@ from pipeline.data.downloads import (
     partial_bytes,
     remote_bytes,
 )
-from pipeline.data.sources import SOURCES, Source
+from pipeline.data.importers.importing import ImportResult, import_data
 from pipeline.errors import ConfigError, DataError, SamfedError
 from pipeline.progress import Progress
 
@@ -26,7 +27,7 @@ _log = logging.getLogger("samfed")
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Listing:
     """What ``fetch`` knows by name."""
 
     sources: Mapping[str, Source]
@@ -102,14 +103,13 @@ class Offer:
     def space(self) -> dict[Path, int]:
         """Return the bytes that are yet to be written below each folder.
 
-        A data set is unpacked beside its archives and then written again as PNG: medical images
-        are packed already, so each takes about the archives' own size.
+        A data set is unpacked and, where masks are merged or volumes cut, written again: images
+        are packed already, so each of these takes about the archives' own size.
         """
         here = sum(partial_bytes(self.folder / file.name) for file in self.files)
         needed = {self.folder: max(0, self.known_bytes - here)}
         if self.source.kind is not None:
-            needed[self.folder] += self.known_bytes
-            needed[self.out] = self.known_bytes
+            needed[self.out] = 2 * self.known_bytes
         return needed
 
 
@@ -172,22 +172,29 @@ def fetch(
     progress: Progress | None = None,
     free: Callable[[Path], int] = free_bytes,
     pauses: Sequence[float] = PAUSES_SECONDS,
-) -> FetchedWeights:
-    """Receive what was accepted, check it, and make it ready for use.
+) -> FetchedWeights | ImportResult:
+    """Receive what was accepted, check it, and import it if it is a data set.
+
+    The archives of a data set stay, so that it can be imported again without a network.
 
     Args:
         free: tells the bytes free on a folder's file system.
 
     Raises:
         DataError: the disk is too small, or what was received is not what was expected.
-        NetworkError: as ``download``.
+        NetworkError, LockedStoreError: as ``download``.
     """
     _check_space(offer, free)
     for file in offer.files:
         if not file.confirmed:
             _log.warning("%s: its sha256 is unverified, from one source alone", file.name)
     paths = [download(file, offer.folder, progress=progress, pauses=pauses) for file in offer.files]
-    return FetchedWeights(paths[0], offer.source)
+    kind = offer.source.kind
+    if kind is None:
+        return FetchedWeights(paths[0], offer.source)
+    result = import_data(kind, offer.folder, offer.out, progress=progress)
+    _log.info("the archives stay in %s; remove them if you need the room", offer.folder)
+    return result
 
 
 def _describe(file: RemoteFile) -> str:
@@ -204,7 +211,7 @@ def _by_hand(name: str, source: Source) -> str:
             f"{where} and set sam.variant to {source.variant} and sam.checkpoint to the path of "
             f"{source.file_name}"
         )
-    return f"{where}, then run `samfed import {source.kind} {source.file_name} data/{name}`"
+    return f"{where}, then run `samfed import {source.kind} FOLDER_OR_ARCHIVE data/{name}`"
 
 
 def _nearest(folder: Path) -> Path:

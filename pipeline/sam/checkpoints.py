@@ -12,7 +12,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from pipeline.config import SamConfig
-from pipeline.data.sources import WEIGHTS
+from pipeline.data.catalogue import WEIGHTS
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, DataError
 from pipeline.sam.build import ENCODERS, IOU_HEAD_DEPTH, MOBILE_SAM, build_sam

@@ -74,7 +74,7 @@ def test_a_digest_that_may_be_wrong_itself_costs_no_file(site: Site, tmp_path: P
     site.content = CONTENT[::-1]
     with pytest.raises(DataError, match="one source alone"):
         download(replace(site.file, confirmed=False), tmp_path)
-    assert names(tmp_path) == ["unverified-weights.bin"]
+    assert names(tmp_path) == ["weights.bin.unverified"]
 
 
 def test_a_wrong_file_that_was_there_stays(site: Site, tmp_path: Path) -> None:
