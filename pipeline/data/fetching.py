@@ -20,6 +20,7 @@ from pipeline.data.downloads import (
     remote_bytes,
 )
 from pipeline.data.importers.importing import ImportResult, import_data
+from pipeline.data.importers.table import NO_ADDRESS
 from pipeline.errors import ConfigError, DataError, SamfedError
 from pipeline.progress import Progress
 
@@ -37,7 +38,7 @@ class Listing:
         width = max(map(len, self.sources))
         return "\n".join(
             f"{name:<{width}}  {source.title}; "
-            + (f"licence: {source.licence}" if source.files else f"by hand, from {source.page}")
+            + (f"licence: {source.licence}" if source.files else f"by hand ({source.page})")
             for name, source in self.sources.items()
         )
 
@@ -206,12 +207,15 @@ def _describe(file: RemoteFile) -> str:
 def _by_hand(name: str, source: Source) -> str:
     """Say where a person gets what has no stable address, and what to do with it."""
     where = f"{name}: has no stable address; get {source.title} from {source.page}"
+    if source.page == NO_ADDRESS:
+        where = f"{name}: {NO_ADDRESS}; once you have {source.title} from its publisher"
     if source.kind is None:
         return (
             f"{where} and set sam.variant to {source.variant} and sam.checkpoint to the path of "
             f"{source.file_name}"
         )
-    return f"{where}, then run `samfed import {source.kind} FOLDER_OR_ARCHIVE data/{name}`"
+    joint = "," if source.page == NO_ADDRESS else ", then"
+    return f"{where}{joint} run `samfed import {source.kind} FOLDER_OR_ARCHIVE data/{name}`"
 
 
 def _nearest(folder: Path) -> Path:

@@ -124,7 +124,9 @@ def _pairs(images: str, masks: str, name: str = r"\d+") -> tuple[Layout, ...]:
 _ISIC = (Layout(r"(?P<id>ISIC_\d{7})\.jpe?g", r"(?P<id>ISIC_\d{7})_segmentation\.png"),)
 _ISIC_OTHERS = r"ISIC_\d{7}_(?:superpixels|attribute_\w+)\.png"
 _ISIC_ADDRESS = "https://challenge.isic-archive.com/data/"
-_PRANET_ADDRESS = "linked from https://github.com/DengPingFan/PraNet"
+#: Where nobody offers the files under an address that stays.
+NO_ADDRESS = "no stable address known"
+_PRANET_ADDRESS = "https://github.com/DengPingFan/PraNet"  # links to a shared drive
 
 KINDS: dict[str, Kind] = {
     "isic2017": Kind(
@@ -175,7 +177,7 @@ KINDS: dict[str, Kind] = {
         others=r"IMD\d{3}_roi/.*\.bmp",
         citation="Mendonça et al., PH2: a dermoscopic image database for research and "
         "benchmarking, EMBC 2013",
-        address="no stable address known",
+        address=NO_ADDRESS,
     ),
     "pranet-test": Kind(
         title="PraNet's TestDataset: polyps of five data sets",
@@ -218,7 +220,7 @@ KINDS: dict[str, Kind] = {
         others=rf"gt(?:lumen|specular|void)/\d+{_PICTURE}",
         citation="Bernal et al., WM-DOVA maps for accurate polyp highlighting in colonoscopy, "
         "Computerized Medical Imaging and Graphics 43, 2015",
-        address="no stable address known",
+        address=NO_ADDRESS,
         licence="research and education, not commercial; see the publisher",
     ),
     "cvc-colondb": Kind(
@@ -238,7 +240,7 @@ KINDS: dict[str, Kind] = {
         site="etis",
         citation="Silva et al., Toward embedded detection of polyps in WCE images for early "
         "diagnosis of colorectal cancer, IJCARS 9, 2014",
-        address="no stable address known",
+        address=NO_ADDRESS,
     ),
     "cvc-300": Kind(
         title="CVC-300: polyps",
