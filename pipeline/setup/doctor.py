@@ -177,7 +177,7 @@ def _locks(config: Config) -> Lines:
 def _data(config: Config) -> Lines:
     folder = scan(config.data.root, mask_pattern=config.data.mask_pattern)
     looked = _decode_some(config, folder)
-    yield "ok", f"{config.data.root}: {folder.text()}; {looked} of them decode"
+    yield "ok", f"{config.data.root}: {folder.text()}; looked at {looked} of them"
 
 
 def _decode_some(config: Config, folder: InputFolder) -> int:

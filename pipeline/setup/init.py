@@ -31,6 +31,7 @@ _SIZES_PX = (32, 64, 128, 256, 384)
 _CPU_PX = 128  # what a CPU trains in minutes
 _SERVER_IMAGES = 100
 _CLIENTS = 4
+_GROUPS_PER_CLIENT = 3  # a group to train on, one to validate and one to test
 _GPU_TEACHERS = (("vit_h", 30), ("vit_l", 20), ("vit_b", 10))  # and the GPU memory it wants, GB
 _CPU_TEACHER = "tf_efficientnet_lite2"
 _ENCODER = "tf_efficientnet_lite0"
@@ -182,6 +183,7 @@ def _partition(found: InputFolder) -> Iterator[Choice]:
     sites = Counter(files.site for files in images)
     masks = Counter(files.site for files in images if files.mask is not None)
     site, available = masks.most_common(1)[0]
+    count = max(1, min(_SERVER_IMAGES, available // 2))
     if len(sites) > 1:
         named = ", ".join(
             f"{name} {count} ({masks[name]})" for name, count in sorted(sites.items())
@@ -190,9 +192,11 @@ def _partition(found: InputFolder) -> Iterator[Choice]:
         yield Choice("partition", "server_site", site, f"it has the most masks, {available}")
     else:
         yield Choice("partition", "scheme", "iid", "there is one site; clients are drawn at random")
-        yield Choice("partition", "clients", _CLIENTS, "so many, for want of sites")
+        groups = len({files.group for files in images}) * (1 - count / len(images))
+        clients = max(1, min(_CLIENTS, int(groups) // _GROUPS_PER_CLIENT))
+        why = f"for want of sites; about {groups:.0f} groups are left for them"
+        yield Choice("partition", "clients", clients, why)
         yield Choice("partition", "server_site", None, "there is one site")
-    count = max(1, min(_SERVER_IMAGES, available // 2))
     why = f"half of {available} with masks there, at most {_SERVER_IMAGES}; the rest is tested on"
     yield Choice("partition", "server_images", count, why)
     why = "a third at most, so that the teacher has images to learn from"

@@ -33,6 +33,16 @@ def test_what_it_writes_is_read_and_prepare_runs_on_it(folder: Path) -> None:
     assert set(answer("prepare")) >= {"server", "site_a", "site_b", "site_c", "site_d"}
 
 
+def test_clients_are_few_enough_for_the_patients(folder: Path) -> None:
+    rows = [
+        f"{path.stem},a,p{i // 3}" for i, path in enumerate(sorted((folder / "images").iterdir()))
+    ]
+    (folder / "sites.csv").write_text("\n".join(["image_id,site,group", *rows]) + "\n")
+    answer("init", folder)
+    assert load_config(Path("params.yaml")).partition.clients == 2
+    assert set(answer("prepare")) >= {"server", "client_00", "client_01"}
+
+
 def test_a_file_that_is_there_is_kept(folder: Path) -> None:
     Path("params.yaml").write_text("seed: 3\n")
     assert fails(2, "init", folder) == (
