@@ -73,7 +73,7 @@ def test_what_has_no_address_says_where_it_is(name: str, tmp_path: Path) -> None
     if name in WEIGHTS:
         assert "set sam.variant to vit_b and sam.checkpoint to the path of medsam_vit_b.pth" in line
     else:
-        assert f"then run `samfed import {SOURCES[name].kind} " in line
+        assert f"run `samfed import {SOURCES[name].kind} " in line
 
 
 # --------------------------------------------------------------------------- terms
