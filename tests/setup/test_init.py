@@ -35,7 +35,7 @@ def test_what_it_writes_is_read_and_prepare_runs_on_it(folder: Path) -> None:
 
 def test_clients_are_few_enough_for_the_patients(folder: Path) -> None:
     rows = [
-        f"{path.stem},a,p{i // 3}" for i, path in enumerate(sorted((folder / "images").iterdir()))
+        f"{path.stem},a,p{i // 2}" for i, path in enumerate(sorted((folder / "images").iterdir()))
     ]
     (folder / "sites.csv").write_text("\n".join(["image_id,site,group", *rows]) + "\n")
     answer("init", folder)
