@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from pipeline.errors import first_line
 from pipeline.sam.onnx import CPU, CUDA
 
-_LOG_FATAL = 4  # of ONNX Runtime's levels 0..4: what fails is returned
+_LOG_WARNING, _LOG_FATAL = 2, 4  # of ONNX Runtime's levels 0..4: its default, and while it is tried
 _OPSET, _IR_VERSION = 17, 8  # old enough for every ONNX Runtime that samfed takes
 
 
@@ -27,7 +27,11 @@ def failing_providers() -> dict[str, str | None]:
     opset = [helper.make_opsetid("", _OPSET)]
     model = helper.make_model(graph, opset_imports=opset, ir_version=_IR_VERSION)
     wanted = (CPU, CUDA) if torch.cuda.is_available() else (CPU,)
-    return {provider: _failure(model, provider) for provider in wanted}
+    ort.set_default_logger_severity(_LOG_FATAL)  # what cannot be loaded is returned, not printed
+    try:
+        return {provider: _failure(model, provider) for provider in wanted}
+    finally:
+        ort.set_default_logger_severity(_LOG_WARNING)
 
 
 def _failure(model: onnx.ModelProto, provider: str) -> str | None:

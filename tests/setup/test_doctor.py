@@ -6,10 +6,12 @@ import json
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Project, answer, call, fails, listing
 
+from pipeline.sam import providers
 from pipeline.sam.providers import failing_providers
 
 
@@ -76,6 +78,20 @@ def test_a_lock_of_another_host_is_a_warning(project: Project) -> None:
 
 def test_the_cpu_runs_a_node_of_onnx() -> None:
     assert failing_providers()["CPUExecutionProvider"] is None
+
+
+def test_a_provider_that_cannot_be_loaded_prints_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels, during = list[int](), list[int]()
+    session = providers.ort.InferenceSession
+
+    def watch(*arguments: Any, **options: Any) -> Any:
+        during.append(levels[-1])
+        return session(*arguments, **options)
+
+    monkeypatch.setattr(providers.ort, "set_default_logger_severity", levels.append)
+    monkeypatch.setattr(providers.ort, "InferenceSession", watch)
+    failing_providers()
+    assert (during, levels) == ([4], [4, 2])  # fatal errors alone, and then as before
 
 
 # --------------------------------------------------------------------------- at prepare
