@@ -104,8 +104,10 @@ class _Listing:
 
 def _list_images(folder: Path) -> _Listing:
     if not folder.is_dir():
-        of_defaults = folder.parts[-3:] == ("data", "synthetic", "images")
-        hint = f"; run `samfed synth {folder.parent}` to make it" if of_defaults else ""
+        hint = ""
+        if folder.parts[-3:] == ("data", "synthetic", "images"):  # the default
+            hint = "; for images of your own run `samfed init FOLDER`, for generated ones "
+            hint += f"`samfed synth {folder.parent}`"
         raise DataError(
             f"{folder}: no such folder; expected images/<id>.png|jpg|tif|bmp in data.root{hint}"
         )

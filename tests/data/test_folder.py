@@ -475,7 +475,10 @@ def test_the_default_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     root = tmp_path / "data" / "synthetic"
     with pytest.raises(DataError) as caught:
         scan(root)
-    assert str(caught.value).endswith(f"; run `samfed synth {root}` to make it")
+    assert str(caught.value).endswith(
+        "; for images of your own run `samfed init FOLDER`, for generated ones "
+        f"`samfed synth {root}`"
+    )
     with pytest.raises(DataError) as other:
         scan(tmp_path / "mine")
     assert str(other.value).endswith(" in data.root")
