@@ -255,9 +255,12 @@ def _split_client(
         val = []
     train = _without(left, val)
     if not train:  # a client without masks has no test part, and trains all the same
+        advice = "use fewer clients, or more images"
+        if config.scheme == "site":
+            advice = "give its images to another site in sites.csv, or set partition.scheme: iid"
         raise ConfigError(
             f"partition: client '{client}' has {total} images in {len(groups)} groups, too few to "
-            "give it a train and a test part; use fewer clients, or more images"
+            f"give it a train and a test part; {advice}"
         )
     return ClientPart(train=_ids(train), val=_ids(val), test=_ids(test))
 

@@ -217,6 +217,14 @@ def test_clients_too_small_to_split() -> None:
     )
 
 
+def test_a_site_too_small_to_split() -> None:
+    records = make_records([("s", 1, 0)] * 9 + [("t", 4, 0)])
+    assert refusal(records, scheme="site", server_site="s", server_images=4) == (
+        "partition: client 't' has 4 images in 1 groups, too few to give it a train and a test "
+        "part; give its images to another site in sites.csv, or set partition.scheme: iid"
+    )
+
+
 def test_too_many_server_images() -> None:
     assert refusal(single(10), server_images=11) == (
         "partition.server_images: 11 asked for, 10 labelled images are there; lower it or add masks"
