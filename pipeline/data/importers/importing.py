@@ -269,8 +269,9 @@ def _write(folder: Path, items: Iterable[Item], options: Options, unpacked: Path
                 _put(content, folder / kind / item.image_id, unpacked)
         written[key] = replace(item, image=Path(), mask=None if item.mask is None else Path())
     every = list(written.values())
-    rows = [(each.image_id, each.site, each.group) for each in every]
-    _write_table(folder / "sites.csv", ("image_id", "site", "group"), rows)
+    columns = ["image_id", "site"] + ["group"] * any(each.group for each in every)
+    rows = [[getattr(each, column) for column in columns] for each in every]
+    _write_table(folder / "sites.csv", columns, rows)
     spaced = [
         # headers hold 32-bit numbers: 0.7 and not 0.699999988
         (each.image_id, *("" if mm is None else f"{mm:.6g}" for mm in each.spacing))
