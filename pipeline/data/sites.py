@@ -71,7 +71,8 @@ def read_sites(path: Path, images: Collection[str], *, endings: Collection[str])
         rows[image_id] = (site, f"{site}/{group or image_id}")
     missing = [image_id for image_id in images if image_id not in rows]
     if missing:
-        raise DataError(f"{path}: no row for image '{missing[0]}' ({len(missing)} images lack one)")
+        counts = f"{len(missing)} of {len(images)} images lack one"
+        raise DataError(f"{path}: no row for image '{missing[0]}' ({counts})")
     _warn(path, {site for site, _ in rows.values()}, lacking)
     return Sites(rows, tuple(strangers))
 
@@ -149,7 +150,7 @@ def _fault(image_id: str, site: str, *, seen: bool) -> str | None:
         return f"'{image_id}' is listed twice"
     if not is_folder_name(site) or site == "server":  # a client is named after its site
         return (
-            f"site '{site}' cannot name a client's folder; avoid / \\ : and a dot in front, and "
+            f"site {site!r} cannot name a client's folder; avoid / \\ : and a dot in front, and "
             "'server'"
         )
     return None

@@ -284,7 +284,7 @@ def test_sites_with_a_byte_order_mark_and_no_groups(root: Path) -> None:
             "group",
         ),
         ("", ": found columns []; expected image_id, site and optionally group"),
-        ("image_id,site\na,x\n", ": no row for image 'b' (1 images lack one)"),
+        ("image_id,site\na,x\n", ": no row for image 'b' (1 of 2 images lack one)"),
         ("image_id,site\na,x\nb,x\na,y\n", " line 4: 'a' is listed twice"),
         ("image_id,site\na,x\nb,\n", " line 3: empty image_id or site"),
         ("image_id,site\na,x\nb\n", " line 3: empty image_id or site"),
@@ -310,6 +310,11 @@ def test_sites_with_a_byte_order_mark_and_no_groups(root: Path) -> None:
         (
             "image_id,site\na,x/y\nb,x\n",
             " line 2: site 'x/y' cannot name a client's folder; avoid / \\ : and a dot in "
+            "front, and 'server'",
+        ),
+        (
+            "image_id,site\na,x\0\nb,x\n",
+            " line 2: site 'x\\x00' cannot name a client's folder; avoid / \\ : and a dot in "
             "front, and 'server'",
         ),
         (
