@@ -102,7 +102,10 @@ def decode(path: Path, *, sha256: str | None = None) -> Raster:
     try:
         return _decode(path, content, digest)
     except UnidentifiedImageError as error:
-        raise DataError(f"{path}: not an image that can be read; replace or remove it") from error
+        raise DataError(
+            f"{path}: not an image that can be read; expected the content of a PNG, JPEG, TIFF, "
+            "BMP or GIF; replace or remove it"
+        ) from error
     except (DataError, MemoryError):
         raise
     except Exception as error:  # decoders raise many kinds for damaged bytes

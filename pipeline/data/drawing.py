@@ -259,7 +259,7 @@ def _split_client(
         if config.scheme == "site":
             advice = "give its images to another site in sites.csv, or set partition.scheme: iid"
         raise ConfigError(
-            f"partition: client '{client}' has {total} images in {len(groups)} groups, too few to "
+            f"partition: client '{client}' has {total} images (groups: {len(groups)}), too few to "
             f"give it a train and a test part; {advice}"
         )
     return ClientPart(train=_ids(train), val=_ids(val), test=_ids(test))

@@ -28,7 +28,7 @@ def check_networks(config: Config) -> None:
         try:
             build_model(config, seed=0, network=without)
         except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from error
+            raise ConfigError(f"{name}: {str(error).removeprefix('model: ')}") from error
 
 
 def name_traps(config: Config) -> None:

@@ -283,7 +283,10 @@ def test_not_an_image(tmp_path: Path, content: bytes) -> None:
 def test_another_format_under_a_known_name(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     Image.fromarray(RGB).save(path, "EPS")
-    assert refusal(path) == f"{path}: not an image that can be read; replace or remove it"
+    assert refusal(path) == (
+        f"{path}: not an image that can be read; expected the content of a PNG, JPEG, TIFF, "
+        "BMP or GIF; replace or remove it"
+    )
 
 
 def test_missing_image(tmp_path: Path) -> None:

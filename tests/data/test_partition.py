@@ -212,7 +212,7 @@ def test_more_clients_than_groups() -> None:
 
 def test_clients_too_small_to_split() -> None:
     assert refusal(single(10), scheme="iid", clients=6, server_images=4) == (
-        "partition: client 'client_00' has 1 images in 1 groups, too few to give it a train and a "
+        "partition: client 'client_00' has 1 images (groups: 1), too few to give it a train and a "
         "test part; use fewer clients, or more images"
     )
 
@@ -220,7 +220,7 @@ def test_clients_too_small_to_split() -> None:
 def test_a_site_too_small_to_split() -> None:
     records = make_records([("s", 1, 0)] * 9 + [("t", 4, 0)])
     assert refusal(records, scheme="site", server_site="s", server_images=4) == (
-        "partition: client 't' has 4 images in 1 groups, too few to give it a train and a test "
+        "partition: client 't' has 4 images (groups: 1), too few to give it a train and a test "
         "part; give its images to another site in sites.csv, or set partition.scheme: iid"
     )
 

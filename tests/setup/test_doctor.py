@@ -100,10 +100,10 @@ def test_a_provider_that_cannot_be_loaded_prints_nothing(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("model.encoder=no_such_net", "model: model: unet with encoder 'no_such_net' cannot be"),
+        ("model.encoder=no_such_net", "model: unet with encoder 'no_such_net' cannot be"),
         (
             "model.clients=[{encoder_depth: 4}, {encoder: no_such_net}]",
-            "model.clients.1 (client 2): model: unet with encoder 'no_such_net' cannot be built",
+            "model.clients.1 (client 2): unet with encoder 'no_such_net' cannot be built",
         ),
     ],
 )

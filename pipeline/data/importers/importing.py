@@ -63,8 +63,7 @@ class ImportResult:
             f"{self.kind}: {self.images} images, {self.masks} masks, {self.groups} groups, sites "
             f"{sites}",
             f"wrote {self.folder}; its SOURCE.md has licence and citation",
-            f"next: samfed prepare --set {quote(f'data.root={self.folder}')} --set "
-            f"data.num_classes={self.classes}",
+            f"next: samfed init {quote(str(self.folder))}",
         ]
         return "\n".join(lines)
 

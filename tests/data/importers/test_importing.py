@@ -241,7 +241,7 @@ def test_what_cannot_be_read_is_an_os_error(tmp_path: Path) -> None:
 
 def test_the_command_prints_what_it_wrote(tmp_path: Path) -> None:
     source = lay_out("isic2018", tmp_path / "in")
-    assert "--set 'data.root=" in call("import", "isic2018", source, tmp_path / "a b").stdout
+    assert "next: samfed init '" in call("import", "isic2018", source, tmp_path / "a b").stdout
     found = answer("import", "isic2018", source, tmp_path / "out")
     assert found["images"] == 2
     assert found["sites"] == {"isic2018": 2}
