@@ -68,6 +68,7 @@ class _Task:
     name: str  # the client's
     request: AnyRequest | None  # None asks for the client's entry
     future: Future
+    place: str  # the worker that it was sent to, which may no longer be the client's
     losses: int = 0
 
 
@@ -113,7 +114,7 @@ class DaskEngine:
             while True:
                 room = _AHEAD * len(set(self._places.values())) - len(waiting)
                 for name, request in islice(asked, max(0, room)):
-                    waiting.append(_Task(name, request, self._submit(name, request)))
+                    waiting.append(_Task(name, request, *self._submit(name, request)))
                 if not waiting:
                     return
                 yield self._first_answer(waiting)
@@ -134,10 +135,10 @@ class DaskEngine:
     def _find_lost(self, waiting: Iterable[_Task]) -> None:
         """Send anew each task whose worker is gone, or what went to it with the task."""
         self._cluster.await_worker()
-        before, alive = dict(self._places), self._cluster.addresses()
+        alive = self._cluster.addresses()
         self._place(alive)
         for task in waiting:
-            if before[task.name] in alive and task.future.status not in ("cancelled", "lost"):
+            if task.place in alive and task.future.status not in ("cancelled", "lost"):
                 continue
             task.losses += 1
             if task.losses > _LOSSES:
@@ -146,7 +147,7 @@ class DaskEngine:
                     "often memory is short"
                 )
             task.future.cancel()
-            task.future = self._submit(task.name, task.request)
+            task.future, task.place = self._submit(task.name, task.request)
 
     def _place(self, alive: Sequence[str]) -> None:
         """Give every client a worker that is there, evenly; who has one that is there keeps it."""
@@ -165,17 +166,20 @@ class DaskEngine:
             self._sent = None  # it went to the workers that there were
         self._places = places
 
-    def _submit(self, name: str, request: AnyRequest | None) -> Future:
+    def _submit(self, name: str, request: AnyRequest | None) -> tuple[Future, str]:
+        """Send a request to the client's worker; return its future and that worker."""
+        place = self._places[name]
         body, state_round = (None, 0) if request is None else self._body(request)
-        return self._cluster.client.submit(
+        future = self._cluster.client.submit(
             answer,
             self._run,
             self._contexts[name],
             body,
             state_round,
-            workers=[self._places[name]],
+            workers=[place],
             pure=False,
         )
+        return future, place
 
     def _body(self, request: AnyRequest) -> tuple[Future, int]:
         """Return what requests to many clients have in common, which each worker gets once."""

@@ -163,7 +163,7 @@ def _read_segmentations(found: DicomFiles) -> tuple[Masks, int]:
         try:
             with silence():
                 _add_segmentation(masks, path)
-        except Exception:
+        except Exception:  # of many kinds, and their texts may name a patient
             raise found.fault(
                 number, "is a segmentation that cannot be read, or names no images; convert it"
             ) from None
