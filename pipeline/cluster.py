@@ -256,7 +256,7 @@ def connect(address: str) -> Iterator[Cluster]:
             f"({first_line(error)}); "
             "expected tcp://host:port, tls:// with dask's certificates set, or a scheduler file"
         ) from error
-    with client:
+    with _interrupted_quietly(), client:
         if not await_worker(client, address, missing="no workers yet"):
             raise ConfigError(
                 f"--scheduler {address}: no worker within {WORKERS_SECONDS:g} s; "
@@ -276,10 +276,10 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Cluster]:
         SamfedError: a worker does not start.
     """
     gpus = _visible_gpus() if resolve_device(device).type == "cuda" else []
-    nanny, loops = logging.getLogger("distributed.nanny"), logging.getLogger("tornado.application")
+    nanny = logging.getLogger("distributed.nanny")
     with ExitStack() as started:
         started.callback(nanny.setLevel, nanny.level)
-        started.callback(loops.setLevel, loops.level)
+        started.enter_context(_interrupted_quietly())
         loop = started.enter_context(_loop_without_ctrl_c())
         try:
             cluster = started.enter_context(
@@ -297,10 +297,8 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Cluster]:
                 "what stopped them (memory?), or give fewer"
             ) from error
         share = max(1, (os.cpu_count() or 1) // workers)
-        # whatever a worker does when we close, nobody waits for: that it is killed is no news, nor
-        # that a callback of the event loop no longer finds what it was for
+        # whatever a worker does when we close, nobody waits for: that it is killed is no news
         started.callback(nanny.setLevel, logging.ERROR)
-        started.callback(loops.setLevel, logging.CRITICAL)
         yield Cluster(client, threads=share, device="cuda" if gpus else None)
 
 
@@ -320,6 +318,25 @@ def _scheduler() -> dict[str, object]:
     # port 0: dask's usual one may be another cluster's, and dask would warn of it
     options = {"host": _HERE, "dashboard": False, "dashboard_address": f"{_HERE}:0"}
     return {"cls": distributed.Scheduler, "options": options}
+
+
+@contextmanager
+def _interrupted_quietly() -> Iterator[None]:
+    """Keep an interrupted call of dask's from printing a traceback of its own.
+
+    Where a signal arrives before the event loop began with the call, what cancels the call finds
+    nothing to cancel: ``distributed.utils.sync`` then raises a NameError in the loop.
+    """
+    loops = logging.getLogger("tornado.application")
+    loops.addFilter(_is_news)
+    try:
+        yield
+    finally:
+        loops.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], NameError))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -138,6 +139,24 @@ def test_a_signal_with_local_workers(
     # on a busy machine dask warns that its event loop was held up
     assert [line for line in again.stderr.splitlines() if "distributed" not in line] == []
     assert content(config.cache.root / "sam") == content(prepared.cache.root / "sam")
+
+
+def test_a_signal_before_dask_began_with_a_call(
+    workers: Workers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """dask's own clean-up raises a NameError in its event loop then, which is nobody's concern."""
+    workers.add(1)
+    with connect(workers.address) as cluster:
+        busy = threading.Event()
+        cluster.client.loop.add_callback(busy.wait)
+        main = threading.main_thread().ident
+        assert main is not None
+        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            cluster.addresses()
+        busy.set()
+        assert len(cluster.addresses()) == 1  # the loop is past it
+    assert "NameError" not in caplog.text
 
 
 def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
