@@ -12,7 +12,7 @@ from typer import Argument, Option
 from pipeline import __version__
 from pipeline.console import Result, command
 from pipeline.errors import ConfigError
-from pipeline.progress import Progress, console_progress
+from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SCHEDULER = Option(metavar="ADDRESS", help="Label on the workers of this dask scheduler (or file).")
 WORKERS = Option(min=1, help="Label in so many processes here: one per GPU, or sharing the cores.")
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 cache_app = typer.Typer(help="Look into, check, mend and clear the stores.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
@@ -72,7 +72,11 @@ def demo(
     yes=Option("--yes", help="Accept the licence without being asked."),
 )
 def fetch(
-    config: "Config", name: str | None = None, out: Path | None = None, yes: bool = False
+    config: "Config",
+    progress: Progress,
+    name: str | None = None,
+    out: Path | None = None,
+    yes: bool = False,
 ) -> Result:
     """Download public weights or a public data set, once its licence and size are accepted."""
     from pipeline.data.catalogue import SOURCES
@@ -86,16 +90,15 @@ def fetch(
     typer.echo(offered.text(), err=True)
     if not yes:
         typer.confirm("Accept the licence and download?", abort=True, err=True)
-    with console_progress() as progress:
-        return fetch(offered, progress=progress)
+    return fetch(offered, progress=progress)
 
 
 @command(app, out=Argument(help="Folder to write, in the input layout."))
-def synth(config: "Config", out: Path) -> Result:
+def synth(config: "Config", progress: Progress, out: Path) -> Result:
     """Generate the embedded default data set: four sites of dermoscopy-like images with masks."""
     from pipeline.data.synthetic import write_dataset
 
-    return write_dataset(out, **config.synth.model_dump())
+    return write_dataset(out, **config.synth.model_dump(), progress=progress)
 
 
 @command(
@@ -130,7 +133,7 @@ def import_(
 
 @command(
     app,
-    with_oracle="Also store the clients' labels, for the `oracle` ceiling alone.",
+    with_oracle=Option("--with-oracle", help="Also store the labels that `oracle` alone reads."),
     allow_duplicates=Option("--allow-duplicates", help="Keep groups apart that share an image."),
 )
 def prepare(

@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,10 +24,15 @@ from pipeline.errors import (
     SamfedError,
     Terminated,
 )
-from pipeline.progress import console_progress
+from pipeline.progress import Style, console_progress
 
 log = logging.getLogger("samfed")
 
+PROGRESS_HELP = "On stderr: bars, or a line now and then (auto); a JSON line an event (json)."
+ProgressOption = Annotated[Style, Option(metavar="|".join(Style), help=PROGRESS_HELP)]
+ParamsOption = Annotated[
+    Path | None, Option(help="Settings file (default: params.yaml, if there is one).")
+]
 OS_ADVICE = "check the path, its permissions and the space left on the disk"
 
 
@@ -56,35 +62,34 @@ def command(group: typer.Typer, /, *, params_file: bool = True, **helps: Any) ->
 
     def register(function: C) -> C:
         own = dict(inspect.signature(function).parameters)
+        is_long = "progress" in own
 
         def run(
             *,
-            params: Annotated[
-                Path | None, Option(help="Settings file (default: params.yaml, if there is one).")
-            ] = None,
+            params: ParamsOption = None,
             overrides: Annotated[
                 list[str] | None,
                 Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. seed=5."),
             ] = None,
             as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
             debug: Annotated[bool, Option("--debug", help="Show an error's traceback.")] = False,
+            progress: ProgressOption = Style.AUTO,
             **given: Any,
         ) -> None:
-            with _errors(debug), _sigterm_as_ctrl_c():
+            with _errors(debug, progress), _sigterm_as_ctrl_c():
                 from pipeline.params import load_config
 
-                logging.basicConfig(format="%(levelname)s: %(message)s", force=True)
-                logging.getLogger("samfed").setLevel(logging.DEBUG if debug else logging.INFO)
+                _log_to_stderr(progress, logging.DEBUG if debug else logging.INFO)
                 file = (params or _default_params()) if params_file else None
                 config = load_config(file, tuple(overrides or ()))
-                with console_progress() if "progress" in own else nullcontext() as progress:
-                    given |= {"progress": progress} if "progress" in own else {}
-                    result = function(config, **given)
-            _show(result, as_json)
+                with console_progress(progress) if is_long else nullcontext() as display:
+                    result = function(config, **given | ({"progress": display} if is_long else {}))
+            _show(result, as_json, progress)
 
-        left_out = ("config", "progress", "given") + (() if params_file else ("params",))
-        every = own | dict(inspect.signature(run).parameters)
-        options = [_option(every[key], helps.get(key)) for key in every if key not in left_out]
+        common = dict(inspect.signature(run).parameters)
+        every = {key: own[key] for key in own if key not in common} | common
+        shown = {"config": False, "given": False, "params": params_file, "progress": is_long}
+        options = [_option(every[key], helps.get(key)) for key in every if shown.get(key, True)]
         run.__annotations__ = {each.name: each.annotation for each in options}
         run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
         run.__name__ = function.__name__.rstrip("_")  # `import_`, as Python keeps `import`
@@ -111,24 +116,59 @@ def _option(parameter: inspect.Parameter, given: Any) -> inspect.Parameter:
     return parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=annotation)
 
 
+class _OnStderr(logging.Handler):
+    """Writes to stderr as it is at the time: above bars, each record on lines of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+class _AsJson(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _event(record.levelname.lower(), record.getMessage())
+
+
+def _log_to_stderr(style: Style, level: int) -> None:
+    """Write what is logged to stderr, from ``level`` on what is samfed's."""
+    handler = _OnStderr()
+    as_json = style is Style.JSON
+    handler.setFormatter(_AsJson() if as_json else logging.Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], force=True)
+    logging.getLogger("samfed").setLevel(level)
+
+
+def _event(event: str, message: str) -> str:
+    return to_json({"event": event, "message": message}, sort_keys=False)
+
+
+def _tell(event: str, message: str, style: Style) -> None:
+    """Write one line to stderr that says how a command ended."""
+    line = _event(event, message) if style is Style.JSON else f"{event}: {message}"
+    typer.echo(line, err=True)
+
+
 @contextmanager
-def _errors(debug: bool) -> Iterator[None]:
+def _errors(debug: bool, style: Style) -> Iterator[None]:
     """Turn an error into one line on stderr and an exit code, unless ``debug`` asks for more."""
     try:
         yield
     except (SamfedError, OSError, KeyboardInterrupt) as error:
         if debug or isinstance(error, BrokenPipeError):
             raise
-        line, code = f"error: {error}", getattr(error, "exit_code", SamfedError.exit_code)
+        event, line = "error", str(error)
+        code = getattr(error, "exit_code", SamfedError.exit_code)
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename is not None else ""
-            line = f"error: {where}{error.strerror or error}; {OS_ADVICE}"
+            line = f"{where}{error.strerror or error}; {OS_ADVICE}"
         elif isinstance(error, KeyboardInterrupt):
             by_signal = isinstance(error, Terminated)
             code = EXIT_TERMINATED if by_signal else EXIT_INTERRUPTED
-            what = "terminated" if by_signal else "interrupted"
-            line = f"{what}: run the same command again to continue"
-        typer.echo(line, err=True)
+            event = "terminated" if by_signal else "interrupted"
+            line = "run the same command again to continue"
+        _tell(event, line, style)
         raise typer.Exit(code) from error
 
 
@@ -146,11 +186,11 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _show(result: Result, as_json: bool) -> None:
+def _show(result: Result, as_json: bool, style: Style) -> None:
     """Print a result, and name on stderr what it failed to do."""
     typer.echo(to_json(result.as_json()) if as_json else result.text())
     failures = getattr(result, "failures", list[str])()
     for line in failures:
-        typer.echo(f"error: {line}", err=True)
+        _tell("error", line, style)
     if failures:
         raise typer.Exit(getattr(result, "exit_code", EXIT_PARTIAL))

@@ -14,25 +14,21 @@ import hashlib
 import json
 import logging
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import Result
 from filelock import FileLock
 from forks import Forks, start_server
+from typer.testing import CliRunner
 
+import cli
 from pipeline.config import Config
 from pipeline.params import parse_config
-
-with warnings.catch_warnings():  # typer < 0.21 imports names that click 8.5 calls deprecated
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from click.testing import Result
-    from typer.testing import CliRunner
-
-    import cli
 
 TINY = {
     "data": {"image_size": 32},
@@ -212,15 +208,22 @@ def finished(shared_pipeline: Config, tmp_path: Path) -> Config:
 # --------------------------------------------------------------------------- the command line
 
 
-def call(*arguments: object, stdin: str | None = None) -> Result:
-    """Run a command in this process; the log, which commands set up, is then as it was before."""
+@contextmanager
+def log_kept() -> Iterator[None]:
+    """The log, which commands set up, is then as it was before."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
-        return CliRunner().invoke(cli.app, [*map(str, arguments)], input=stdin)
+        yield
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+
+
+def call(*arguments: object, stdin: str | None = None) -> Result:
+    """Run a command in this process."""
+    with log_kept():
+        return CliRunner().invoke(cli.app, [*map(str, arguments)], input=stdin)
 
 
 def fails(code: int, *arguments: object) -> str:

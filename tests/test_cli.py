@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from conftest import Project, answer, call, fails, listing
+from typer.main import get_command
+from typer.testing import CliRunner
 
+import cli
 from pipeline.console import command
 from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError
-
-with warnings.catch_warnings():  # typer < 0.21 imports names that click 8.5 calls deprecated
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from typer.main import get_command
-    from typer.testing import CliRunner
-
-    import cli
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(get_command(cli.app).commands)  # type: ignore[attr-defined]
@@ -74,6 +70,16 @@ def test_every_command_has_help(command: str) -> None:
     assert result.exit_code == 0
     assert "--debug" in result.stdout
     assert "--json" in result.stdout
+
+
+def test_help_explains_what_a_command_is_given_by_position() -> None:
+    group: Any = get_command(cli.app)
+    for name in COMMANDS:
+        for parameter in group.commands[name].params:
+            if parameter.param_type_name == "argument":
+                shown = re.sub(r"[\s│]+", " ", call(name, "--help").stdout)
+                assert parameter.help
+                assert parameter.help in shown, (name, parameter.name)
 
 
 def test_help_of_the_cache_names_its_commands() -> None:

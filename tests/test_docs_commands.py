@@ -41,6 +41,7 @@ NOT_RUN = {
     "make *": "makes the environment that this test runs in",
     "dvc *": "tests/test_dvc_repro.py runs it, on tiny data",
     "python *": "measures for minutes, or needs real data",
+    "samfed --install-completion ": "changes the shell's own files",
     "samfed cache ": "a family of commands",
     "samfed demo *": "takes minutes; tests/results/test_demo.py runs it with tiny settings",
     "samfed * --params benchmarks/*": "needs real data and hours",
@@ -121,13 +122,15 @@ def parse_samfed(words: list[str]) -> None:
     """Let the real command line read a command, without running it, and its settings."""
     command: Command = typer.main.get_command(cli.app)
     context: Context | None = None
-    while isinstance(command, Group) and words:
+    while isinstance(command, Group) and words and not words[0].startswith("-"):
         context = Context(command, parent=context, info_name=command.name)
         name, found, words = command.resolve_command(context, words)
         assert found is not None, name
         command = found
     if isinstance(command, Group):
-        return  # `samfed cache`, which is a family of commands
+        # `samfed cache`, which is a family of commands, or an option of `samfed` itself
+        assert set(words) <= {each for option in command.params for each in option.opts}
+        return
     given = command.make_context(command.name, list(words), parent=context).params
     if "overrides" in given:
         params = ROOT / (given.get("params") or "params.yaml")

@@ -64,6 +64,26 @@ def test_another_cli_on_the_path_is_not_run(place: str, wheel: Path, tmp_path: P
     assert run(tmp_path, "-m", "pipeline", "--version", path=path) == expected
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_the_shell_completes_commands_and_choices(tmp_path: Path) -> None:
+    module, function = PROJECT["scripts"]["samfed"].split(":")
+    script = tmp_path / "samfed"
+    script.write_text(f"#!{sys.executable}\nfrom {module} import {function} as f\nf()\n")
+    script.chmod(0o755)
+    press_tab = (
+        'eval "$(samfed --show-completion)"; COMP_WORDS=({}); COMP_CWORD=$(({} - 1)); '
+        '_samfed_completion samfed; echo "${{COMPREPLY[@]}}"'
+    )
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for words, count, expected in (
+        ("samfed fin", 2, "finetune-sam"),
+        ("samfed prepare --progress ''", 4, "auto json none"),
+    ):
+        typed = ["bash", "-c", press_tab.format(words, count)]
+        done = subprocess.run(typed, env=os.environ | path, capture_output=True, text=True)
+        assert done.stdout == f"{expected}\n", done.stderr
+
+
 def test_only_what_is_tried_is_promised() -> None:
     systems = {each for each in PROJECT["classifiers"] if each.startswith("Operating System")}
     assert systems == {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from PIL import Image
 from pipeline.data.dermoscopy import SITES, draw_patient, render
 from pipeline.errors import DataError
 from pipeline.folders import folder_beside
+from pipeline.progress import Progress
 
 GENERATOR = "samfed.synthetic"
 GENERATOR_VERSION = 1  # raise it with every change that changes bytes
 CARD_NAME = "synthetic.json"
 SITE_NAMES = tuple(SITES)
+
+_Row = tuple[str, str, str]  # of sites.csv: image, site and group
 
 
 def _rng(seed: int, site: str, patient: int, number: int) -> np.random.Generator:
@@ -32,22 +36,21 @@ def _rng(seed: int, site: str, patient: int, number: int) -> np.random.Generator
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def _write_site(folder: Path, name: str, arguments: dict[str, int]) -> list[tuple[str, str, str]]:
-    """Write one site's images and masks; returns its rows of ``sites.csv``."""
-    rows: list[tuple[str, str, str]] = []
-    seed, count, person = arguments["seed"], arguments["images_per_site"], 0
-    while len(rows) < count:
+def _write_site(folder: Path, name: str, arguments: dict[str, int]) -> Iterator[_Row]:
+    """Write one site's images and masks; yields the row of ``sites.csv`` of each."""
+    seed, count, person, written = arguments["seed"], arguments["images_per_site"], 0, 0
+    while written < count:
         person += 1
         patient = draw_patient(SITES[name], _rng(seed, name, person, 0))
-        for number in range(1, 1 + min(patient.images, count - len(rows))):
-            image_id = f"{name}_{len(rows) + 1:04d}"
+        for number in range(1, 1 + min(patient.images, count - written)):
+            image_id = f"{name}_{written + 1:04d}"
             rng = _rng(seed, name, person, number)
             image, mask = render(SITES[name], patient, rng, arguments["size_px"])
             for kind, pixels in (("images", image), ("masks", mask)):
                 path = folder / kind / f"{image_id}.png"
                 Image.fromarray(pixels).save(path, format="PNG", compress_level=6)
-            rows.append((image_id, name, f"{name}_patient_{person:03d}"))
-    return rows
+            written += 1
+            yield image_id, name, f"{name}_patient_{person:03d}"
 
 
 def _check_replaceable(out: Path) -> None:
@@ -82,7 +85,14 @@ class GeneratedData:
         return f"{self.images} images in {self.folder}"
 
 
-def write_dataset(out: Path, *, images_per_site: int, size_px: int, seed: int) -> GeneratedData:
+def write_dataset(
+    out: Path,
+    *,
+    images_per_site: int,
+    size_px: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> GeneratedData:
     """Write ``images/``, ``masks/``, ``sites.csv`` and ``synthetic.json`` to the folder ``out``.
 
     The numbers are those of ``SynthConfig``; two sites are wider than high. An image depends only
@@ -95,7 +105,12 @@ def write_dataset(out: Path, *, images_per_site: int, size_px: int, seed: int) -
     with folder_beside(final) as folder:
         for kind in ("images", "masks"):
             (folder / kind).mkdir()
-        rows = [row for name in SITE_NAMES for row in _write_site(folder, name, arguments)]
+        rows = list[_Row]()
+        for name in SITE_NAMES:
+            for row in _write_site(folder, name, arguments):
+                rows.append(row)
+                if progress is not None:
+                    progress("generating images", len(rows), len(SITE_NAMES) * images_per_site)
         with (folder / "sites.csv").open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerows([("image_id", "site", "group"), *rows])

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pipeline.config import Config, NetworkConfig, deciding_settings, network_settings
 from pipeline.federation.inputs import RESULT_VERSION
 from pipeline.federation.local_update import cosine, train_on_server
-from pipeline.federation.schedule import Progress
 from pipeline.federation.views import PublicSet
+from pipeline.progress import Progress
 from pipeline.runtime import resolve_device
 from pipeline.segmentation.networks import build_model
 from pipeline.stores.plain_data import State, load, save

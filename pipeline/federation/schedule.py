@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -12,13 +11,6 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.federation.aggregation import fewest_updates
 from pipeline.federation.local_update import cosine
-
-
-class Progress(Protocol):
-    """Who is told how far a run is: ``done`` of ``total`` rounds or steps, and a note on it."""
-
-    def __call__(self, what: str, done: int, total: int, note: str = "", /) -> None:
-        """Show it."""
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,12 @@ from pipeline.federation.messages import EvaluateRequest, Reply
 from pipeline.federation.pretraining import first_model
 from pipeline.federation.rounds import Engine, Round, Strategy, TooFewError, asked
 from pipeline.federation.runs import Checkpoint, RunFolder
-from pipeline.federation.schedule import Progress, Rates, check_participants, participants
+from pipeline.federation.schedule import Rates, check_participants, participants
 from pipeline.federation.workplace import Workplace, build_networks
+from pipeline.progress import Progress
 from pipeline.runtime import resolve_device, torch_threads
+
+TRAINING = "clients' training in this round"
 
 log = logging.getLogger("samfed.federation")
 
@@ -73,7 +76,7 @@ def federate(
         notice = run.begin(config, inputs.fingerprint, mode=mode, archive=cache / "archive/runs")
         if notice:
             log.warning(notice)
-        Server(config, inputs, strategy, engine, run).run_all(progress)
+        Server(config, inputs, strategy, engine, run, progress).run_all()
     return run
 
 
@@ -86,13 +89,16 @@ class Server:
     strategy: Strategy
     engine: Engine
     run: RunFolder
+    progress: Progress | None = None
 
-    def run_all(self, progress: Progress | None) -> None:
+    def run_all(self) -> None:
         """Run the rounds that are left, and keep what the run leaves behind."""
         settings, checkpoint = self.config.federate, self._last()
         if checkpoint is None:
-            checkpoint = self._first(progress)
+            checkpoint = self._first()
             self.run.save_checkpoint(checkpoint)
+        rounds = f"{settings.method}: rounds"
+        self._show(rounds, checkpoint.round, settings.rounds)
         for number in range(checkpoint.round + 1, settings.rounds + 1):
             began = time.perf_counter()
             checkpoint, entry = self._play(checkpoint)
@@ -102,9 +108,12 @@ class Server:
             self.run.save_checkpoint(checkpoint)
             for warning in entry["warnings"]:
                 log.warning("round %d: %s", number, warning)
-            if progress is not None:
-                progress(f"{settings.method}: rounds", number, settings.rounds, round_note(entry))
+            self._show(rounds, number, settings.rounds, round_note(entry))
         self._conclude(checkpoint)
+
+    def _show(self, what: str, done: int, total: int, note: str = "") -> None:
+        if self.progress is not None:
+            self.progress(what, done, total, note)
 
     def _last(self) -> Checkpoint | None:
         """Return the checkpoint to go on from, or None if there is none.
@@ -122,7 +131,7 @@ class Server:
             )
         return checkpoint
 
-    def _first(self, progress: Progress | None) -> Checkpoint:
+    def _first(self) -> Checkpoint:
         """Train every kind of network on D_p; return round 0 with the server's."""
         for network in (*self.config.model.clients, self.config.model):
             weights = first_model(
@@ -130,7 +139,7 @@ class Server:
                 network,
                 self.inputs.public,
                 partition=self.inputs.partition,
-                progress=progress,
+                progress=self.progress,
             )
         return Checkpoint(0, weights, {}, self.inputs.partition, self.inputs.fingerprint)
 
@@ -151,7 +160,10 @@ class Server:
         if number == 1:
             this.warnings += quality_warnings(config, entries)
         self.strategy.begin(this)
-        for reply in this.ask([self.strategy.fit_request(this, client) for client in chosen]):
+        self._show(TRAINING, 0, len(chosen))
+        requests = [self.strategy.fit_request(this, client) for client in chosen]
+        for done, reply in enumerate(this.ask(requests), start=1):
+            self._show(TRAINING, done, len(chosen))
             reason = reply.fault or self.strategy.accept(this, reply)
             if reason:
                 this.reject_update(reply.client, reason)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.data.partition import Partition, load_partition
+from pipeline.progress import Progress
 from pipeline.sam.onnx import check_model
 from pipeline.sam.teacher import checked_card
 from pipeline.stores.label_store import Identity, RowKey
-
-Progress = Callable[[str, int, int], None]  # shows what is done, how much, and of how much
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from pipeline.errors import (
     StoreError,
 )
 from pipeline.folders import discard, recover_folder
-from pipeline.labelling.job import Meter, Progress, owner_images, store_lock, store_path
+from pipeline.labelling.job import Meter, owner_images, store_lock, store_path
+from pipeline.progress import Progress
 from pipeline.stores.arrays import canonical_json
 from pipeline.stores.integrity import Fault, check_store
 from pipeline.stores.label_store import Identity, LabelStore

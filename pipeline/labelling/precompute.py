@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Config
 from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError
-from pipeline.labelling.job import Job, Meter, Progress, load_job, store_lock
+from pipeline.labelling.job import Job, Meter, load_job, store_lock
 from pipeline.labelling.quality import (
     Statistics,
     flip_sample,
@@ -25,6 +25,7 @@ from pipeline.labelling.quality import (
     statistics_table,
 )
 from pipeline.labelling.worker import ChunkResult, ChunkTask, Executor, in_process
+from pipeline.progress import Progress
 from pipeline.runtime import torch_threads
 from pipeline.stores.label_store import LabelStore
 from pipeline.stores.opening import open_label_store

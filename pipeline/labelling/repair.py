@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.disk import writer_lock
 from pipeline.errors import EXIT_PARTIAL, CorruptStoreError, IdentityError, StoreError
 from pipeline.folders import move, recover_folder
-from pipeline.labelling.job import Job, Meter, Progress, load_job, owner_images, store_lock
+from pipeline.labelling.job import Job, Meter, load_job, owner_images, store_lock
 from pipeline.labelling.maintenance import (
     check_locked,
     counted,
@@ -22,6 +22,7 @@ from pipeline.labelling.maintenance import (
     reading,
 )
 from pipeline.labelling.precompute import label_owners
+from pipeline.progress import Progress
 from pipeline.stores.arrays import remove_partial_files
 from pipeline.stores.integrity import Fault, check_store, forget_damaged, mend_metadata
 from pipeline.stores.label_store import LabelStore, check_identity

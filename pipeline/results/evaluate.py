@@ -80,8 +80,8 @@ def _score(
     tested = {name: part.test for name, part in partition.clients.items() if part.test}
     size, num_classes = config.data.image_size, config.data.num_classes
     shared = None if config.heterogeneous else final_model(run, config)
-    names = list(partition.clients)
-    for number, (name, ids) in enumerate(tested.items(), start=1):
+    names, done, total = list(partition.clients), 0, sum(map(len, tested.values()))
+    for name, ids in tested.items():
         path = config.cache.root / "images" / name / "test.zarr"
         part = read_image_store(path, image_ids=ids, size=size, num_classes=num_classes)
         assert part.labels is not None
@@ -91,8 +91,9 @@ def _score(
         for image_id, mask, truth in zip(ids, predicted, part.labels, strict=True):
             score = image_metrics(mask, truth, num_classes=num_classes)
             yield Score(name, image_id, partition.images[image_id].group, score)
-        if progress is not None:
-            progress("evaluating", number, len(tested))
+            done += 1
+            if progress is not None:
+                progress("evaluating, images", done, total)
 
 
 def _why_untested(partition: Partition) -> str:
