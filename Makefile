@@ -22,12 +22,14 @@ check: .venv/installed
 
 # a process for each core; coverage of what these processes run, not of the commands they start
 test: check
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal \
-	  --cov --cov-report=term:skip-covered --cov-fail-under=95
+	$(BIN)/python -m slipcover --source pipeline --json --out .coverage.json \
+	  -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m slipcover --merge .coverage.json --out .coverage.json \
+	  --skip-covered --fail-under 95
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build samfed.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage
+	rm -rf .venv build samfed.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage.json

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 from conftest import write_params
 from dask_processes import ROOT, group_is_there
 
@@ -17,19 +16,20 @@ from pipeline.config import Config
 from pipeline.federation.runs import RunFolder
 
 
-@pytest.mark.parametrize("workers", [(), ("--workers", "1")], ids=["here", "workers"])
-def test_sigterm_to_federate_alone(
-    labelled: Config, tmp_path: Path, workers: tuple[str, ...]
-) -> None:
+def test_sigterm_to_federate_with_a_worker(labelled: Config, tmp_path: Path) -> None:
     """The command ends its workers, and its rounds are kept (of labels: labelling/test_cluster)."""
     federate = labelled.federate.model_copy(update={"name": "stopped", "rounds": 10_000})
     params = write_params(
         tmp_path / "params.yaml", labelled.model_copy(update={"federate": federate})
     )
     run = RunFolder(labelled.cache.root / "runs" / "stopped")
-    command = [sys.executable, str(ROOT / "cli.py"), "federate", "--params", str(params), *workers]
+    command = [sys.executable, str(ROOT / "cli.py"), "federate", "--params", str(params)]
     with subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "--workers", "1"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         try:
             while not run.history():

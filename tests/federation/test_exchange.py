@@ -57,9 +57,7 @@ def models(run: RunFolder) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize(
-    "method", ["supervised", "sam_only", "sam_fed", "shuffled", "rc_rf", "fedmd", "oracle"]
-)
+@pytest.mark.parametrize("method", ["sam_only", "sam_fed", "rc_rf", "fedmd"])
 def test_four_backbones_in_one_run(labelled: Config, method: str) -> None:
     config = named(labelled, method, method=method)
     run = federate(config)

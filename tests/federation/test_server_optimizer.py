@@ -97,10 +97,9 @@ def test_fedadam_agrees_with_flowers() -> None:
         assert weights["w"].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["fedavgm", "fedadam"])
-def test_a_stopped_run_goes_on_with_its_moments(labelled: Config, kind: str) -> None:
+def test_a_stopped_run_goes_on_with_its_moments(labelled: Config) -> None:
     """The checkpoint of round 1 has them: without, round 2 would begin from nothing."""
-    settings = {"server_optimizer": kind, "rounds": 2}
+    settings = {"server_optimizer": "fedadam", "rounds": 2}
     whole = federate(changed(labelled, "whole", **settings))
     seen: list[int] = []
 
@@ -117,5 +116,5 @@ def test_a_stopped_run_goes_on_with_its_moments(labelled: Config, kind: str) -> 
     assert models(stopped) == models(whole)
     checkpoint, plain = whole.load_checkpoint(), federate(changed(labelled, "plain"))
     assert checkpoint is not None
-    assert set(checkpoint.moments) == set({"fedavgm": "m", "fedadam": "mv"}[kind])
+    assert set(checkpoint.moments) == {"m", "v"}
     assert models(plain) != models(whole)

@@ -92,15 +92,10 @@ def test_a_worker_killed_in_the_middle_costs_nothing_but_its_shard(
     assert (again.labelled, again.already_labelled) == (0, result.labelled)
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
-)
-def test_a_signal_with_local_workers(
-    config: Config, prepared: Config, tmp_path: Path, number: int, code: int, word: str
-) -> None:
-    """Terminals and SLURM send it to the workers too: none is left, and what is done is kept.
+def test_ctrl_c_with_local_workers(config: Config, prepared: Config, tmp_path: Path) -> None:
+    """A terminal sends it to the workers too: none is left, and what is done is kept.
 
+    SIGTERM takes the same way (tests/test_signals.py).
     Then the command again, to the end: nothing is said but the result.
     """
     params = write_params(tmp_path / "params.yaml", config)
@@ -118,15 +113,15 @@ def test_a_signal_with_local_workers(
             while not (server.is_dir() and LabelStore(server).done().all()):
                 assert run.poll() is None
                 time.sleep(0.01)  # the rest takes a second or two
-            os.killpg(run.pid, number)
+            os.killpg(run.pid, signal.SIGINT)
             out, err = run.communicate()
             while group_is_there(run.pid):
                 time.sleep(0.05)  # dask's own helpers take a moment
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)
-    assert (run.returncode, out) == (code, "")
-    assert f"{word}: run the same command again to continue\n" in err  # beside dask's warnings
+    assert (run.returncode, out) == (130, "")
+    assert "interrupted: run the same command again to continue\n" in err  # beside dask's warnings
     assert "Traceback" not in err
     assert "leaked" not in err
     again = call(*options, 2)
