@@ -27,8 +27,9 @@ from forks import Forks, start_server
 from typer.testing import CliRunner
 
 import cli
-from pipeline.config import Config
+from pipeline.config import Config, NetworkConfig
 from pipeline.params import parse_config
+from pipeline.segmentation.model_spec import Calibration, Likeness, ModelSpec, Training
 
 TINY = {
     "data": {"image_size": 32},
@@ -85,6 +86,24 @@ def write_params(path: Path, config: Config) -> Path:
 def config(tiny_images: Path, tmp_path: Path) -> Config:
     """Tiny settings with an empty cache."""
     return tiny_config(tiny_images, tmp_path / "cache")
+
+
+def tiny_spec() -> ModelSpec:
+    """Return the description of a model whose two features are all the same to it."""
+    return ModelSpec(
+        samfed="0",
+        weights_sha256="none",
+        network=NetworkConfig(),
+        num_classes=1,
+        image_size=32,
+        grey=False,
+        temperature=1.0,
+        calibration=Calibration(images=0, ece_before=None, ece=None, reliability={}),
+        likeness=Likeness(images=1, mean=(0.0,), whitening=((1.0,),), threshold=1.0),
+        training=Training(
+            method="sam_fed", rounds=1, seed=0, client=None, clients=1, images=1, public_images=1
+        ),
+    )
 
 
 # --------------------------------------------------------------------------- folders

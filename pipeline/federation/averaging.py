@@ -115,8 +115,7 @@ class Averaging(Strategy):
         return weights
 
     def conclude(self, run: RunFolder, weights: State) -> Calibration:
-        """Keep the global model, and D_p's example images."""
-        run.save_model(weights)
+        """Keep D_p's example images."""
         calibration, public = self._measure(weights), self._workplace.public
         model = self._workplace.frozen(self._config.model, weights)
         examples = public_examples(model, public, calibration, config=self._config)

@@ -13,12 +13,14 @@ from pipeline.errors import StageError
 from pipeline.federation.aggregation import check_update
 from pipeline.federation.agreement import AgreementState
 from pipeline.federation.codistillation import distil, public_logits
+from pipeline.federation.description import FEWEST_IMAGES, describe, public_moments, training_of
 from pipeline.federation.exchange import EXCHANGES
 from pipeline.federation.inputs import ClientContext, flip_dice, load_client, load_part
 from pipeline.federation.local_update import LocalResult, LocalTask, local_update
 from pipeline.federation.messages import (
     AnyRequest,
     ClientEntry,
+    DescribeRequest,
     DistilRequest,
     EvaluateRequest,
     FitRequest,
@@ -34,7 +36,16 @@ from pipeline.federation.targets import measure_calibration
 from pipeline.federation.views import as_tensor
 from pipeline.federation.workplace import Workplace
 from pipeline.methods import METHODS
+from pipeline.segmentation.likeness import (
+    Statistics,
+    moments,
+    pooled_features,
+    statistics,
+    threshold_of,
+    usual_distance,
+)
 from pipeline.segmentation.metrics import dice_score
+from pipeline.segmentation.model_spec import ModelSpec
 from pipeline.segmentation.networks import get_state, predict_masks
 from pipeline.stores.image_store import ImageSet
 from pipeline.stores.plain_data import Plain, State, load, not_finite, save, tensors_of
@@ -98,6 +109,8 @@ class Client:
                 return self._distil(request)
             case EvaluateRequest():
                 return self._evaluate(request)
+            case DescribeRequest():
+                return self._describe(request)
 
     def _fit(self, request: FitRequest) -> Reply:
         """Train on its own images, from the broadcast weights or from its own."""
@@ -180,7 +193,7 @@ class Client:
         agreement = self._agreement(state, request, model)
         examples = client_examples(model, self._data, agreement, config=self._config)
         if request.weights is None:
-            self._run.save_model(_present(state.weights), self._context.name)
+            self._run.save_model(_present(state.weights), self._own_spec(model), self._context.name)
             if self._context.index == 0:
                 calibration = agreement.calibration
                 examples = [
@@ -189,6 +202,39 @@ class Client:
                 ]
         self._run.save_examples(examples, self._context.name)
         (self._private / _DISTILLED).unlink(missing_ok=True)
+
+    def _describe(self, request: DescribeRequest) -> Reply:
+        """Tell sums over pooled features, or how far the images lie from the sums of all."""
+        model = self._workplace.frozen(self._network, request.weights)
+        if request.statistics is None:
+            images = self._data.images
+            if len(images) < FEWEST_IMAGES:
+                return request.reply()
+            own = moments(pooled_features(model, images))
+            return request.reply(features=own.as_tensor(), images=own.count)
+        given = Statistics(0, request.statistics[0], request.statistics[1:])
+        return request.reply(metrics={"distance": self._distance(model, given)})
+
+    def _distance(self, model: nn.Module, given: Statistics) -> float:
+        """Return how far its validation images, or else its training images, usually lie."""
+        part = self._parts.get("val")
+        images = self._data.images if part is None else as_tensor(part)
+        return usual_distance(pooled_features(model, images), given)
+
+    def _own_spec(self, model: nn.Module) -> ModelSpec:
+        """Describe its own model from its own images and D_p."""
+        config, images = self._config, self._data.images
+        own = moments(pooled_features(model, images))
+        given = statistics([public_moments(model, self._public), own])
+        training = training_of(config, self._public, images=len(images))
+        return describe(
+            model,
+            self._public,
+            given.with_threshold(threshold_of([self._distance(model, given)])),
+            config=config,
+            network=self._network,
+            training=training.model_copy(update={"client": self._context.name}),
+        )
 
     def _agreement(
         self, state: PrivateState, request: FitRequest | EvaluateRequest, model: nn.Module

@@ -37,6 +37,7 @@ class Reply(Message):
     images: int = 0  # behind the weights, or the metrics
     weights: State | None = None
     logits: Tensor | None = None  # (N, K+1, S, S) float16 on the round's noised copy of D_p
+    features: Tensor | None = None  # (C+1, C) float64, sums over all images: ``DescribeRequest``
     seconds: float = 0.0  # of the client's own work
     fault: str = ""  # why there are no weights or logits; empty if nothing is wrong
 
@@ -85,7 +86,21 @@ class EvaluateRequest(Request):
     final: bool = False  # the run is over: keep your example images, and your own model
 
 
-AnyRequest = FitRequest | PredictRequest | DistilRequest | EvaluateRequest
+@dataclass(frozen=True, kw_only=True)
+class DescribeRequest(Request):
+    """Say how your images look to the final model, once the run is over.
+
+    Without ``statistics`` the reply has sums over the pooled features f of all training images:
+    of f in the first row, of f f^T below; nothing where there are fewer than ``FEWEST_IMAGES``.
+    With them it has the metric ``distance``, a 95th percentile over the validation images (without
+    any, the training images).
+    """
+
+    weights: State  # of the global model
+    statistics: Tensor | None = None  # (C+1, C) float64: mean, and below it the whitening matrix
+
+
+AnyRequest = FitRequest | PredictRequest | DistilRequest | EvaluateRequest | DescribeRequest
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 ``params.yaml`` as used, ``history.jsonl`` (one line a round), the last two of
 ``checkpoints/round_NNNN.safetensors``, and when the run is complete ``models/global.safetensors``,
-or ``clients/<client>/model.safetensors`` where clients have networks of their own, and
-``examples.safetensors``. What lies in ``clients/<client>/`` and a client's own model are written
-and read by that client alone. ``metrics.json`` comes from ``samfed evaluate`` and ``report.html``
-from ``samfed report``.
+or ``clients/<client>/model.safetensors`` where clients have networks of their own, a spec beside
+each (``.json``), and ``examples.safetensors``. What lies in ``clients/<client>/`` and a client's
+own model are written and read by that client alone. ``metrics.json`` comes from ``samfed evaluate``
+and ``report.html`` from ``samfed report``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pipeline.errors import ConfigError, CorruptStoreError, DataError, IdentityE
 from pipeline.federation.examples import Example, load_examples, save_examples
 from pipeline.folders import move, unused_name
 from pipeline.params import load_config
+from pipeline.segmentation.model_spec import ModelSpec, read_spec
 from pipeline.stores.plain_data import Plain, State, load, save
 
 EXAMPLES = "examples.safetensors"
@@ -94,6 +95,22 @@ class RunFolder:
     def model_path(self) -> Path:
         """The file of the final global model."""
         return self._model(None)
+
+    def weights_path(self, client: str | None = None) -> Path:
+        """Return the file of a final model, global or a client's own.
+
+        Raises:
+            StageError: there is none; it says whose models the run has.
+        """
+        path = self._model(client)
+        if not path.is_file():
+            own = sorted(p.parent.name for p in self.path.glob("clients/*/model.safetensors"))
+            names = f"; its clients have their own: --client {' | '.join(own)}" if own else ""
+            shared = "; all its clients share the global model" if self.model_path.exists() else ""
+            raise StageError(
+                f"{path}: not found{names or shared or '; run `samfed federate` first'}"
+            )
+        return path
 
     def _model(self, client: str | None) -> Path:
         if client is None:
@@ -218,9 +235,24 @@ class RunFolder:
         dice = "" if found["val_dice"] is None else f", validation Dice {found['val_dice']:.3f}"
         return f"{found['rounds']} rounds{dice}; {self.path}"
 
-    def save_model(self, weights: State, client: str | None = None) -> None:
-        """Write a final model, global or a client's own; the same weights give the same bytes."""
-        save(self._model(client), weights)
+    def save_model(self, weights: State, spec: ModelSpec, client: str | None = None) -> None:
+        """Write a final model, global or a client's own, and its spec beside it, last.
+
+        The same model gives the same bytes.
+        """
+        path = self._model(client)
+        save(path, weights)
+        sealed = spec.model_copy(update={"weights_sha256": file_sha256(path)})
+        sealed.write(path.with_suffix(".json"))
+
+    def spec(self, client: str | None = None) -> ModelSpec:
+        """Return the spec of a final model, global or a client's own.
+
+        Raises:
+            StageError: the run is not complete, or was made before samfed wrote any.
+            FormatError, CorruptStoreError: as ``read_spec``.
+        """
+        return read_spec(self._model(client).with_suffix(".json"))
 
     def load_model(self, client: str | None = None) -> State:
         """Return the weights of the global model, or of a client's own.
@@ -228,10 +260,7 @@ class RunFolder:
         Raises:
             StageError: the run is missing or not complete. CorruptStoreError: it is damaged.
         """
-        path = self._model(client)
-        if not path.is_file():
-            raise StageError(f"{path}: not found; run `samfed federate` first")
-        return load(path, State)
+        return load(self.weights_path(client), State)
 
     def partition_sha256(self) -> str:
         """Return the sha256 of the ``partition.json`` that the run was made on.

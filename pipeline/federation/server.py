@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.disk import writer_lock
 from pipeline.errors import DataError
 from pipeline.federation.averaging import Averaging
+from pipeline.federation.description import (
+    FEWEST_IMAGES,
+    describe,
+    public_moments,
+    training_of,
+)
 from pipeline.federation.diagnostics import (
     client_warnings,
     quality_warnings,
@@ -21,7 +30,7 @@ from pipeline.federation.diagnostics import (
 from pipeline.federation.engines import Connect, in_process
 from pipeline.federation.exchange import Exchange
 from pipeline.federation.inputs import RunInputs, load_inputs
-from pipeline.federation.messages import EvaluateRequest, Reply
+from pipeline.federation.messages import DescribeRequest, EvaluateRequest, Reply
 from pipeline.federation.pretraining import first_model
 from pipeline.federation.rounds import Engine, Round, Strategy, TooFewError, asked
 from pipeline.federation.runs import Checkpoint, RunFolder
@@ -29,6 +38,13 @@ from pipeline.federation.schedule import Rates, check_participants, participants
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.progress import Progress
 from pipeline.runtime import resolve_device, torch_threads
+from pipeline.segmentation.likeness import (
+    Moments,
+    pooled_features,
+    statistics,
+    threshold_of,
+    usual_distance,
+)
 
 TRAINING = "clients' training in this round"
 
@@ -76,7 +92,7 @@ def federate(
         notice = run.begin(config, inputs.fingerprint, mode=mode, archive=cache / "archive/runs")
         if notice:
             log.warning(notice)
-        Server(config, inputs, strategy, engine, run, progress).run_all()
+        Server(config, inputs, workplace, strategy, engine, run, progress).run_all()
     return run
 
 
@@ -86,6 +102,7 @@ class Server:
 
     config: Config
     inputs: RunInputs
+    workplace: Workplace
     strategy: Strategy
     engine: Engine
     run: RunFolder
@@ -206,3 +223,50 @@ class Server:
         names = [entry.name for entry in self.engine.entries]
         for _ in self._evaluate(after, names, part=None, calibration=calibration, final=True):
             pass  # each client keeps its own
+        if self.strategy.shared(after.weights) is not None:
+            self._keep_model(after)
+
+    def _keep_model(self, after: Checkpoint) -> None:
+        """Keep the global model and its spec, which takes two questions to the clients."""
+        entries, config = self.engine.entries, self.config
+        model = self.workplace.frozen(config.model, after.weights)
+        public = self.inputs.public
+        found = [public_moments(model, public)]
+        sums = {entry.name: entry.images for entry in entries if entry.images >= FEWEST_IMAGES}
+        for reply in self._ask_about(after, sums):
+            part = Moments.received(sums[reply.client], reply.features, like=found[0])
+            if part is None:
+                log.warning("%s: what it says of its images is left out", reply.client)
+            else:
+                found.append(part)
+        given = statistics(found)
+        distances = [usual_distance(pooled_features(model, public.calibration.images), given)]
+        for reply in self._ask_about(after, [e.name for e in entries], given.as_tensor()):
+            distance = reply.metrics.get("distance")
+            if distance is None or not math.isfinite(distance):
+                log.warning("%s: its images' distance is left out", reply.client)
+            else:
+                distances.append(distance)
+        images = sum(entry.images for entry in entries)
+        spec = describe(
+            model,
+            public,
+            given.with_threshold(threshold_of(distances)),
+            config=config,
+            network=config.model,
+            training=training_of(config, public, images=images, clients=len(entries)),
+        )
+        self.run.save_model(after.weights, spec)
+
+    def _ask_about(
+        self, after: Checkpoint, names: Iterable[str], statistics: Tensor | None = None
+    ) -> Iterator[Reply]:
+        """Ask clients how their images look to the final model."""
+        requests = [
+            DescribeRequest(
+                **after.address(name, after.round), weights=after.weights, statistics=statistics
+            )
+            for name in names
+        ]
+        for _, reply in asked(self.engine, requests):
+            yield reply

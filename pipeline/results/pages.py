@@ -21,13 +21,14 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image, ImageColor
+from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
+
+from pipeline.segmentation.palette import CLASS_COLOURS, class_colour
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("solid", "dashed", "dotted")  # the same words in matplotlib and in CSS
-CLASS_COLOURS = ("#00E5FF", "#FFD400", "#FF4FD8", "#7CFF4F", "#FF7A1A")  # on skin and mucosa
 GREY = "#B8BEC6"
 DECIMALS = {"dice": 3, "iou": 3, "hd95": 1, "assd": 1, "hd95_defined": 1, "assd_defined": 1}
 PANEL_PX = 160  # of an example's picture: twelve examples stay below 2 MB
@@ -130,8 +131,7 @@ def _overlay(mask: Mask, truth: Mask | None, side: int) -> str:
     labels, edge = _enlarge(mask, side, line_px=2)
     rgba = np.zeros((side, side, 4), dtype=np.uint8)
     for index in np.unique(labels[labels > 0]):
-        colour = ImageColor.getrgb(CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)])
-        rgba[labels == index] = (*colour, 70)
+        rgba[labels == index] = (*class_colour(index), 70)
     rgba[edge, 3] = 255
     if truth is not None and truth is not mask:
         rgba[_enlarge(truth, side, line_px=1)[1]] = 255

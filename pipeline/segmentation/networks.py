@@ -41,18 +41,12 @@ def build_model(settings: Config, *, seed: int, network: NetworkConfig | None = 
         ConfigError: architecture, encoder and image size do not fit. DataError: bad weights.
     """
     config = network or settings.model
-    build, channels = _ARCHITECTURES[config.architecture]
-    arguments = {} if channels is None else {channels: _decoder_channels(config)}
+    build, _ = _ARCHITECTURES[config.architecture]
+    arguments = smp_arguments(config, num_classes=settings.data.num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model: nn.Module = build(
-                config.encoder,
-                encoder_depth=config.encoder_depth,
-                encoder_weights=None,
-                classes=settings.data.num_classes + 1,
-                **arguments,
-            )
+            model: nn.Module = build(config.encoder, encoder_weights=None, **arguments)
         except Exception as error:  # smp and timm raise KeyError, ValueError, RuntimeError here
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
@@ -64,6 +58,17 @@ def build_model(settings: Config, *, seed: int, network: NetworkConfig | None = 
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _check_output(model, settings, config)
     return model
+
+
+def smp_arguments(config: NetworkConfig, *, num_classes: int) -> dict[str, Any]:
+    """Return the arguments beside encoder and weights that segmentation-models-pytorch takes.
+
+    Raises:
+        ConfigError: there are not as many ``decoder_channels`` as the architecture needs.
+    """
+    _, channels = _ARCHITECTURES[config.architecture]
+    widths = {} if channels is None else {channels: _decoder_channels(config)}
+    return {"encoder_depth": config.encoder_depth, "classes": num_classes + 1, **widths}
 
 
 def _decoder_channels(config: NetworkConfig) -> Any:

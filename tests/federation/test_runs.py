@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, tiny_spec
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, CorruptStoreError, DataError, StageError
@@ -102,11 +102,11 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(run: RunFolder) -> None:
 
 def test_a_flipped_byte_of_a_models_weights_is_found(run: RunFolder) -> None:
     weights = {"layer.weight": torch.arange(12.0).reshape(3, 4).t()}
-    run.save_model(weights)
+    run.save_model(weights, tiny_spec())
     assert torch.equal(run.load_model()["layer.weight"], weights["layer.weight"])
     path = run.path / "models" / "global.safetensors"
     whole = path.read_bytes()
-    run.save_model(weights)
+    run.save_model(weights, tiny_spec())
     assert path.read_bytes() == whole
     damaged = bytearray(whole)
     damaged[-3] ^= 1
@@ -252,7 +252,7 @@ def test_the_final_model(run: RunFolder) -> None:
     with pytest.raises(StageError) as caught:
         run.load_model()
     assert str(caught.value) == f"{run.model_path}: not found; run `samfed federate` first"
-    run.save_model(checkpoint(2).weights)
+    run.save_model(checkpoint(2).weights, tiny_spec())
     found = run.load_model()
     assert torch.equal(found["conv.weight"], checkpoint(2).weights["conv.weight"])
 
@@ -288,7 +288,7 @@ def test_a_run_that_begins_again_outlives_its_old_checkpoints(run: RunFolder) ->
 def test_examples_that_are_missing_are_named(
     run: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run.save_model({"layer.weight": torch.zeros(1)})
+    run.save_model({"layer.weight": torch.zeros(1)}, tiny_spec())
     run.save_examples([])
     run.private("a").mkdir(parents=True)
     run.save_examples([], "b")

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pipeline.config import SamConfig
 from pipeline.errors import ConfigError
-from pipeline.results.evaluate_teacher import Reliability
 from pipeline.sam.attention import FoldedAttention, fold_attention
 from pipeline.sam.build import build_sam, decode_masks
 from pipeline.sam.checkpoints import build_base
@@ -24,6 +23,7 @@ from pipeline.sam.lora import add_adapter, merge_lora
 from pipeline.sam.teacher import forward, image_score, resolve_precision, to_labels
 from pipeline.sam.training import real_iou
 from pipeline.segmentation.losses import IGNORE
+from pipeline.segmentation.reliability import Reliability
 
 
 def randomise(module: nn.Module, seed: int) -> None:
