@@ -245,6 +245,59 @@ def federate(
 
 @command(
     app,
+    model=Argument(help="Run (its name or folder), or a file that `samfed export` wrote."),
+    images=Argument(help="Images or NIfTI volumes, or folders of them."),
+    out="Folder for masks and predictions.csv; what is finished there is kept.",
+    client="This client's own model, where clients have networks of their own.",
+    teacher=Option("--teacher", help="Predict with SAM, as the run's settings ask for it."),
+    probabilities=Option("--probabilities", help="Also write a probability map of each class."),
+    overlays=Option("--overlays", help="Also write the images with their masks over them."),
+    tiff=Option("--tiff", help="Write masks as TIFF instead of indexed PNG."),
+    batch_size=Option(min=1, help="Images (or slices) at a time."),
+    device="auto, cpu, cuda or cuda:N.",
+)
+def predict(
+    config: "Config",
+    progress: Progress,
+    model: str,
+    images: list[Path],
+    out: Path,
+    client: str | None = None,
+    teacher: bool = False,
+    probabilities: bool = False,
+    overlays: bool = False,
+    tiff: bool = False,
+    batch_size: int = 16,
+    device: str = "auto",
+) -> Result:
+    """Predict masks of new images with a finished model; exit code 6 if some cannot be read."""
+    from pipeline.inference.loading import Choice, load_model
+    from pipeline.inference.outputs import Wanted
+    from pipeline.inference.predict import predict
+
+    chosen = load_model(config, Choice(model, client, teacher=teacher, device=device))
+    wanted = Wanted(out, "tiff" if tiff else "png", probabilities=probabilities, overlays=overlays)
+    return predict(chosen, images, wanted, batch_size=batch_size, progress=progress)
+
+
+@command(
+    app,
+    model=Argument(help="Run: its name or folder."),
+    out="Folder to write (default: export in the run's folder).",
+    client="This client's own model, where clients have networks of their own.",
+)
+def export(
+    config: "Config", model: str, out: Path | None = None, client: str | None = None
+) -> Result:
+    """Write a finished model as ONNX and safetensors, with a model card."""
+    from pipeline.inference.export import export_model
+    from pipeline.inference.loading import Choice
+
+    return export_model(config, Choice(model, client, device="cpu"), out)
+
+
+@command(
+    app,
     name="Run (default: federate.name).",
     out="Write to the folder of the run's name in this one (default: the run's own).",
 )

@@ -5,6 +5,8 @@ Rooms, from top to bottom. A room imports only rooms below it (``tests/test_room
 
 ``results``
     reads finished runs: scores, comparisons, the report, the teacher's page, the demo
+``inference``
+    uses finished models: masks of new images, files that leave the house
 ``setup``
     before the first command: what suits a folder, and whether everything fits
 ``labelling``

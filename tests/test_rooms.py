@@ -33,8 +33,9 @@ BELOW = {
     "sam": {"data", "stores", "segmentation"},
     "federation": {"data", "stores", "segmentation"},
     "labelling": {"sam", "data", "stores", "segmentation"},
+    "inference": {"federation", "sam", "data", "stores", "segmentation"},
     "setup": {"labelling", "federation", "sam", "data", "stores", "segmentation"},
-    "results": {"labelling", "federation", "sam", "data", "stores", "segmentation"},
+    "results": {"inference", "labelling", "federation", "sam", "data", "stores", "segmentation"},
 }
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ENTRIES = {
@@ -101,7 +102,7 @@ def test_libraries_stay_in_their_room() -> None:
         "numcodecs": {"stores"},
         "segmentation_models_pytorch": {"segmentation"},
         "segment_anything": {"sam"},
-        "onnxruntime": {"sam"},
+        "onnxruntime": {"sam", "inference"},
         "SimpleITK": {"data"},
         "pydicom": {"data"},
         "distributed": {"cluster"},

@@ -92,7 +92,7 @@ def read_all(config: DataConfig, images: Mapping[str, ImageFiles]) -> Iterator[t
     Raises:
         DataError: an image or mask is unusable.
     """
-    found = _map_ahead(lambda files: _read(config, files), images.values())
+    found = map_ahead(lambda files: _read(config, files), images.values())
     yield from zip(images, found, strict=True)
 
 
@@ -118,7 +118,7 @@ def _read(config: DataConfig, files: ImageFiles) -> Read:
     return Read(entry, seen, Frame(frame, resize_mask(mask.pixels, config.image_size)))
 
 
-def _map_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def map_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Apply a function on all cores, in order; results that wait are twice the cores at most."""
     cores = os.cpu_count() or 1
     waiting = deque[Future[R]]()

@@ -31,9 +31,9 @@ from pipeline.sam.onnx import (
     check_exportable,
     model_path,
     onnx_precision,
-    sealed,
 )
 from pipeline.sam.teacher import forward, load_teacher, to_labels
+from pipeline.stores.sealed_onnx import sealed
 
 #: With Attention as one operator: no attention matrix where the provider has a fused kernel.
 OPSET = 23

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
@@ -24,6 +22,7 @@ from pipeline.runtime import resolve_device
 from pipeline.sam.frame import to_input_frame
 from pipeline.sam.teacher import checked_card
 from pipeline.stores.label_store import PseudoLabels
+from pipeline.stores.sealed_onnx import checked_properties
 from pipeline.stores.teacher_card import TeacherCard
 
 log = logging.getLogger("samfed.sam.onnx")
@@ -34,7 +33,6 @@ OUTPUTS = ("masks", "confidences", "predicted_iou")
 MODEL_FORMAT = "1"
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_SEAL = "samfed.sha256"
 _AGAIN = "run `samfed export-onnx` again"
 _LOG_FATAL = 4  # of ONNX Runtime's levels 0..4: errors are raised, and need no second report
 
@@ -75,21 +73,6 @@ def check_exportable(settings: Config) -> None:
         )
 
 
-def sealed(body: bytes, properties: Mapping[str, str]) -> bytes:
-    """Return a serialised model with ``properties`` and, last of all, the sha256 of what is before.
-
-    Protobuf takes fields at the end of a message as part of it: they are metadata like any other.
-    """
-    body += _as_metadata(properties)
-    return body + _as_metadata({_SEAL: hashlib.sha256(body).hexdigest()})
-
-
-def _as_metadata(properties: Mapping[str, str]) -> bytes:
-    entries = [onnx.StringStringEntryProto(key=k, value=v) for k, v in properties.items()]
-    metadata: bytes = onnx.ModelProto(metadata_props=entries).SerializeToString()
-    return metadata
-
-
 def read_properties(path: Path) -> dict[str, str]:
     """Return the model's metadata, after every byte of the model has been checked.
 
@@ -98,12 +81,7 @@ def read_properties(path: Path) -> dict[str, str]:
     """
     if not path.is_file():
         raise StageError(f"{path}: not found; run `samfed export-onnx` first")
-    content = path.read_bytes()
-    body = content[: -len(_as_metadata({_SEAL: "0" * 64}))]
-    if content != sealed(body, {}):
-        raise CorruptStoreError(f"{path}: damaged, or not written by samfed; {_AGAIN}")
-    model = onnx.ModelProto.FromString(content)
-    properties = {entry.key: entry.value for entry in model.metadata_props}
+    properties = checked_properties(path, advice=_AGAIN)
     if "samfed.weights" in properties:
         weights = path.with_name(properties["samfed.weights"])
         if not weights.is_file() or file_sha256(weights) != properties["samfed.weights_sha256"]:

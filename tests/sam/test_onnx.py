@@ -44,10 +44,10 @@ from pipeline.sam.onnx import (
     OUTPUTS,
     OnnxTeacher,
     read_properties,
-    sealed,
 )
 from pipeline.sam.teacher import ADAPTER_FILE, Teacher, load_teacher
 from pipeline.stores.label_store import LabelStore, PseudoLabels
+from pipeline.stores.sealed_onnx import sealed
 from pipeline.stores.teacher_card import CARD_FILE, TeacherCard
 
 Images = list[NDArray[np.uint8]]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 
 from pipeline.data.importers.items import Item, Options, Spacing, pair_labels
 from pipeline.data.importers.sources import Files
+from pipeline.disk import write_bytes
 from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.progress import Progress
 
@@ -92,6 +94,27 @@ def read_volume(path: Path) -> Volume:
         )
     x, y, z = image.GetSpacing()
     return Volume(sitk.GetArrayFromImage(image), (z, y, x))
+
+
+def write_like(path: Path, values: Array, out: Path) -> None:
+    """Write values (Z, Y, X), as ``read_volume`` gives them, as NIfTI on the grid of ``path``.
+
+    Atomically. The file has the order, spacing, origin and directions of the original.
+    """
+    sitk = simple_itk()
+    original = sitk.ReadImage(str(path))
+    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(original.GetDirection())
+    volume = sitk.GetImageFromArray(values)
+    volume.CopyInformation(sitk.DICOMOrient(original, "LPS"))
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "volume.nii.gz"
+        sitk.WriteImage(sitk.DICOMOrient(volume, code), str(file))
+        write_bytes(out, file.read_bytes())
+
+
+def slicing_axis(volume: Volume) -> int:
+    """Return the axis along which slices lie farthest apart; the axial one where all are equal."""
+    return int(np.argmax(volume.spacing))
 
 
 def _check_whole(path: Path, image: Any) -> None:
@@ -206,8 +229,7 @@ def _slices(case: Case, classes: ClassTable, options: Options) -> Iterator[Item]
                 f"{volume.values.shape} of {volume.spacing}; resample the labels to the image"
             )
         labels = classes.apply(truth.values, case.labels)
-    # the acquisition's slices lie farthest apart; where all are equal, the axial ones
-    axis = PLANES.index(options.axis) if options.axis else int(np.argmax(volume.spacing))
+    axis = PLANES.index(options.axis) if options.axis else slicing_axis(volume)
     rows, columns = (mm for each, mm in enumerate(volume.spacing) if each != axis)
     window = window_of(volume.values, options.window)
     for index in range(volume.values.shape[axis]):
