@@ -144,10 +144,12 @@ def parse_make(words: list[str]) -> None:
 def parse_dvc(words: list[str]) -> None:
     parse = "import sys; from dvc.cli.parser import get_main_parser as p; p().parse_args()"
     subprocess.run([sys.executable, "-c", parse, *words], check=True, capture_output=True)
-    for target in words[1:] if words[0] == "repro" else ():
-        file, _, stage = target.partition(":")
-        stages = yaml.safe_load((ROOT / file).read_text())["stages"]
-        assert not stage or stage.partition("@")[0] in stages
+    folder = ROOT
+    if words[0] == "--cd":
+        folder, words = ROOT / words[1], words[2:]
+    stages = yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]
+    for stage in words[1:] if words[0] == "repro" else ():
+        assert stage.partition("@")[0] in stages
 
 
 class ParsedError(Exception):
