@@ -315,18 +315,23 @@ def evaluate(
     app,
     names=Argument(metavar="[NAME]...", help="Row (of runs ROW-seed<k>) or run (default: all)."),
     reference=Option(metavar="ROW", help="Row that differences refer to (default: sam_fed)."),
-    output=Option(metavar="FILE.md", help="Also write the tables to this file."),
+    output=Option(metavar="FILE", help="Also write the tables to this file."),
+    csv=Option("--csv", help="Print CSV: a line for each row, its clients and its classes."),
+    latex=Option("--latex", help="Print LaTeX tables for booktabs."),
 )
 def compare(
     config: "Config",
     names: list[str] | None = None,
     reference: str | None = None,
     output: Path | None = None,
+    csv: bool = False,
+    latex: bool = False,
 ) -> Result:
     """Set evaluated runs side by side: means over seeds, intervals, paired tests, as Markdown."""
-    from pipeline.results.compare import compare
+    from pipeline.results.compare import choose_layout, compare
 
-    return compare(config.cache.root / "runs", names or (), reference=reference, output=output)
+    layout, runs = choose_layout(csv=csv, latex=latex), config.cache.root / "runs"
+    return compare(runs, names or (), reference=reference, output=output, layout=layout)
 
 
 @command(

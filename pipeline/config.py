@@ -90,8 +90,28 @@ class DataConfig(_Section):
     # name of the mask of image {id} in masks/; .* is any of png jpg jpeg tif tiff bmp gif
     mask_pattern: Annotated[str, AfterValidator(_mask_pattern)] = "{id}.*"
     num_classes: Annotated[int, Field(ge=1, le=254), _FIRST_MODEL] = 1  # K foreground classes
+    class_names: tuple[str, ...] = ()  # of the classes 1..K, for tables and pages
     # side of the client's frame, px
     image_size: Annotated[int, Field(ge=16, le=2048, multiple_of=16), _FIRST_MODEL] = 64
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        names = self.class_names
+        if names and (len(names) != self.num_classes or not all(map(str.strip, names))):
+            raise ValueError(
+                f"class_names has {len(names)} names; expected one for each of {self.num_classes} "
+                "classes, none of them empty"
+            )
+        if len({*names}) < len(names):
+            raise ValueError(f"class_names {', '.join(names)}: expected different names")
+        return self
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What the classes 1..K are called; without ``class_names`` by their numbers."""
+        if self.class_names or self.num_classes == 1:
+            return self.class_names or ("foreground",)
+        return tuple(f"class {number}" for number in range(1, self.num_classes + 1))
 
 
 class CacheConfig(_Section):
@@ -262,6 +282,14 @@ class FederateConfig(_Section):
     device: Annotated[str, _REPETITION] = "auto"
 
 
+class EvaluateConfig(_Section):
+    """How finished models are scored."""
+
+    # surface Dice (NSD): how far outlines may lie apart, in the client's frame and in mm
+    tolerance_px: PositiveFloat = 2.0
+    tolerance_mm: PositiveFloat = 2.0
+
+
 class Config(_Section):
     """All of ``params.yaml``."""
 
@@ -275,6 +303,7 @@ class Config(_Section):
     model: ModelConfig = ModelConfig()
     agreement: AgreementConfig = AgreementConfig()
     federate: FederateConfig = FederateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -116,7 +116,7 @@ def test_unknown_section_lists_the_sections(tmp_path: Path) -> None:
     path = write(tmp_path, "federat: {rounds: 4}\n")
     assert message(path) == (
         f"{path}: unknown key 'federat' (nearest: federate); expected one of seed, data, cache, "
-        "synth, partition, sam, precompute, model, agreement, federate"
+        "synth, partition, sam, precompute, model, agreement, federate, evaluate"
     )
 
 
@@ -468,6 +468,7 @@ REPETITION = ["seed", "federate.threads", "federate.device"]  # of one experimen
 AUDIT = ["federate.audit"]
 TEACHER = [f"sam.{key}" for key in Config().sam.model_dump()]  # rounds depend on its labels
 NOTHING = [
+    "data.class_names",
     "data.mask_pattern",
     "data.root",
     "cache.root",
@@ -482,7 +483,22 @@ NOTHING = [
     "federate.min_clients",
     "federate.link_mbit",
     "federate.warn_drift",
+    *(f"evaluate.{key}" for key in Config().evaluate.model_dump()),
 ]
+
+
+def test_names_of_classes() -> None:
+    """One for each class, or none; then they go by their numbers."""
+
+    def classes(*settings: str) -> tuple[str, ...]:
+        return load_config(None, settings).data.classes
+
+    assert (classes(), classes("data.num_classes=2")) == (("foreground",), ("class 1", "class 2"))
+    two = ("data.num_classes=2", "data.class_names=[liver, tumour]")
+    assert classes(*two) == ("liver", "tumour")
+    assert "class_names has 2 names; expected one for each of 1 classes" in message(None, two[1])
+    for names, fault in (("[a, ' ']", "none of them empty"), ("[a, a]", "different names")):
+        assert fault in message(None, two[0], f"data.class_names={names}")
 
 
 @pytest.mark.parametrize(

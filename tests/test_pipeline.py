@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import shutil
 import signal
 import time
@@ -160,7 +162,7 @@ def test_a_clients_training_store_holds_no_labels(shared_pipeline: Config) -> No
 
 def test_metrics_file_has_the_promised_shape(run: RunFolder) -> None:
     metrics = json.loads((run.path / "metrics.json").read_text())
-    assert set(metrics) == {"method", "seed", "rounds", "test"}
+    assert set(metrics) == {"method", "seed", "rounds", "test", "tolerance", "format"}
     assert set(metrics["test"]) == {"pooled", "clients", "client_mean"}
     assert {"dice", "iou", "hd95", "assd", "n"} <= set(metrics["test"]["pooled"])
     assert metrics["test"]["pooled"]["n"] == sum(
@@ -185,10 +187,35 @@ def test_rounds_as_a_table() -> None:
     ]
 
 
+def check_scores_of_two_classes(config: Config) -> None:
+    """Every class has its scores, every patient a line, and distances are in mm too."""
+    folder = config.cache.root / "runs" / "sam_fed"
+    pooled = json.loads((folder / "metrics.json").read_text())["test"]["pooled"]
+    images, groups = (
+        list(csv.DictReader((folder / f"per_{kind}.csv").read_text().splitlines()))
+        for kind in ("image", "group")
+    )
+    assert set(pooled["classes"]) == {"left", "right"}
+    assert len(images) == sum(int(group["images"]) for group in groups) == 2 * len(groups)
+    assert pooled["groups"]["n"] == len(groups)
+    for name, scores in pooled["classes"].items():
+        dice = [float(line[f"{name}: dice"]) for line in images]
+        assert scores["n"] == sum(not math.isnan(each) for each in dice)
+        assert scores["dice"] == pytest.approx(np.nanmean(dice), abs=1e-5)
+    # 48 rows of 0.5 mm and 48 or more columns of 2 mm are squashed to 32 x 32 pixels
+    entry = load_partition(config.cache.root / "partition.json").images[images[0]["image_id"]]
+    with Image.open(config.data.root / entry.image) as image:
+        assert entry.size_mm == (image.height * 0.5, image.width * 2)
+        low, high = image.height * 0.5 / 32, image.width * 2 / 32
+    for line in images:
+        px, mm = float(line["hd95"]), float(line["hd95_mm"])
+        assert low * px <= mm + 1e-4 <= high * px + 1e-3
+
+
 def test_two_classes_grey_images_and_a_partition_read_back(
     tiny_images: Path, tmp_path: Path
 ) -> None:
-    """Another data set: 16-bit grey TIFFs, two foreground classes, Dirichlet clients."""
+    """Another data set: 16-bit grey TIFFs of known size, patients, two classes, drawn clients."""
     root = tmp_path / "other"
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True)
@@ -198,9 +225,16 @@ def test_two_classes_grey_images_and_a_partition_read_back(
         mask = (np.asarray(Image.open(tiny_images / "masks" / path.name)) > 0).astype(np.uint8)
         mask[:, mask.shape[1] // 2 :] *= 2
         Image.fromarray(mask).save(root / "masks" / path.name)
+    ids = sorted(path.stem for path in (root / "images").iterdir())
+    sites = [f"{image_id},north,p{number // 2}" for number, image_id in enumerate(ids)]
+    (root / "sites.csv").write_text("\n".join(["image_id,site,group", *sites]))
+    spacing = [f"{image_id},0.5,2" for image_id in ids]
+    (root / "spacing.csv").write_text("\n".join(["image_id,row_mm,column_mm", *spacing]))
     drawn = {"scheme": "dirichlet", "clients": 2, "alpha": 50.0}
-    config = tiny_config(root, tmp_path / "cache", data={"num_classes": 2}, partition=drawn)
+    data = {"num_classes": 2, "class_names": ["left", "right"]}
+    config = tiny_config(root, tmp_path / "cache", data=data, partition=drawn)
     run_stages(config)
+    check_scores_of_two_classes(config)
     store = LabelStore(config.cache.root / "sam" / "client_00.zarr")
     assert store.identity.num_classes == 2
     assert store.read().masks.max() <= 2
@@ -209,7 +243,7 @@ def test_two_classes_grey_images_and_a_partition_read_back(
     read_back = tiny_config(
         root,
         tmp_path / "again",
-        data={"num_classes": 2},
+        data=data,
         partition={"file": str(config.cache.root / "partition.json")},
     )
     assert prepare(read_back).partition == load_partition(config.cache.root / "partition.json")

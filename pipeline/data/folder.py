@@ -12,11 +12,11 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.data.partition import ImageFiles
-from pipeline.data.sites import Sites, read_sites
+from pipeline.data.sites import Sites, read_sites, read_spacing
 from pipeline.errors import DataError
 
 log = logging.getLogger("samfed.data")
@@ -36,6 +36,7 @@ class InputFolder:
     ignored: tuple[str, ...] = ()  # files in images/ and masks/, relative to data.root
     subfolders: tuple[str, ...] = ()  # of images/ and masks/
     rows: tuple[str, ...] = ()  # ids in sites.csv that no image has
+    spacing: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # mm, of spacing.csv
 
     def as_json(self) -> dict[str, int]:
         """Return how many of each there are."""
@@ -79,6 +80,7 @@ def scan(root: Path, *, mask_pattern: str = ANY_MASK) -> InputFolder:
         ignored=_below(root, [*images.unread, *masks.unread]),
         subfolders=_below(root, [*images.subfolders, *masks.subfolders]),
         rows=sites.strangers,
+        spacing=read_spacing(root / "spacing.csv", images.by_id, endings=IMAGE_SUFFIXES),
     )
 
 

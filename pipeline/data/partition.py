@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.disk import is_folder_name, read_json, write_json
 from pipeline.errors import DataError
@@ -59,6 +67,10 @@ class ImageEntry(ImageFiles):
 
     image_sha256: Sha256
     mask_sha256: Sha256 | None = None
+    # height and width of the whole image in mm; left out of the file where it is not known
+    size_mm: Annotated[
+        tuple[PositiveFloat, PositiveFloat] | None, Field(exclude_if=lambda size: size is None)
+    ] = None
 
     @model_validator(mode="after")
     def _check(self) -> ImageEntry:
@@ -159,7 +171,10 @@ def read_partition_file(path: Path, entries: Mapping[str, ImageEntry]) -> Partit
                     f"partition.file: {kind} of '{image_id}' has another sha256 than the partition "
                     "says; use the files that it was made of"
                 )
-    return partition
+    # an older partition does not say how large a pixel is, and the folder may
+    sizes = {i: each.size_mm or entries[i].size_mm for i, each in partition.images.items()}
+    images = {i: e.model_copy(update={"size_mm": sizes[i]}) for i, e in partition.images.items()}
+    return partition.model_copy(update={"images": images})
 
 
 def save_partition(path: Path, partition: Partition) -> None:

@@ -12,14 +12,9 @@ from pipeline.config import Config
 from pipeline.data.drawing import draw_partition
 from pipeline.data.duplicates import join_copies, name_leaks
 from pipeline.data.folder import InputFolder, scan
-from pipeline.data.partition import (
-    ImageEntry,
-    ImageFiles,
-    Partition,
-    save_partition,
-)
+from pipeline.data.partition import ImageEntry, Partition, save_partition
 from pipeline.data.published import read_published
-from pipeline.data.reading import FrameFile, frame_file, read_all
+from pipeline.data.reading import FrameFile, Read, frame_file, read_all
 from pipeline.data.survey import Seen, Survey
 from pipeline.disk import flush, write_bytes, writer_lock
 from pipeline.errors import ConfigError, DataError
@@ -85,7 +80,7 @@ def prepare(
     advance = progress or (lambda *_: None)
     folder = scan(config.data.root, mask_pattern=config.data.mask_pattern)
     with frame_file(config.cache.root, size=config.data.image_size) as frames:
-        partition, survey = _plan(config, folder.images, frames, allow_duplicates, advance)
+        partition, survey = _plan(config, folder, frames, allow_duplicates, advance)
         name_leaks(partition)
         if with_oracle:
             _check_oracle(partition)
@@ -107,22 +102,31 @@ def _check_oracle(partition: Partition) -> None:
 
 def _plan(
     config: Config,
-    found: Mapping[str, ImageFiles],
+    folder: InputFolder,
     frames: FrameFile,
     allow_duplicates: bool,
     advance: Progress,
 ) -> tuple[Partition, Survey]:
     """Read every file, and draw the partition or read it back in; only ``frames`` are written."""
     entries, seen = dict[str, ImageEntry](), dict[str, Seen]()
-    for i, (image_id, read) in enumerate(read_all(config.data, found), start=1):
-        entries[image_id], seen[image_id] = read.entry, read.seen
+    for i, (image_id, read) in enumerate(read_all(config.data, folder.images), start=1):
+        entries[image_id] = _with_size(read, folder.spacing.get(image_id))
+        seen[image_id] = read.seen
         frames.add(image_id, read.frame)
-        advance("checking images", i, len(found))
+        advance("checking images", i, len(folder.images))
     if config.partition.file is not None:
         return read_published(config.partition.file, entries, config), Survey(seen)
     if not allow_duplicates:
         entries = join_copies(entries)
     return _draw(config, entries, seen), Survey(seen)
+
+
+def _with_size(read: Read, spacing: tuple[float, float] | None) -> ImageEntry:
+    """Return the image's entry, with its size in mm where the spacing of its pixels is known."""
+    if spacing is None:
+        return read.entry
+    height, width = (pixels * mm for pixels, mm in zip(read.size_hw, spacing, strict=True))
+    return read.entry.model_copy(update={"size_mm": (height, width)})
 
 
 def _draw(config: Config, entries: Mapping[str, ImageEntry], seen: Mapping[str, Seen]) -> Partition:

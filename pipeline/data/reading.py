@@ -38,6 +38,7 @@ class Read(NamedTuple):
     entry: ImageEntry
     seen: Seen
     frame: Frame
+    size_hw: tuple[int, int]  # of the original, px
 
 
 class FrameFile:
@@ -98,14 +99,15 @@ def read_all(config: DataConfig, images: Mapping[str, ImageFiles]) -> Iterator[t
 
 def _read(config: DataConfig, files: ImageFiles) -> Read:
     image = read_image(config.root / files.image)
+    size_hw = image.pixels.shape[0], image.pixels.shape[1]
     frame = resize_image(image.pixels, config.image_size)
     seen = Seen(files.site, files.image, orientation=image.orientation)
     if files.mask is None:
         entry = ImageEntry(**dict(files), image_sha256=image.sha256)
-        return Read(entry, seen, Frame(frame, None))
+        return Read(entry, seen, Frame(frame, None), size_hw)
     mask = read_mask(
         config.root / files.mask,
-        size_hw=image.pixels.shape[:2],
+        size_hw=size_hw,
         num_classes=config.num_classes,
         image_orientation=image.orientation,
     )
@@ -115,7 +117,8 @@ def _read(config: DataConfig, files: ImageFiles) -> Read:
         mask_orientation=mask.orientation,
     )
     entry = ImageEntry(**dict(files), image_sha256=image.sha256, mask_sha256=mask.sha256)
-    return Read(entry, seen, Frame(frame, resize_mask(mask.pixels, config.image_size)))
+    frames = Frame(frame, resize_mask(mask.pixels, config.image_size))
+    return Read(entry, seen, frames, size_hw)
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -1,4 +1,4 @@
-"""``sites.csv``: the site and the group of each image, as people write such tables.
+"""``sites.csv`` and ``spacing.csv``: what is known of each image, as people write such tables.
 
 What has one meaning only is read as it is meant: spaces around a cell, an empty row or column, a
 semicolon or tab between cells, a decomposed accent, an id with its file's ending. Everything else
@@ -10,11 +10,12 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -26,6 +27,7 @@ log = logging.getLogger("samfed.data")
 
 NO_GROUP = frozenset({"", "-", "na", "n/a", "nan", "none", "null"})  # in any case
 COLUMNS = ("image_id", "site", "group")
+SPACING_COLUMNS = ("image_id", "row_mm", "column_mm")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def read_sites(path: Path, images: Collection[str], *, endings: Collection[str])
         return Sites({})
     rows: dict[str, tuple[str, str]] = {}
     strangers, lacking = list[str](), list[str]()
-    for line, cells in _table(path):
+    for line, cells in _table(path, COLUMNS[:2], COLUMNS[2:]):
         image_id = _known_id(cells["image_id"], images, endings)
         site, group = cells["site"], cells.get("group")
         fault = _fault(image_id, site, seen=image_id in rows or image_id in strangers)
@@ -83,16 +85,49 @@ def _name_look_alikes(path: Path) -> None:
         log.warning("%s: is not read; save the table of sites as %s", other, path.name)
 
 
-def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def read_spacing(
+    path: Path, images: Collection[str], *, endings: Collection[str]
+) -> dict[str, tuple[float, float]]:
+    """Return the millimetres between rows and between columns of the images that have a row.
+
+    Args:
+        images, endings: as in ``read_sites``. Rows of other images are passed over.
+
+    Raises:
+        DataError: the table is damaged, or not clear, or a cell is no distance.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for line, cells in _table(path, SPACING_COLUMNS) if os.path.lexists(path) else ():
+        image_id, *texts = (cells[name] for name in SPACING_COLUMNS)
+        image_id = _known_id(image_id, images, endings)
+        if image_id in found:
+            raise DataError(f"{path} line {line}: '{image_id}' is listed twice")
+        try:
+            row, column = map(float, texts)
+        except ValueError:
+            row = column = math.nan
+        if not (0 < row < math.inf and 0 < column < math.inf):
+            raise DataError(
+                f"{path} line {line}: found {' and '.join(map(repr, texts))}; expected millimetres "
+                "above 0, or no row where they are not known"
+            )
+        if image_id in images:
+            found[image_id] = (row, column)
+    return found
+
+
+def _table(
+    path: Path, needed: Sequence[str], other: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the number of each row's first line, and its cells by column."""
     rows = _rows(path)
     _, names = next(rows, (1, []))
     header = [name.lower() for name in names]
-    if not {"image_id", "site"} <= set(header):
-        raise DataError(
-            f"{path}: found columns {names}; expected image_id, site and optionally group"
-        )
-    twice = [name for name in COLUMNS if header.count(name) > 1]
+    columns = (*needed, *other)
+    if not {*needed} <= {*header}:
+        optional = f" and optionally {', '.join(other)}" if other else ""
+        raise DataError(f"{path}: found columns {names}; expected {', '.join(needed)}{optional}")
+    twice = [name for name in columns if header.count(name) > 1]
     if twice:
         raise DataError(f"{path}: found column {twice[0]} twice; remove one")
     for line, cells in rows:
@@ -104,7 +139,7 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 "quotes around a cell that holds a separator"
             )
         pairs = zip_longest(header, cells[: len(header)], fillvalue="")
-        yield line, {name: cell for name, cell in pairs if name in COLUMNS}
+        yield line, {name: cell for name, cell in pairs if name in columns}
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:

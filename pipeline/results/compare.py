@@ -8,10 +8,10 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,14 @@ from pipeline.federation.runs import RunFolder
 from pipeline.methods import METHODS
 from pipeline.results.finished import SCORES, FinishedRun, read_run
 from pipeline.results.pages import render
-from pipeline.segmentation.metrics import bootstrap_means, sign_flip_test
+from pipeline.results.scores import as_csv
+from pipeline.segmentation.statistics import intervals, mean_of, sign_flip_test
 
 log = logging.getLogger("samfed.comparison")
 
 DEFAULT_REFERENCE = "sam_fed"
+
+Layout = Literal["markdown", "csv", "latex"]
 
 _SEED = 0  # of bootstrap and test: a table does not depend on the settings it is asked with
 
@@ -36,11 +39,12 @@ _SEED = 0  # of bootstrap and test: a table does not depend on the settings it i
 class Comparison:
     """Rows of runs side by side.
 
-    A row is JSON-ready: its ``row``, ``method``, ``runs``, ``seeds``, ``dice`` (0..1) and ``hd95``
-    (px), pooled over images, with ``_ci95`` [low, high] and ``_sd``, the standard deviation of the
-    runs' means (None for one run); ``client_mean``, the plain mean over clients; ``clients`` with
-    ``n``, ``dice``, ``hd95`` each; ``difference``, row minus reference of ``dice`` and ``hd95``
-    with ``_ci95`` and ``_p`` (None for the reference itself).
+    A row is JSON-ready: its ``row``, ``method``, ``runs``, ``seeds``; each of ``SCORES``, pooled
+    over images, those in mm where every image's size is known, with ``_ci95`` [low, high] (None
+    for one group) and ``_sd``, the standard deviation of the runs' means (None for one run);
+    ``client_mean``, the plain mean over clients; ``clients`` with ``n`` and the scores of each;
+    ``classes``, the means over seeds of each class of ``metrics.json``; ``difference``, row minus
+    reference of each score with ``_ci95`` and ``_p`` (None for the reference itself).
     """
 
     reference: str | None  # row that differences refer to; None: there are none
@@ -48,15 +52,24 @@ class Comparison:
     groups: int
     image_size: int  # px
     partition: str  # sha256
+    tolerance: dict[str, float]  # of the surface Dice, in ``px`` and ``mm``
     rows: list[dict[str, Any]]
+    layout: Layout = "markdown"  # of its text
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it."""
-        return asdict(self)
+        """Return all of it but its layout."""
+        return {key: value for key, value in asdict(self).items() if key != "layout"}
 
     def text(self) -> str:
-        """Return two Markdown tables, and what their numbers are."""
-        return render("compare.md.j2", **vars(self))
+        """Return its tables: Markdown with what their numbers are, LaTeX for booktabs, or CSV.
+
+        CSV has a line for all images of a row, for each client and for each class.
+        """
+        if self.layout == "csv":
+            return as_csv(["row", *_LINE], (_line(row, *part) for row in self.rows
+                                            for part in _parts(row))).rstrip("\n")  # fmt: skip
+        template = "compare.tex.j2" if self.layout == "latex" else "compare.md.j2"
+        return render(template, **vars(self))
 
 
 def compare(
@@ -65,6 +78,7 @@ def compare(
     *,
     reference: str | None = None,
     output: Path | None = None,
+    layout: Layout = "markdown",
 ) -> Comparison:
     """Compare evaluated runs, a row for each method.
 
@@ -73,7 +87,7 @@ def compare(
         names: rows or runs, in the order of the table; all evaluated runs if there is none, by
             method and name.
         reference: the row that differences refer to; ``sam_fed``, if it is there.
-        output: a file to which the tables are written.
+        output: a file to which the tables are written. layout: of them.
 
     Raises:
         ConfigError: the reference is not there, or runs of a row are not seeds of one method.
@@ -88,10 +102,21 @@ def compare(
         places = {method: place for place, method in enumerate(METHODS)}
         methods = {row: places[each[0].config.federate.method] for row, each in rows.items()}
         rows = {row: rows[row] for row in sorted(rows, key=lambda row: (methods[row], row))}
-    found = compare_rows(rows, reference=reference)
+    found = replace(compare_rows(rows, reference=reference), layout=layout)
     if output is not None:
         write_bytes(output, f"{found.text()}\n".encode())
     return found
+
+
+def choose_layout(*, csv: bool, latex: bool) -> Layout:
+    """Return the layout that the options ask for.
+
+    Raises:
+        ConfigError: they ask for both.
+    """
+    if csv and latex:
+        raise ConfigError("--csv and --latex: give one of them")
+    return "csv" if csv else "latex" if latex else "markdown"
 
 
 def row_of(name: str) -> str:
@@ -161,53 +186,103 @@ def compare_rows(
     zero = np.zeros_like(first.scores) if reference is None else means[reference]
     # one call, so that every column sees the same resamples
     both = np.concatenate([np.hstack((mean, mean - zero)) for mean in means.values()], axis=1)
-    bounds = np.stack(bootstrap_means(both, groups, seed=_SEED), axis=1).reshape(len(rows), 4, 2)
+    bounds = iter(intervals(both, groups, seed=_SEED))
     table = []
-    for (row, runs), interval in zip(rows.items(), bounds, strict=True):
-        entry = {"row": row, **_entry(runs, means[row], interval[:2]), "difference": None}
+    for row, runs in rows.items():
+        own, difference = ([next(bounds) for _ in SCORES] for _ in range(2))
+        entry = {"row": row, **_entry(runs, means[row], own), "difference": None}
         if reference not in (None, row):
-            entry["difference"] = _difference(means[row] - zero, groups, interval[2:])
+            entry["difference"] = _difference(means[row] - zero, groups, difference)
         table.append(entry)
-    size = first.config.data.image_size
-    return Comparison(reference, len(groups), len(set(groups)), size, first.partition, table)
+    return Comparison(
+        reference=reference,
+        n=len(groups),
+        groups=len(set(groups)),
+        image_size=first.config.data.image_size,
+        partition=first.partition,
+        tolerance=first.evaluation.tolerance,
+        rows=table,
+    )
 
 
 def _entry(
-    runs: Sequence[FinishedRun], mean: NDArray[np.float64], interval: NDArray[np.float64]
+    runs: Sequence[FinishedRun], mean: NDArray[np.float64], bounds: Sequence[list[float] | None]
 ) -> dict[str, Any]:
-    """Return a row without its difference; ``mean`` (N, 2) over seeds, ``interval`` (2, 2)."""
+    """Return a row without its difference; ``mean`` (N, 8) over seeds, ``bounds`` of its means."""
     of_client = np.array([client for client, _, _ in runs[0].images])
     clients = {
         str(client): {"n": int(np.count_nonzero(of_client == client))}
         | _named(mean[of_client == client].mean(axis=0))
         for client in np.unique(of_client)
     }
-    by_run = np.array([run.scores.mean(axis=0) for run in runs])  # (runs, 2)
+    by_run = np.array([run.scores.mean(axis=0) for run in runs])  # (runs, 8)
+    classes = [run.evaluation.test["pooled"]["classes"] for run in runs]
     return {
         "method": runs[0].evaluation.method,
         "runs": [run.name for run in runs],
         "seeds": [run.config.seed for run in runs],
         **_named(mean.mean(axis=0)),
-        **_named(interval, "_ci95"),
-        **_named(by_run.std(axis=0, ddof=1) if len(runs) > 1 else [None, None], "_sd"),
-        "client_mean": {s: float(np.mean([c[s] for c in clients.values()])) for s in SCORES},
+        **_named(bounds, "_ci95"),
+        **_named(by_run.std(axis=0, ddof=1) if len(runs) > 1 else [None] * len(SCORES), "_sd"),
+        "client_mean": mean_of(list(clients.values()), SCORES),
         "clients": clients,
+        "classes": {
+            name: mean_of([each[name] for each in classes], ("n", *SCORES)) for name in classes[0]
+        },
     }
 
 
+#: Columns of a line of CSV beside its row.
+_LINE = (
+    *("method", "seeds", "part", "name", "n"),
+    *(
+        f"{score}{suffix}"
+        for score in SCORES
+        for suffix in ("", "_low", "_high", "_sd", "_difference", "_difference_low",
+                       "_difference_high", "_p")
+    ),
+)  # fmt: skip
+
+
+def _parts(row: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield kind, name and scores of all images of a row, of each client and of each class."""
+    yield "all", "", {"n": sum(each["n"] for each in row["clients"].values()), **row}
+    yield "client_mean", "", row["client_mean"]
+    for kind in ("clients", "classes"):
+        for name, scores in row[kind].items():
+            yield kind, name, scores
+
+
+def _line(row: dict[str, Any], part: str, name: str, scores: dict[str, Any]) -> list[Any]:
+    """Return a line of CSV."""
+    difference = scores.get("difference") or {}
+    values = [row["row"], row["method"], len(row["seeds"]), part, name, scores.get("n")]
+    for score in SCORES:
+        for found in (scores, difference):
+            bounds = found.get(f"{score}_ci95") or (None, None)
+            last = found.get(f"{score}_{'sd' if found is scores else 'p'}")
+            values += [found.get(score), *bounds, last]
+    return values
+
+
 def _difference(
-    difference: NDArray[np.float64], groups: Sequence[str], interval: NDArray[np.float64]
+    difference: NDArray[np.float64], groups: Sequence[str], bounds: Sequence[list[float] | None]
 ) -> dict[str, Any]:
-    """Return the means, intervals and p values of per-image differences (N, 2)."""
-    p_values = [sign_flip_test(column, groups, seed=_SEED) for column in difference.T]
-    return _named(difference.mean(axis=0)) | _named(interval, "_ci95") | _named(p_values, "_p")
+    """Return the means, intervals and p values of per-image differences (N, 8)."""
+    p_values = [
+        None if np.isnan(column).any() else sign_flip_test(column, groups, seed=_SEED)
+        for column in difference.T
+    ]
+    return _named(difference.mean(axis=0)) | _named(bounds, "_ci95") | _named(p_values, "_p")
 
 
-def _named(
-    values: NDArray[np.float64] | Sequence[float | None], suffix: str = ""
-) -> dict[str, Any]:
+def _named(values: Iterable[Any], suffix: str = "") -> dict[str, Any]:
+    """Return values, or pairs of them, by the names of ``SCORES``; None where one is not known."""
     plain = values.tolist() if isinstance(values, np.ndarray) else values
-    return {f"{name}{suffix}": value for name, value in zip(SCORES, plain, strict=True)}
+    return {
+        f"{name}{suffix}": None if np.isnan(np.asarray(value, np.float64)).any() else value
+        for name, value in zip(SCORES, plain, strict=True)
+    }
 
 
 def _check(rows: Mapping[str, Sequence[FinishedRun]]) -> None:
@@ -260,6 +335,17 @@ def _check_pair(one: FinishedRun, two: FinishedRun) -> None:
         if values[0] != values[1]:
             fault = f"data.{key} is {values[0]} and {values[1]}"
             raise IdentityError(f"{both}: {fault}; their scores cannot be compared")
+    if one.evaluation.tolerance != two.evaluation.tolerance:
+        raise IdentityError(
+            f"{both}: scored with different tolerances of the surface Dice "
+            "(evaluate.tolerance_px, evaluate.tolerance_mm); run `samfed evaluate` for both again"
+        )
+    classes = [list(run.evaluation.test["pooled"]["classes"]) for run in (one, two)]
+    if classes[0] != classes[1]:
+        names = " and ".join(", ".join(each) for each in classes)
+        raise IdentityError(
+            f"{both}: data.class_names differ, {names}; run `samfed evaluate` for both again"
+        )
     if one.partition != two.partition:
         partitions = f"{one.partition[:12]} and {two.partition[:12]}"
         raise IdentityError(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, fields
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -20,36 +17,36 @@ from pipeline.federation.runs import RunFolder
 from pipeline.federation.views import as_tensor
 from pipeline.progress import Progress
 from pipeline.results.finished import Evaluation
-from pipeline.segmentation.metrics import ImageMetrics, image_metrics, summarise
+from pipeline.results.scores import (
+    Score,
+    as_csv,
+    group_table,
+    image_table,
+    scales,
+    summarise_scores,
+)
+from pipeline.segmentation.metrics import image_metrics
 from pipeline.segmentation.networks import build_model, predict_masks
 from pipeline.stores.image_store import read_image_store
 
 log = logging.getLogger("samfed.evaluation")
 
 ROUND_MEANS = ("loss", "agreement", "coverage", "pseudo_label_dice", "gradient_norm", "drift")
-NO_SCORES = dict.fromkeys(("dice", "iou", "hd95", "assd"))
 ROUND_SUMS = ("bytes_up", "bytes_down")
-
-
-class Score(NamedTuple):
-    """One test image and its scores: a line of ``per_image.csv``."""
-
-    client: str
-    image_id: str
-    group: str
-    metrics: ImageMetrics
 
 
 def evaluate(
     config: Config, run: RunFolder, *, out: Path | None = None, progress: Progress | None = None
 ) -> Evaluation:
-    """Score the run's final models; write ``metrics.json``, ``per_image.csv`` and ``rounds.csv``.
+    """Score the run's final models; write ``metrics.json`` and its tables.
 
-    They go into the run's folder, or into a folder of the run's name in ``out``.
+    They go into the run's folder, or into a folder of the run's name in ``out``: ``per_image.csv``,
+    ``per_group.csv`` and ``rounds.csv``.
 
     The global model answers for every client, or each client's own for itself, as the run's own
-    ``params.yaml`` says; the images are those of ``config``'s cache. Distances are in pixels at
-    ``data.image_size``.
+    ``params.yaml`` says; the images, names of classes and tolerances are those of ``config``.
+    Distances are in pixels at ``data.image_size``, and in mm where the partition knows the images'
+    sizes.
 
     Where no client has a test part there are no scores, and a warning says why.
 
@@ -57,20 +54,31 @@ def evaluate(
         StageError: the run is not complete. IdentityError: the partition or the image stores are
         not the ones that the run was made on.
     """
-    used = run.config().model_copy(update={"cache": config.cache})
+    used = _settings(run.config(), config)
     partition_file = config.cache.root / "partition.json"
     run.check_partition(partition_file)
     partition = load_partition(partition_file)
     scores = list(_score(used, run, partition, progress))
     if not scores:
         log.warning("no client has a test part%s; nothing is scored", _why_untested(partition))
-    federate = used.federate
-    found = Evaluation(federate.method, used.seed, federate.rounds, _test(scores, seed=used.seed))
+    federate, names = used.federate, used.data.classes
+    test = summarise_scores(scores, seed=used.seed, names=names)
+    tolerance = {"px": used.evaluate.tolerance_px, "mm": used.evaluate.tolerance_mm}
+    found = Evaluation(federate.method, used.seed, federate.rounds, test, tolerance)
     folder = run.path if out is None else out / run.path.name
-    write_bytes(folder / "per_image.csv", _per_image(scores).encode())
+    write_bytes(folder / "per_image.csv", image_table(scores, names).encode())
+    write_bytes(folder / "per_group.csv", group_table(scores, names).encode())
     write_bytes(folder / "rounds.csv", round_table(run.history()).encode())
     write_json(folder / "metrics.json", found.as_json())
     return found
+
+
+def _settings(used: Config, asked: Config) -> Config:
+    """Return a run's settings with what of the present ones only says how it is scored."""
+    update: dict[str, Any] = {"cache": asked.cache, "evaluate": asked.evaluate}
+    if asked.data.class_names and asked.data.num_classes == used.data.num_classes:
+        update["data"] = used.data.model_copy(update={"class_names": asked.data.class_names})
+    return used.model_copy(update=update)
 
 
 def _score(
@@ -89,8 +97,10 @@ def _score(
         model = shared or final_model(run, config, client=name, network=network)
         predicted = predict_masks(model, as_tensor(part)).numpy()
         for image_id, mask, truth in zip(ids, predicted, part.labels, strict=True):
-            score = image_metrics(mask, truth, num_classes=num_classes)
-            yield Score(name, image_id, partition.images[image_id].group, score)
+            entry = partition.images[image_id]
+            px, mm = scales(config, entry.size_mm)
+            score = image_metrics(mask, truth, num_classes=num_classes, px=px, mm=mm)
+            yield Score(name, image_id, entry.group, score)
             done += 1
             if progress is not None:
                 progress("evaluating, images", done, total)
@@ -122,25 +132,6 @@ def final_model(
     return model
 
 
-def _test(scores: Sequence[Score], *, seed: int) -> dict[str, Any]:
-    """Summarise all images, those of each client, and the clients, each counting the same."""
-    if not scores:
-        return {"pooled": {"n": 0} | NO_SCORES, "clients": {}, "client_mean": NO_SCORES}
-
-    def summary(chosen: Sequence[Score]) -> dict[str, Any]:
-        return summarise([s.metrics for s in chosen], [s.group for s in chosen], seed=seed)
-
-    names = dict.fromkeys(score.client for score in scores)
-    clients = {name: summary([s for s in scores if s.client == name]) for name in names}
-    means = {key: float(np.mean([client[key] for client in clients.values()])) for key in NO_SCORES}
-    return {"pooled": summary(scores), "clients": clients, "client_mean": means}
-
-
-def _per_image(scores: Iterable[Score]) -> str:
-    head = ["client", "image_id", "group", *(field.name for field in fields(ImageMetrics))]
-    return _as_csv(head, ([*score[:3], *astuple(score.metrics)] for score in scores))
-
-
 def round_table(history: Iterable[Mapping[str, Any]]) -> str:
     """Return curves for `dvc plots`: a line of CSV for each round, empty where there is no value.
 
@@ -154,12 +145,4 @@ def round_table(history: Iterable[Mapping[str, Any]]) -> str:
             combine = sum if key in ROUND_SUMS else np.mean
             line.append(combine(known) if known else None)
         lines.append([*line, entry["seconds"]])
-    return _as_csv(["round", "val_dice", *ROUND_MEANS, *ROUND_SUMS, "seconds"], lines)
-
-
-def _as_csv(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """Return a table with six digits of each float, and nothing for None."""
-    out = io.StringIO()
-    short = ([f"{v:.6g}" if isinstance(v, float) else v for v in line] for line in lines)
-    csv.writer(out, lineterminator="\n").writerows([head, *short])
-    return out.getvalue()
+    return as_csv(["round", "val_dice", *ROUND_MEANS, *ROUND_SUMS, "seconds"], lines)

@@ -30,12 +30,14 @@ from pipeline.results.pages import (
     render,
     style_axes,
 )
+from pipeline.results.scores import scales
 from pipeline.runtime import torch_threads
 from pipeline.sam.frame import fit_longest_side
 from pipeline.sam.prompts import why_not_prompted
 from pipeline.sam.teacher import Teacher, load_teacher, load_zero_shot
-from pipeline.segmentation.metrics import image_metrics, summarise
+from pipeline.segmentation.metrics import image_metrics
 from pipeline.segmentation.reliability import Reliability
+from pipeline.segmentation.statistics import summarise
 from pipeline.stores.label_store import confidence_to_probability
 from pipeline.stores.teacher_card import TeacherCard
 
@@ -129,15 +131,19 @@ def _measure(
     masks, scores, groups, reliability = [], [], [], Reliability()
     for image_id, truth, mask, confidences in _label(config, partition, teacher):
         masks.append(mask)
-        scores.append(image_metrics(mask, truth, num_classes=teacher.card.num_classes))
-        groups.append(partition.images[image_id].group)
+        entry = partition.images[image_id]
+        px, mm = scales(config, entry.size_mm)
+        scores.append(
+            image_metrics(mask, truth, num_classes=teacher.card.num_classes, px=px, mm=mm)
+        )
+        groups.append(entry.group)
         reliability.add(confidence_to_probability(confidences).ravel(), (mask == truth).ravel())
         if progress is not None:
             progress(f"evaluating the teacher (prompt {teacher.card.prompt})", len(masks), count)
     summary = {
         "variant": teacher.card.variant,
         "prompt": teacher.card.prompt,
-        **summarise(scores, groups, seed=config.seed),
+        **summarise(scores, groups, seed=config.seed, names=config.data.classes),
         "ece": reliability.error(),
         "reliability": reliability.bins(),
         "empty": sum(not mask.any() for mask in masks) / count,

@@ -15,8 +15,10 @@ from pipeline.config import Config
 from pipeline.disk import is_folder_name, read_json
 from pipeline.errors import ConfigError, DataError, StageError
 from pipeline.federation.runs import RunFolder
+from pipeline.segmentation.metrics import CLASS_SCORES
 
-SCORES = ("dice", "hd95")  # columns of ``FinishedRun.scores``
+FORMAT = 2  # of metrics.json and the tables beside it
+SCORES = CLASS_SCORES  # columns of ``FinishedRun.scores``; those in mm may not be known
 
 ImageKey = tuple[str, str, str]  # client, image id and group
 
@@ -29,6 +31,8 @@ class Evaluation:
     seed: int
     rounds: int
     test: dict[str, Any]  # ``pooled`` over images, ``clients`` by name, and their ``client_mean``
+    tolerance: dict[str, float]  # of the surface Dice, in ``px`` and ``mm``
+    format: int = FORMAT
 
     def as_json(self) -> dict[str, Any]:
         """Return what the file holds."""
@@ -39,12 +43,24 @@ class Evaluation:
         row = self.test["pooled"]
         if not row["n"]:
             return f"{self.method}: no test images, so no scores"
-        low, high = row["dice_ci95"]
-        return (
-            f"{self.method}: Dice {row['dice']:.3f} ({low:.3f} to {high:.3f}), "
-            f"IoU {row['iou']:.3f}, HD95 {row['hd95']:.1f} px, ASSD {row['assd']:.1f} px, "
-            f"{row['n']} images"
-        )
+        unit = "px" if row.get("hd95_mm") is None else "mm"
+        lines = [f"{self.method}: {_described(row, unit)}, {row['n']} images"]
+        classes = row["classes"] if len(row["classes"]) > 1 else {}
+        for name, of in classes.items():
+            scores = _described(of, unit) if of["n"] else "in no truth and no prediction"
+            lines.append(f"  {name}: {scores}, {of['n']} images")
+        return "\n".join(lines)
+
+
+def _described(row: dict[str, Any], unit: str) -> str:
+    """Return a summary's means in words; distances are in ``unit``."""
+    suffix = "" if unit == "px" else "_mm"
+    between = "{:.3f} to {:.3f}".format(*row["dice_ci95"]) if row["dice_ci95"] else "one group"
+    hd95, assd, nsd = (row[f"{name}{suffix}"] for name in ("hd95", "assd", "nsd"))
+    return (
+        f"Dice {row['dice']:.3f} ({between}), IoU {row['iou']:.3f}, HD95 {hd95:.1f} {unit}, "
+        f"ASSD {assd:.1f} {unit}, NSD {nsd:.3f}"
+    )
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,7 @@ class FinishedRun:
     evaluation: Evaluation
     partition: str  # sha256 of the partition.json that it was made on
     images: tuple[ImageKey, ...]  # of the test parts, sorted
-    scores: NDArray[np.float64]  # (N, 2): Dice 0..1 and HD95 in px, in the order of ``images``
+    scores: NDArray[np.float64]  # (N, 8): ``SCORES``, nan where not known, as ``images``
 
 
 def run_folder(config: Config, name: str | None = None) -> RunFolder:
@@ -110,10 +126,15 @@ def read_run(run: RunFolder, *, scores: Path | None = None) -> FinishedRun:
 
 def _read_evaluation(path: Path) -> Evaluation:
     metrics = read_json(path, stage="evaluate")
+    if not isinstance(metrics, dict) or metrics.get("format") != FORMAT:
+        fault = f"format {metrics.get('format', 1)}" if isinstance(metrics, dict) else "no table"
+        expected = f"this samfed reads format {FORMAT}"
+        raise DataError(f"{path}: {fault}, {expected}; run `samfed evaluate` again")
     try:
         found = Evaluation(**metrics)
         found.test["clients"], found.test["client_mean"]
         found.test["pooled"]["n"], found.test["pooled"]["dice"]
+        found.tolerance["px"], found.tolerance["mm"]
     except (KeyError, TypeError) as error:
         fault = f"no method and test metrics in it ({error})"
         raise DataError(f"{path}: {fault}; run `samfed evaluate` again") from error
@@ -130,7 +151,7 @@ def _read_scores(path: Path) -> dict[ImageKey, list[float]]:
             for line in csv.DictReader(file):
                 image = (line["client"], line["image_id"], line["group"])
                 values = [float(line[name]) for name in SCORES]
-                if image in table or not all(map(math.isfinite, values)):
+                if image in table or not all(map(math.isfinite, values[:5])):
                     raise ValueError(f"{image[1]} is there twice or has no score")
                 table[image] = values
     except (KeyError, TypeError, ValueError, csv.Error) as error:

@@ -54,7 +54,7 @@ def render(template: str, **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": format_number, "drawn": figure_uri}
+    environment.filters |= {"number": format_number, "drawn": figure_uri, "tex": _tex}
     environment.globals["decimals"] = DECIMALS
     return environment.get_template(template).render(context).rstrip("\n")
 
@@ -62,6 +62,15 @@ def render(template: str, **context: Any) -> str:
 def format_number(value: float | None, decimals: int) -> str:
     """Return ``value`` with so many decimals; a dash where there is none."""
     return f"{value:.{decimals}f}" if finite([value]) else "\N{EN DASH}"
+
+
+def _tex(text: str) -> str:
+    """Return ``text`` as LaTeX prints it."""
+    signs = {each: f"\\{each}" for each in "&%$#_{}"}
+    words = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "|": "bar"}
+    return text.translate(
+        str.maketrans(signs | {sign: f"\\text{word}{{}}" for sign, word in words.items()})
+    )
 
 
 def finite(values: Iterable[float | None]) -> list[float]:

@@ -1,15 +1,14 @@
-"""How good a predicted mask is: Dice, IoU and surface distances per image, and their summary.
+"""How good a predicted mask is: overlap and surface distances per image and class.
 
 Distances are in pixels of the masks that are passed in, so values at different image sizes must
-never be set beside each other.
+never be set beside each other, and in millimetres where the size of a pixel is known.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,45 +17,140 @@ from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 BoolMask = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
-_RESAMPLES = 1000  # of the bootstrap
-_EXACT_GROUPS = 14  # up to so many, all sign patterns are counted: 2^14 are a moment's work
-_FLIPS = 10_000  # random sign patterns where there are more groups
+
+class Scale(NamedTuple):
+    """A unit of distances: the size of a pixel in it, and the tolerance of the surface Dice."""
+
+    row: float = 1.0  # from one row to the next
+    column: float = 1.0  # from one column to the next
+    tolerance: float = 2.0
+
+
+PIXELS = Scale()
+
+
+class Distances(NamedTuple):
+    """Distances of two masks' surfaces, in one unit; nan where both masks are empty.
+
+    Where exactly one is empty, ``hd95`` and ``assd`` are the image's diagonal, and ``nsd`` is 0.
+    """
+
+    hd95: float  # 95th percentile of both directed surface distances pooled (MedPy's)
+    assd: float  # mean over the same pooled distances (MedPy's since 0.5)
+    nsd: float  # 0..1, share of them within the tolerance: surface Dice (Nikolov et al. 2018)
+
+
+_ABSENT = Distances(math.nan, math.nan, math.nan)
+_NONE_THERE = Distances(0.0, 0.0, 1.0)  # of an image in which there is nothing to find
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """One class of one image."""
+
+    common: int  # pixels that are this class in both masks
+    predicted: int
+    true: int
+    px: Distances
+    mm: Distances  # all nan where the size of a pixel is not known
+
+    @property
+    def dice(self) -> float:
+        """Dice 0..1; nan where the class is absent from both masks."""
+        return 2 * self.common / (self.predicted + self.true) if self.present else math.nan
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union 0..1; nan where the class is absent from both masks."""
+        union = self.predicted + self.true - self.common
+        return self.common / union if self.present else math.nan
+
+    @property
+    def present(self) -> bool:
+        """Whether at least one of the masks has the class."""
+        return self.predicted + self.true > 0
+
+    def values(self) -> dict[str, float]:
+        """Return ``CLASS_SCORES`` by name."""
+        found = (self.dice, self.iou, *self.px, *self.mm)
+        return dict(zip(CLASS_SCORES, found, strict=True))
+
+
+CLASS_SCORES = ("dice", "iou", "hd95", "assd", "nsd", "hd95_mm", "assd_mm", "nsd_mm")
 
 
 @dataclass(frozen=True)
 class ImageMetrics:
-    """One image's metrics, each the mean over the foreground classes 1..K.
+    """One image's metrics, each the mean over the foreground classes that it is scored on.
 
-    Where a class is empty in both masks it counts as right (Dice 1, IoU 1, distances 0); where it
-    is empty in exactly one, Dice and IoU are 0 and the distances the image's diagonal.
+    These are the classes that truth or prediction has: a class that is absent from both is left
+    out. An image without any class in truth and prediction counts as right (Dice, IoU and NSD 1,
+    distances 0), with one class as with several. Where a class is in one mask alone, Dice, IoU and
+    NSD are 0 and the distances the image's diagonal.
     """
 
     dice: float  # 0..1
     iou: float  # 0..1
-    hd95: float  # px, 95th percentile of both directed surface distances pooled (MedPy's)
-    assd: float  # px, mean over the same pooled distances (MedPy's since 0.5)
+    hd95: float  # px, as in ``Distances``
+    assd: float  # px
     hd95_defined: float  # px, over classes present in both masks only; nan if there is none
     assd_defined: float  # px, likewise
+    nsd: float  # 0..1, at the tolerance in px
+    hd95_mm: float = math.nan  # mm; nan where the size of a pixel is not known
+    assd_mm: float = math.nan  # mm
+    nsd_mm: float = math.nan  # 0..1, at the tolerance in mm
+    classes: tuple[ClassMetrics, ...] = ()  # 1..K
+
+    def values(self) -> tuple[float, ...]:
+        """Return the values named by ``IMAGE_SCORES``."""
+        return tuple(getattr(self, name) for name in IMAGE_SCORES)
+
+
+IMAGE_SCORES = tuple(each.name for each in fields(ImageMetrics))[:-1]
 
 
 def image_metrics(
-    prediction: NDArray[np.uint8], truth: NDArray[np.uint8], *, num_classes: int
+    prediction: NDArray[np.uint8],
+    truth: NDArray[np.uint8],
+    *,
+    num_classes: int,
+    px: Scale = PIXELS,
+    mm: Scale | None = None,
 ) -> ImageMetrics:
     """Compare two class-index masks.
 
     Args:
         prediction, truth: (H, W) uint8, 0 = background, 1..K = foreground classes.
         num_classes: K, at least 1.
+        px: the tolerance in pixels. mm: a pixel's size and the tolerance in mm, where it is known.
 
     Raises:
         ValueError: the masks differ in shape, are empty, or hold a value above K.
     """
     _check_masks(prediction, truth, num_classes)
-    per_class = [_class_metrics(prediction == k, truth == k) for k in range(1, num_classes + 1)]
-    table = np.array(per_class, dtype=np.float64)  # (K, 6)
-    defined = table[~np.isnan(table[:, 4]), 4:]
-    of_defined = defined.mean(axis=0) if len(defined) else (math.nan, math.nan)
-    return ImageMetrics(*map(float, (*table[:, :4].mean(axis=0), *of_defined)))
+    classes = tuple(
+        _class_metrics(prediction == k, truth == k, px, mm) for k in range(1, num_classes + 1)
+    )
+    table = np.array([list(each.values().values()) for each in classes])
+    means = over_classes(table, in_mm=mm is not None).tolist()
+    both = [each.px[:2] for each in classes if each.predicted and each.true]
+    defined = np.mean(both, axis=0).tolist() if both else [math.nan, math.nan]
+    values = (*means[:4], *defined, *means[4:])
+    return ImageMetrics(**dict(zip(IMAGE_SCORES, values, strict=True)), classes=classes)
+
+
+def over_classes(table: FloatArray, *, in_mm: bool) -> FloatArray:
+    """Return the means (8,) of ``CLASS_SCORES`` (K, 8) over the classes that are not absent.
+
+    Without any class they are those of an image in which there is nothing to find, ``in_mm`` too
+    where the size of its pixels is known.
+    """
+    present = table[~np.isnan(table[:, 0])]
+    if not len(present):
+        unknown = _NONE_THERE if in_mm else _ABSENT
+        return np.array((1.0, 1.0, *_NONE_THERE, *unknown))
+    means: FloatArray = present.mean(axis=0)
+    return means
 
 
 def dice_score(
@@ -64,93 +158,9 @@ def dice_score(
 ) -> float:
     """Return the Dice of ``image_metrics`` alone, for the same arguments, in less time."""
     _check_masks(prediction, truth, num_classes)
-    classes = range(1, num_classes + 1)
-    return float(np.mean([_overlap(prediction == k, truth == k)[0] for k in classes]))
-
-
-def summarise(rows: Sequence[ImageMetrics], groups: Sequence[str], *, seed: int) -> dict[str, Any]:
-    """Average over images, with 95 % percentile bootstrap intervals that resample whole groups.
-
-    Images of one patient or video resemble each other: resampling single images would make the
-    interval too narrow. With a single group the interval has no width and says nothing.
-
-    Args:
-        rows: N images' metrics, at least one. groups: the patient or video of each of them.
-        seed: of the bootstrap draws; the same seed gives the same interval.
-
-    Returns:
-        JSON-ready: ``n``; the means of ``ImageMetrics``' fields, those ``_defined`` over the images
-        where they are (None if there is none); ``dice_ci95``, ``hd95_ci95`` as [low, high].
-
-    Raises:
-        ValueError: as many groups as rows are not given.
-    """
-    table = np.array([astuple(row) for row in rows], dtype=np.float64)  # (N, 6)
-    low, high = bootstrap_means(table[:, [0, 2]], groups, seed=seed)
-    return {
-        "n": len(rows),
-        **dict(
-            zip(("dice", "iou", "hd95", "assd"), table[:, :4].mean(axis=0).tolist(), strict=True)
-        ),
-        "dice_ci95": [float(low[0]), float(high[0])],
-        "hd95_ci95": [float(low[1]), float(high[1])],
-        "hd95_defined": _mean_of_defined(table[:, 4]),
-        "assd_defined": _mean_of_defined(table[:, 5]),
-    }
-
-
-def bootstrap_means(
-    values: FloatArray, groups: Sequence[str], *, seed: int
-) -> tuple[FloatArray, FloatArray]:
-    """Return 95 % percentile bootstrap intervals of means over images, resampling whole groups.
-
-    All columns share the resamples, so that a column of differences is a paired comparison.
-
-    Args:
-        values: (N, M) float64, M values of each of N images. groups: N group names.
-
-    Returns:
-        The 2.5th and the 97.5th percentiles, (M,) float64 each.
-
-    Raises:
-        ValueError: as many groups as rows are not given.
-    """
-    sums, counts = _group_sums(values, groups)
-    # How often each of G groups is drawn in G draws with replacement is multinomial.
-    draws = np.random.default_rng(seed).multinomial(
-        len(sums), np.full(len(sums), 1 / len(sums)), size=_RESAMPLES
-    )
-    means = (draws @ sums) / (draws @ counts)[:, None]  # (_RESAMPLES, M)
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    return low, high
-
-
-def sign_flip_test(differences: FloatArray, groups: Sequence[str], *, seed: int) -> float:
-    """Return p of a two-sided paired permutation test: may the mean difference be 0?
-
-    If two methods are alike, the sign of a group's summed difference is chance; p is the share of
-    sign patterns whose total lies at least as far from 0 as the one found (Fisher 1935).
-    All patterns are counted for up to 14 groups; for more, 10,000 random ones and the one
-    found: p = (1 + count) / (1 + 10,000), never 0 (Phipson & Smyth 2010). With G groups p cannot
-    be below 2 / 2^G; it is 1 where all differences are 0.
-
-    Args:
-        differences: (N,) float64, one value for each of N images.
-        groups: N group names; a group's sign is flipped as a whole.
-
-    Raises:
-        ValueError: as many groups as differences are not given.
-    """
-    sums = _group_sums(differences[:, None], groups)[0][:, 0]
-    # patterns that tie with the one found differ from it by rounding alone
-    bar = abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
-    exact = len(sums) <= _EXACT_GROUPS
-    if exact:
-        bits = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
-    else:
-        bits = np.random.default_rng(seed).integers(0, 2, (_FLIPS, len(sums)), dtype=np.int8)
-    count = int(np.count_nonzero(np.abs((1 - 2 * bits) @ sums) >= bar))
-    return count / len(bits) if exact else (1 + count) / (1 + _FLIPS)
+    classes = (_counts(prediction == k, truth == k) for k in range(1, num_classes + 1))
+    present = [2 * common / (one + two) for common, one, two in classes if one + two]
+    return float(np.mean(present)) if present else 1.0
 
 
 def _check_masks(prediction: NDArray[Any], truth: NDArray[Any], num_classes: int) -> None:
@@ -161,37 +171,49 @@ def _check_masks(prediction: NDArray[Any], truth: NDArray[Any], num_classes: int
         raise ValueError(f"a mask holds class {highest}; expected 0..{num_classes}")
 
 
-def _overlap(prediction: BoolMask, truth: BoolMask) -> tuple[float, float]:
-    """Return the Dice and IoU of one class, 1 where both masks are empty."""
-    common = int(np.count_nonzero(prediction & truth))
-    total = int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth))
-    return (2 * common / total, common / (total - common)) if total else (1.0, 1.0)
+def _counts(prediction: BoolMask, truth: BoolMask) -> tuple[int, int, int]:
+    """Return the pixels of both masks, of the prediction and of the truth."""
+    masks = (prediction & truth, prediction, truth)
+    common, predicted, true = (int(np.count_nonzero(mask)) for mask in masks)
+    return common, predicted, true
 
 
-def _class_metrics(prediction: BoolMask, truth: BoolMask) -> tuple[float, ...]:
-    """Return Dice, IoU, HD95, ASSD, then HD95 and ASSD again, nan where a mask is empty."""
-    overlap = _overlap(prediction, truth)
-    if prediction.any() and truth.any():
-        return overlap + 2 * _surface_distances(prediction, truth)
-    distance = math.hypot(*truth.shape) if prediction.any() or truth.any() else 0.0
-    return *overlap, distance, distance, math.nan, math.nan
+def _class_metrics(
+    prediction: BoolMask, truth: BoolMask, px: Scale, mm: Scale | None
+) -> ClassMetrics:
+    counts = _counts(prediction, truth)
+    in_mm = _ABSENT if mm is None else _distances(prediction, truth, mm)
+    return ClassMetrics(*counts, _distances(prediction, truth, px), in_mm)
 
 
-def _surface_distances(prediction: BoolMask, truth: BoolMask) -> tuple[float, float]:
-    """Return the HD95 and ASSD, px, of two non-empty (H, W) masks."""
+def _distances(prediction: BoolMask, truth: BoolMask, scale: Scale) -> Distances:
+    """Return the distances of the surfaces of two (H, W) masks in the unit of ``scale``."""
+    if not (prediction.any() and truth.any()):
+        if not (prediction.any() or truth.any()):
+            return _ABSENT
+        height, width = truth.shape
+        diagonal = math.hypot(height * scale.row, width * scale.column)
+        return Distances(diagonal, diagonal, 0.0)
     # Outside the box there is no surface, so the crop changes no distance and saves most work.
     (box,) = find_objects((prediction | truth).astype(np.uint8))
     surface_p, surface_t = _surface(prediction[box]), _surface(truth[box])
-    pooled = np.concatenate((_directed(surface_p, surface_t), _directed(surface_t, surface_p)))
-    return float(np.percentile(pooled, 95)), float(pooled.mean())
+    pooled = np.concatenate(
+        (_directed(surface_p, surface_t, scale), _directed(surface_t, surface_p, scale))
+    )
+    # 0.3 mm times ten is a little more than 3 mm; it shall lie within a tolerance of 3 mm
+    within = float(np.mean(pooled <= scale.tolerance * (1 + 1e-9)))
+    return Distances(float(np.percentile(pooled, 95)), float(pooled.mean()), within)
 
 
-def _directed(origin: BoolMask, target: BoolMask) -> FloatArray:
-    """Return the distance, px, from each pixel of surface ``origin`` to ``target``'s nearest."""
+def _directed(origin: BoolMask, target: BoolMask, scale: Scale) -> FloatArray:
+    """Return the distance from each pixel of surface ``origin`` to ``target``'s nearest."""
     # The transform's indices are enough: distances at every pixel would cost as much again.
-    nearest = distance_transform_edt(~target, return_distances=False, return_indices=True)
+    nearest = distance_transform_edt(
+        ~target, sampling=scale[:2], return_distances=False, return_indices=True
+    )
     pixels = np.nonzero(origin)
-    distances: FloatArray = np.hypot(*(nearest[axis][pixels] - pixels[axis] for axis in (0, 1)))
+    rows, columns = ((nearest[axis][pixels] - pixels[axis]) * scale[axis] for axis in (0, 1))
+    distances: FloatArray = np.hypot(rows, columns)
     return distances
 
 
@@ -203,18 +225,3 @@ def _surface(mask: BoolMask) -> BoolMask:
     padded = np.pad(mask, 1)
     surface: BoolMask = padded & ~binary_erosion(padded)
     return surface
-
-
-def _group_sums(values: FloatArray, groups: Sequence[str]) -> tuple[FloatArray, FloatArray]:
-    """Return sums (G, M) of ``values`` (N, M) and numbers of rows (G,) by group, by name."""
-    if len(groups) != len(values):
-        raise ValueError(f"found {len(groups)} groups for {len(values)} rows; expected one per row")
-    names, group_of_row = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    sums = np.zeros((len(names), values.shape[1]))
-    np.add.at(sums, group_of_row, values)
-    return sums, np.bincount(group_of_row).astype(np.float64)
-
-
-def _mean_of_defined(values: FloatArray) -> float | None:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else None

@@ -487,3 +487,31 @@ def test_the_default_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     with pytest.raises(DataError) as other:
         scan(tmp_path / "mine")
     assert str(other.value).endswith(" in data.root")
+
+
+# --------------------------------------------------------------------------- spacing.csv
+
+
+def test_spacing_is_read_for_the_images_that_have_it(root: Path) -> None:
+    """As an import writes it, rows of images that are gone included."""
+    assert scan(root).spacing == {}
+    text = "image_id,row_mm,column_mm,slice_mm\na.png,0.5, 1.25,\ngone,1,1,3\n"
+    (root / "spacing.csv").write_text(text)
+    assert scan(root).spacing == {"a": (0.5, 1.25)}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("image_id,row_mm\na,1\n", ": found columns ['image_id', 'row_mm']; expected image_id, "
+         "row_mm, column_mm"),
+        ("image_id,row_mm,column_mm\na,1,0\n", " line 2: found '1' and '0'; expected millimetres "
+         "above 0, or no row where they are not known"),
+        ("image_id,row_mm,column_mm\na,,1\n", " line 2: found '' and '1'; expected millimetres "
+         "above 0, or no row where they are not known"),
+        ("image_id,row_mm,column_mm\na,1,1\na,1,1\n", " line 3: 'a' is listed twice"),
+    ],
+)  # fmt: skip
+def test_a_wrong_table_of_spacing(root: Path, text: str, expected: str) -> None:
+    (root / "spacing.csv").write_text(text)
+    assert scan_refusal(root, "spacing.csv") == expected

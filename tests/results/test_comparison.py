@@ -18,23 +18,33 @@ import torch
 from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, DataError, IdentityError, StageError
 from pipeline.federation.runs import Checkpoint, RunFolder
-from pipeline.results.compare import compare, compare_rows, row_of
-from pipeline.results.finished import Evaluation, FinishedRun, read_run
-from pipeline.segmentation.metrics import ImageMetrics, summarise
+from pipeline.results.compare import choose_layout, compare, compare_rows, row_of
+from pipeline.results.finished import SCORES, Evaluation, FinishedRun, read_run
+from pipeline.segmentation.metrics import ClassMetrics, Distances, ImageMetrics
+from pipeline.segmentation.statistics import summarise
 
 PARTITION = "a" * 64
 # Client a has two images of patient p, client b one image of patient q.
 IMAGES = (("a", "a1", "p"), ("a", "a2", "p"), ("b", "b1", "q"))
 Scores = Sequence[tuple[float, float]]
+FOREGROUND = {"foreground": {"n": 3, "dice": 0.5}}
+TOLERANCE = {"px": 2.0, "mm": 2.0}
 
 
 def run(
-    name: str, scores: Scores, *, method: str = "sam_fed", seed: int = 0, **sections: Any
+    name: str,
+    scores: Scores,
+    *,
+    method: str = "sam_fed",
+    seed: int = 0,
+    classes: Any = FOREGROUND,
+    **sections: Any,
 ) -> FinishedRun:
-    """A run in memory; ``scores`` are Dice and HD95 of ``IMAGES``."""
+    """A run in memory; ``scores`` are Dice and HD95 of ``IMAGES``, none in mm."""
     federate = {"method": method, "name": name, **sections.pop("federate", {})}
     config = tiny_config(Path("data"), Path("cache"), seed=seed, federate=federate, **sections)
     return FinishedRun(
@@ -42,11 +52,17 @@ def run(
         config=config,
         clients=("a", "b"),
         history=[],
-        evaluation=Evaluation(method, seed, 2, {}),
+        evaluation=Evaluation(method, seed, 2, {"pooled": {"classes": classes}}, TOLERANCE),
         partition=PARTITION,
         images=IMAGES,
-        scores=np.array(scores, dtype=np.float64),
+        scores=eight(scores),
     )
+
+
+def eight(scores: Scores) -> NDArray[np.float64]:
+    """Rows of ``SCORES`` for pairs of Dice and HD95, none in mm."""
+    rows = [(d, d / 2, h, h / 10, d, *3 * (np.nan,)) for d, h in scores]
+    return np.array(rows, dtype=np.float64)
 
 
 def dice(*values: float) -> Scores:
@@ -89,14 +105,14 @@ def write(
     folder.save_checkpoint(Checkpoint(1, {"w": torch.zeros(2)}, {}, partition, "f" * 64))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["client", "image_id", "group", "dice", "iou", "hd95", "assd", "hd95_defined"])
-    for image, (score, distance) in zip(images, scores, strict=True):
-        writer.writerow([*image, score, 0.1, distance, 1.0, "nan"])
+    writer.writerow(["client", "image_id", "group", *SCORES])
+    writer.writerows([*image, *line] for image, line in zip(images, eight(scores), strict=True))
     (folder.path / "per_image.csv").write_text(out.getvalue())
     folder.append_history({"round": 1, "clients": {}, "val": {"dice": None}})
-    pooled = {"n": len(images), "dice": float(np.mean([score for score, _ in scores]))}
+    dice = float(np.mean([score for score, _ in scores]))
+    pooled = {"n": len(images), "dice": dice, "classes": FOREGROUND}
     test = {"pooled": pooled, "clients": {}, "client_mean": {}}
-    metrics = Evaluation(method, seed, 1, test).as_json()
+    metrics = Evaluation(method, seed, 1, test, TOLERANCE).as_json()
     (folder.path / "metrics.json").write_text(json.dumps(metrics))
     return folder.path
 
@@ -107,7 +123,9 @@ def runs(tmp_path: Path) -> Path:
     folder = tmp_path / "cache" / "runs"
     for each in (*SAM_FED, *SUPERVISED):
         method = each.config.federate.method
-        write(folder, each.name, each.scores.tolist(), method=method, seed=each.config.seed)
+        write(
+            folder, each.name, each.scores[:, [0, 2]].tolist(), method=method, seed=each.config.seed
+        )
     return folder
 
 
@@ -131,9 +149,12 @@ def test_a_table_by_hand() -> None:
     assert ours["dice"] == pytest.approx(0.6)
     assert ours["hd95"] == pytest.approx(40)
     assert ours["dice_sd"] == pytest.approx(0.02**0.5)  # of 0.7 and 0.5
-    assert ours["client_mean"] == pytest.approx({"dice": (0.65 + 0.5) / 2, "hd95": (35 + 50) / 2})
-    assert ours["clients"]["a"] == pytest.approx({"n": 2, "dice": 0.65, "hd95": 35})
-    assert ours["clients"]["b"] == pytest.approx({"n": 1, "dice": 0.5, "hd95": 50})
+    expected = {"dice": (0.65 + 0.5) / 2, "hd95": (35 + 50) / 2}
+    assert {key: ours["client_mean"][key] for key in expected} == pytest.approx(expected)
+    for name, *values in (("a", 2, 0.65, 35), ("b", 1, 0.5, 50)):
+        assert [ours["clients"][name][key] for key in ("n", "dice", "hd95")] == pytest.approx(
+            values
+        )
     # two groups: the percentiles are the means of the groups themselves
     assert ours["dice_ci95"] == pytest.approx([0.5, 0.65])
     assert base["dice"] == pytest.approx(0.3)
@@ -150,25 +171,23 @@ def test_a_table_by_hand() -> None:
 
 def test_one_run_has_the_interval_that_evaluate_gives_it() -> None:
     one = run("sam_fed", dice(0.7, 0.2, 0.4))
-    rows = [ImageMetrics(d, d, h, h, h, h) for d, h in one.scores.tolist()]
+    unknown = Distances(*3 * (np.nan,))
+    of_class = (ClassMetrics(1, 2, 2, unknown, unknown),)
+    rows = [ImageMetrics(*row[:4], *row[2:5], classes=of_class) for row in one.scores.tolist()]
     expected = summarise(rows, [group for _, _, group in IMAGES], seed=0)
     found = table([one])["sam_fed"]
     for key in ("dice", "dice_ci95", "hd95", "hd95_ci95"):
-        assert found[key] == expected[key]
+        assert found[key] == pytest.approx(expected[key], abs=1e-12)
     assert (found["dice_sd"], found["hd95_sd"], found["difference"]) == (None, None, None)
 
 
 def test_a_row_that_equals_the_reference() -> None:
     twin = [replace(each, name=each.name.replace("sam_fed", "twin")) for each in SAM_FED]
     found = table([*SAM_FED, *twin])
-    assert found["twin"]["difference"] == {
-        "dice": 0,
-        "dice_ci95": [0, 0],
-        "dice_p": 1,
-        "hd95": 0,
-        "hd95_ci95": [0, 0],
-        "hd95_p": 1,
-    }
+    for name in SCORES[:5]:
+        keys = (name, f"{name}_ci95", f"{name}_p")
+        assert [found["twin"]["difference"][key] for key in keys] == [0, [0, 0], 1]
+    assert found["twin"]["difference"]["hd95_mm_p"] is None
     names = ("row", "runs", "difference")
     assert {k: v for k, v in found["twin"].items() if k not in names} == {
         k: v for k, v in found["sam_fed"].items() if k not in names
@@ -430,7 +449,7 @@ def test_runs_scored_on_different_images(
         ("0.6", "", "could not convert string to float: ''"),
         ("0.6", "nan", "a2 is there twice or has no score"),
         ("a2", "a1", "a1 is there twice or has no score"),
-        ("0.6,0.1,40.0,1.0,nan\nb,b1,q,0.4,0.1,60.0,1.0,nan", "", "could not convert"),
+        ("0.6,0.3,40.0,4.0,0.6,nan,nan,nan\nb,b1,q,0.4", "", "could not convert"),
     ],
 )
 def test_scores_that_are_damaged(runs: Path, old: str, new: str, fault: str) -> None:
@@ -464,7 +483,14 @@ def test_scores_that_are_cut_short(runs: Path) -> None:
 def test_metrics_without_a_table(runs: Path) -> None:
     path = runs / "sam_fed-seed1" / "metrics.json"
     whole = json.loads(path.read_text())
-    for damaged in ({}, [], {"test": 1}, whole | {"test": 1}, whole | {"test": {"clients": {}}}):
+    for old, fault in ((whole | {"format": 3}, "format 3"), ({}, "format 1"), ([], "no table")):
+        path.write_text(json.dumps(old))
+        with pytest.raises(DataError) as early:
+            compare(runs)
+        expected = f"{path}: {fault}, this samfed reads format 2; run `samfed evaluate` again"
+        assert str(early.value) == expected
+    for change in ({"test": 1}, {"test": {"clients": {}}}, {"tolerance": {}}, {"other": 1}):
+        damaged = whole | change
         path.write_text(json.dumps(damaged))
         with pytest.raises(DataError) as caught:
             compare(runs)
@@ -487,12 +513,13 @@ def test_a_run_without_its_checkpoint(runs: Path) -> None:
 def test_the_tables_as_markdown(runs: Path) -> None:
     assert compare(runs).text() == (
         "| method | seeds | Dice | 95 % interval | SD over seeds | mean over clients | HD95 px "
-        "| 95 % interval | mean over clients | Dice points over `sam_fed` | 95 % interval | p |\n"
-        "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "| 95 % interval | mean over clients | NSD 2 px "
+        "| Dice points over `sam_fed` | 95 % interval | p |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
         "| `supervised` | 2 | 0.300 | 0.000 to 0.450 | 0.047 | 0.225 | 70.0 | 55.0 to 100.0 | 77.5 "
-        "| -30.0 | -50.0 to -20.0 | 0.500 |\n"
+        "| 0.300 | -30.0 | -50.0 to -20.0 | 0.500 |\n"
         "| `sam_fed` | 2 | 0.600 | 0.500 to 0.650 | 0.141 | 0.575 | 40.0 | 35.0 to 50.0 | 42.5 "
-        "| – | – | – |\n"
+        "| 0.600 | – | – | – |\n"
         "\n"
         "3 test images in 2 groups, 32 px. Scores are averaged over seeds by image, then over "
         "images; intervals are bootstraps over groups, p a two-sided sign-flip test over groups, "
@@ -510,8 +537,8 @@ def test_the_tables_as_markdown(runs: Path) -> None:
 def test_markdown_without_a_reference_has_no_differences() -> None:
     text = compare_rows({"supervised": SUPERVISED[:1]}).text()
     head, rule, row, _, note, *_ = text.splitlines()
-    assert head.endswith("| mean over clients |")
-    assert head.count("|") == rule.count("|") == row.count("|") == 10
+    assert head.endswith("| mean over clients | NSD 2 px |")
+    assert head.count("|") == rule.count("|") == row.count("|") == 11
     assert "| 1 | 0.333 | 0.000 to 0.500 | – |" in row
     assert note.endswith("; intervals are bootstraps over groups.")
 
@@ -526,3 +553,93 @@ def test_markdown_of_small_numbers_and_odd_names() -> None:
     row = found.text().splitlines()[3]
     assert row.startswith(r"| `a\|b` | 1 | 0.500 |")
     assert row.endswith("| +0.0 | +0.0 to +0.0 | < 0.001 |")
+
+
+# --------------------------------------------------------------------------- classes, CSV and LaTeX
+
+
+def organs(name: str, *, seed: int, liver: float) -> FinishedRun:
+    """A run of two classes, of which one has a name that LaTeX and Markdown would misread."""
+    score = {"n": 3, "dice": liver, "iou": 0.5, "hd95": 4.0, "assd": 1.0, "nsd": 0.75}
+    classes = {"liver|left_lobe": score, "tumour": {**dict.fromkeys(score), "n": 0}}
+    data = {"num_classes": 2, "class_names": list(classes)}
+    return run(name, dice(0.5, 0.5, liver), seed=seed, classes=classes, data=data)
+
+
+def test_classes_are_averaged_over_seeds() -> None:
+    runs = [organs("sam_fed-seed0", seed=0, liver=0.5), organs("sam_fed-seed1", seed=1, liver=0.7)]
+    found = compare_rows({"sam_fed": runs})
+    (row,) = found.rows
+    assert row["classes"]["liver|left_lobe"]["dice"] == pytest.approx(0.6)
+    assert row["classes"]["tumour"]["dice"] is None
+    assert found.text().split("By class")[1].splitlines()[2:] == [
+        "| method | class | images | Dice | IoU | HD95 px | ASSD px | NSD 2 px |",
+        "|---|---|---|---|---|---|---|---|",
+        "| `sam_fed` | liver\\|left_lobe | 3 | 0.600 | 0.500 | 4.0 | 1.0 | 0.750 |",
+        "| `sam_fed` | tumour | 0 | – | – | – | – | – |",
+    ]
+    tables = replace(found, layout="latex").text()
+    assert (
+        "\nsam\\_fed & liver\\textbar{}left\\_lobe & 3 & 0.600 & 0.500 & 4.0 & 1.0 & 0.750 \\\\\n"
+        in tables
+    )
+    other = replace(organs("b", seed=0, liver=0.5), evaluation=SAM_FED[0].evaluation)
+    with pytest.raises(
+        IdentityError, match=r"data\.class_names differ, liver.* and foreground; run"
+    ):
+        compare_rows({"sam_fed": runs, "b": [other]})
+
+
+def test_distances_in_mm_are_shown_where_all_images_have_them() -> None:
+    known = [replace(each, scores=each.scores.copy()) for each in SAM_FED]
+    for each in known:
+        each.scores[:, 5:] = each.scores[:, 2:5] / 2
+    found = compare_rows({"sam_fed": known})
+    head, _, row, *_ = found.text().splitlines()
+    assert "| NSD 2 px | HD95 mm | ASSD mm | NSD 2 mm | Dice points" in head
+    assert row.endswith("| 0.600 | 20.0 | 2.0 | 0.300 | – | – | – |")
+    known[0].scores[0, 5:] = np.nan
+    (row,) = compare_rows({"sam_fed": known}).rows
+    assert (row["hd95_mm"], row["hd95_mm_ci95"], row["hd95"]) == (None, None, pytest.approx(40))
+
+
+def test_the_table_as_latex() -> None:
+    """Two rows with intervals and the paired test; every line ends where LaTeX wants it to."""
+    found = replace(compare_rows({"sam_fed": SAM_FED, "a_b": SUPERVISED}), layout="latex")
+    lines = found.text().splitlines()
+    assert lines[1:3] == ["\\begin{tabular}{lrrrrrrrrr}", "\\toprule"]
+    head, ours, base = lines[3], *lines[5:7]
+    assert head.count(" & ") == ours.count(" & ") == base.count(" & ") == 9
+    assert ours.startswith("sam\\_fed & 2 & 0.600 & [0.500, 0.650] & 40.0 & [35.0, 50.0] & 0.600 &")
+    assert base == (
+        "a\\_b & 2 & 0.300 & [0.000, 0.450] & 70.0 & [55.0, 100.0] & 0.300 "
+        "& $-30.0$ & $[-50.0, -20.0]$ & $0.500$ \\\\"
+    )
+    assert lines[7:9] == ["\\bottomrule", "\\end{tabular}"]
+    assert all(line.startswith("%") for line in lines[9:])
+    assert sum(line.count("{") - line.count("}") for line in lines) == 0
+
+
+def test_the_table_as_csv_says_what_json_says() -> None:
+    found = replace(compare_rows({"sam_fed": SAM_FED, "supervised": SUPERVISED}), layout="csv")
+    lines = list(csv.DictReader(io.StringIO(found.text())))
+    parts = ["all", "client_mean", "clients", "clients", "classes"]
+    assert [line["part"] for line in lines] == 2 * parts
+    row, pooled = found.rows[1], lines[5]
+    assert (pooled["row"], pooled["seeds"], pooled["n"]) == ("supervised", "2", "3")
+    for key, expected in (
+        ("dice", row["dice"]),
+        ("dice_low", row["dice_ci95"][0]),
+        ("hd95_sd", row["hd95_sd"]),
+        ("dice_difference", row["difference"]["dice"]),
+        ("dice_difference_high", row["difference"]["dice_ci95"][1]),
+        ("dice_p", row["difference"]["dice_p"]),
+    ):
+        assert float(pooled[key]) == pytest.approx(expected, rel=1e-5)
+    assert (lines[0]["dice_p"], pooled["hd95_mm"], lines[7]["name"]) == ("", "", "a")
+
+
+def test_layouts_exclude_each_other() -> None:
+    assert choose_layout(csv=True, latex=False) == "csv"
+    with pytest.raises(ConfigError, match="--csv and --latex: give one of them"):
+        choose_layout(csv=True, latex=True)

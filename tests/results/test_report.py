@@ -87,11 +87,15 @@ def run(name: str = "one", method: str = "sam_fed", **changes: Any) -> FinishedR
         "clients": tuple(sorted({*tested, *took_part})),
         "history": history,
         "evaluation": Evaluation(
-            method, 7, 2, {"pooled": pooled, "clients": tested, "client_mean": mean}
+            method,
+            7,
+            2,
+            {"pooled": pooled, "clients": tested, "client_mean": mean},
+            {"px": 2.0, "mm": 2.0},
         ),
         "partition": "a" * 64,
         "images": (),
-        "scores": np.zeros((0, 2)),
+        "scores": np.zeros((0, 8)),
         **changes,
     }
     return FinishedRun(name, **values)

@@ -23,6 +23,7 @@ from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.results.compare import compare
 from pipeline.results.evaluate import evaluate
 from pipeline.results.report import write_report
+from pipeline.results.scores import MEANS
 
 
 def without_masks(images: Path, folder: Path, *sites: str) -> Config:
@@ -87,9 +88,9 @@ def test_a_run_without_any_test_part(
     ]
     assert found.text() == "supervised: no test images, so no scores"
     assert json.loads((run.path / "metrics.json").read_text())["test"] == {
-        "pooled": {"n": 0, "dice": None, "iou": None, "hd95": None, "assd": None},
+        "pooled": {"n": 0} | dict.fromkeys(MEANS),
         "clients": {},
-        "client_mean": {"dice": None, "iou": None, "hd95": None, "assd": None},
+        "client_mean": dict.fromkeys(MEANS),
     }
     page = write_report([run]).path.read_text()
     assert Page(page).open == []

@@ -1,9 +1,7 @@
-"""Metrics by hand, against MedPy, and the group bootstrap."""
+"""Metrics of one image by hand, against MedPy and against all pairs of points."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 from typing import Any
 
@@ -15,15 +13,12 @@ from hypothesis.extra.numpy import arrays
 from medpy.metric import binary  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
-from scipy.stats import permutation_test
 
 from pipeline.segmentation.metrics import (
     ImageMetrics,
-    bootstrap_means,
+    Scale,
     dice_score,
     image_metrics,
-    sign_flip_test,
-    summarise,
 )
 
 
@@ -41,19 +36,26 @@ def _blob(rng: np.random.Generator, size: int, share: float) -> NDArray[np.uint8
     return np.asarray(field > np.quantile(field, 1 - share), dtype=np.uint8)
 
 
-def _row(dice: float, *, hd95: float = 0.0, defined: float = 0.0) -> ImageMetrics:
-    return ImageMetrics(dice, dice / 2, hd95, hd95 / 2, defined, defined / 2)
+def _scores(found: ImageMetrics) -> tuple[float, ...]:
+    """Dice, IoU, HD95, ASSD, both again where defined, and NSD."""
+    return found.values()[:7]
 
 
 def test_two_single_pixels() -> None:
     prediction = _mask((0, 0, 1, 1, 1), shape=(8, 8))
     truth = _mask((3, 4, 4, 5, 1), shape=(8, 8))
-    assert image_metrics(prediction, truth, num_classes=1) == ImageMetrics(0, 0, 5, 5, 5, 5)
+    found = image_metrics(prediction, truth, num_classes=1)
+    assert _scores(found) == (0, 0, 5, 5, 5, 5, 0)
+    assert _scores(image_metrics(prediction, truth, num_classes=1, px=Scale(tolerance=5)))[6] == 1
+    # 3 rows of 2 mm and 4 columns of 0.5 mm
+    in_mm = image_metrics(prediction, truth, num_classes=1, mm=Scale(2, 0.5, tolerance=6))
+    assert in_mm.hd95_mm == in_mm.assd_mm == pytest.approx(math.hypot(6, 2), abs=1e-12)
+    assert (in_mm.nsd_mm, in_mm.hd95) == (0, 5)
 
 
 def test_equal_masks_that_fill_the_image() -> None:
     mask = np.ones((5, 7), dtype=np.uint8)
-    assert image_metrics(mask, mask, num_classes=1) == ImageMetrics(1, 1, 0, 0, 0, 0)
+    assert _scores(image_metrics(mask, mask, num_classes=1)) == (1, 1, 0, 0, 0, 0, 1)
 
 
 def test_square_inside_a_square() -> None:
@@ -80,28 +82,67 @@ def test_the_percentile_pools_both_directions() -> None:
 def test_empty_masks_follow_the_conventions() -> None:
     empty, full = np.zeros((3, 4), dtype=np.uint8), np.ones((3, 4), dtype=np.uint8)
     both = image_metrics(empty, empty, num_classes=1)
-    assert (both.dice, both.iou, both.hd95, both.assd) == (1, 1, 0, 0)
+    assert (both.dice, both.iou, both.hd95, both.assd, both.nsd) == (1, 1, 0, 0, 1)
     for one in (
         image_metrics(empty, full, num_classes=1),
         image_metrics(full, empty, num_classes=1),
     ):
-        assert (one.dice, one.iou, one.hd95, one.assd) == (0, 0, 5, 5)  # 3-4-5 diagonal
+        assert (one.dice, one.iou, one.hd95, one.assd, one.nsd) == (0, 0, 5, 5, 0)  # 3-4-5
         assert math.isnan(one.hd95_defined)
         assert math.isnan(one.assd_defined)
     assert math.isnan(both.hd95_defined)
     assert math.isnan(both.assd_defined)
 
 
-def test_classes_are_averaged_and_undefined_ones_skipped() -> None:
+def test_classes_are_averaged_and_absent_ones_left_out() -> None:
     """Class 1 is 5 px off, class 2 right, class 3 missed, class 4 absent from both."""
     shape = (30, 40)  # diagonal 50
     truth = _mask((0, 0, 1, 1, 1), (20, 20, 25, 25, 2), (28, 0, 29, 9, 3), shape=shape)
     prediction = _mask((3, 4, 4, 5, 1), (20, 20, 25, 25, 2), shape=shape)
     got = image_metrics(prediction, truth, num_classes=4)
-    assert (got.dice, got.iou) == ((0 + 1 + 0 + 1) / 4, (0 + 1 + 0 + 1) / 4)
+    assert (got.dice, got.iou, got.nsd) == ((0 + 1 + 0) / 3, (0 + 1 + 0) / 3, (0 + 1 + 0) / 3)
     assert dice_score(prediction, truth, num_classes=4) == got.dice
-    assert (got.hd95, got.assd) == ((5 + 0 + 50 + 0) / 4, (5 + 0 + 50 + 0) / 4)
+    assert (got.hd95, got.assd) == ((5 + 0 + 50) / 3, (5 + 0 + 50) / 3)
     assert (got.hd95_defined, got.assd_defined) == (2.5, 2.5)
+    assert [(each.common, each.predicted, each.true) for each in got.classes] == [
+        (0, 1, 1), (25, 25, 25), (0, 0, 9), (0, 0, 0),
+    ]  # fmt: skip
+    assert [each.dice for each in got.classes[:3]] == [0, 1, 0]
+    assert not got.classes[3].present
+    assert all(map(math.isnan, got.classes[3].values().values()))
+
+
+def test_an_image_without_any_class_counts_as_right() -> None:
+    """With several classes as with one, and in both units."""
+    empty = np.zeros((3, 4), dtype=np.uint8)
+    for num_classes in (1, 3):
+        got = image_metrics(empty, empty, num_classes=num_classes, mm=Scale())
+        assert _scores(got)[:4] == (1, 1, 0, 0)
+        assert (got.nsd, got.hd95_mm, got.assd_mm, got.nsd_mm) == (1, 0, 0, 1)
+        assert dice_score(empty, empty, num_classes=num_classes) == 1
+
+
+def _surface_points(mask: NDArray[np.uint8]) -> NDArray[np.int_]:
+    """Pixels of a mask with a neighbour outside it (4-connected), the image's outside too."""
+    padded = np.pad(mask, 1)
+    neighbours = [np.roll(padded, step, axis) for step in (1, -1) for axis in (0, 1)]
+    return np.argwhere(padded.astype(bool) & ~np.all(neighbours, axis=0))
+
+
+def test_distances_equal_all_pairs_of_surface_points() -> None:
+    """HD95, ASSD and NSD against plain pairs, in px and with pixels that are not square."""
+    rng = np.random.default_rng(8)
+    for row, column, tolerance in ((1.0, 1.0, 2.0), (0.7, 1.9, 1.9), (3.0, 0.25, 0.6)):
+        for _ in range(4):
+            masks = [_blob(rng, 24, rng.uniform(0.05, 0.6)) for _ in range(2)]
+            one, two = (_surface_points(mask) * (row, column) for mask in masks)
+            pairs = np.linalg.norm(one[:, None] - two[None], axis=2)
+            pooled = np.concatenate((pairs.min(axis=1), pairs.min(axis=0)))
+            scale = Scale(row, column, tolerance)
+            got = image_metrics(*masks, num_classes=1, mm=scale).classes[0].mm
+            assert got.hd95 == pytest.approx(np.percentile(pooled, 95), abs=1e-9)
+            assert got.assd == pytest.approx(pooled.mean(), abs=1e-9)
+            assert got.nsd == pytest.approx(np.mean(pooled <= tolerance + 1e-6), abs=1e-12)
 
 
 def _assert_equals_medpy(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> None:
@@ -142,7 +183,8 @@ def test_is_symmetric_and_leaves_its_inputs_alone() -> None:
     rng = np.random.default_rng(1)
     a, b = _blob(rng, 40, 0.3), _blob(rng, 40, 0.2)
     before = a.copy(), b.copy()
-    assert image_metrics(a, b, num_classes=1) == image_metrics(b, a, num_classes=1)
+    one, two = image_metrics(a, b, num_classes=1), image_metrics(b, a, num_classes=1)
+    assert _scores(one) == _scores(two)
     assert np.array_equal(a, before[0])
     assert np.array_equal(b, before[1])
 
@@ -160,174 +202,3 @@ def test_refuses_what_is_no_pair_of_masks(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         image_metrics(prediction, truth, num_classes=num_classes)
-
-
-def test_summary_by_hand() -> None:
-    rows = [
-        _row(0.5, hd95=4, defined=4),
-        _row(1.0, hd95=0, defined=math.nan),
-        _row(0.0, hd95=11, defined=11),
-    ]
-    got = summarise(rows, ["a", "a", "b"], seed=0)
-    assert (got["n"], got["dice"], got["iou"], got["hd95"], got["assd"]) == (3, 0.5, 0.25, 5, 2.5)
-    assert (got["hd95_defined"], got["assd_defined"]) == (7.5, 3.75)
-    # Two groups: a draw is (a, a), (a, b) or (b, b) with chances 1/4, 1/2, 1/4, so that the
-    # percentiles at 2.5 and 97.5 are the means of the groups themselves.
-    assert got["dice_ci95"] == [0.0, 0.75]
-    assert got["hd95_ci95"] == [2.0, 11.0]
-    assert json.loads(json.dumps(got, allow_nan=False)) == got
-
-
-def test_summary_without_a_defined_distance() -> None:
-    got = summarise([_row(1.0, defined=math.nan)], ["a"], seed=0)
-    assert got["hd95_defined"] is None
-    assert got["assd_defined"] is None
-
-
-def test_interval_draws_groups_not_images() -> None:
-    """100 images of one patient carry no more evidence than one."""
-    one_group = summarise([_row(0.2), _row(0.8)] * 50, ["p"] * 100, seed=0)
-    assert one_group["dice_ci95"] == pytest.approx([0.5, 0.5], abs=1e-12)
-    rows = [_row(0.2)] * 50 + [_row(0.8)] * 50
-    low, high = summarise(rows, [str(i // 10) for i in range(100)], seed=0)["dice_ci95"]
-    narrow_low, narrow_high = summarise(rows, [str(i) for i in range(100)], seed=0)["dice_ci95"]
-    assert high - low > 2 * (narrow_high - narrow_low)
-
-
-def test_interval_equals_a_plain_loop() -> None:
-    """The vectorised bootstrap against drawing groups one resample at a time."""
-    rng = np.random.default_rng(3)
-    values = rng.uniform(size=60)
-    groups = [f"g{i}" for i in rng.integers(0, 12, size=60)]
-    got = summarise([_row(v) for v in values], groups, seed=0)["dice_ci95"]
-    names = sorted(set(groups))
-    members = {name: values[[g == name for g in groups]] for name in names}
-    means = [
-        np.concatenate([members[name] for name in rng.choice(names, size=len(names))]).mean()
-        for _ in range(4000)
-    ]
-    assert got == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.02)
-
-
-def test_summary_is_deterministic_by_seed() -> None:
-    rng = np.random.default_rng(4)
-    rows = [_row(v, hd95=9 * v) for v in rng.uniform(size=40)]
-    groups = [str(i // 3) for i in range(40)]
-    assert summarise(rows, groups, seed=5) == summarise(rows, groups, seed=5)
-    assert summarise(rows, groups, seed=5) != summarise(rows, groups, seed=6)
-
-
-def test_summary_refuses_bad_input() -> None:
-    with pytest.raises(ValueError, match="found 1 groups for 2 rows"):
-        summarise([_row(1.0)] * 2, ["a"], seed=0)
-
-
-# --------------------------------------------------------------------------- pairs
-
-
-def _brute_force(sums: list[float]) -> float:
-    totals = [
-        abs(sum(sign * value for sign, value in zip(signs, sums, strict=True)))
-        for signs in itertools.product((1, -1), repeat=len(sums))
-    ]
-    return sum(total >= abs(sum(sums)) - 1e-9 for total in totals) / len(totals)
-
-
-def test_sign_flips_by_hand() -> None:
-    """Sums 3 and 1 by group: totals 4, 2, -2, -4, so that two of four lie as far out as 4."""
-    differences = np.array([1.0, 2.0, 1.0])
-    assert sign_flip_test(differences, ["a", "a", "b"], seed=0) == 0.5
-    assert sign_flip_test(differences, ["a", "b", "c"], seed=0) == 0.25  # 1 + 2 + 1, all flipped
-    assert sign_flip_test(np.array([1.0, -1.0, 1.0]), ["a", "b", "c"], seed=0) == 1
-    assert sign_flip_test(np.zeros(3), ["a", "b", "c"], seed=0) == 1
-
-
-@given(
-    sums=st.lists(st.integers(-20, 20), min_size=1, max_size=7),
-    images=st.integers(1, 3),
-    data=st.data(),
-)
-@settings(max_examples=100, deadline=None, derandomize=True)
-def test_all_sign_flips_equal_brute_force(
-    sums: list[int], images: int, data: st.DataObject
-) -> None:
-    """However a group's sum is spread over images, and in whatever order these come."""
-    values = [value / 10 / images for value in sums for _ in range(images)]
-    groups = [f"g{number}" for number in range(len(sums)) for _ in range(images)]
-    order = data.draw(st.permutations(range(len(values))))
-    got = sign_flip_test(np.array([values[i] for i in order]), [groups[i] for i in order], seed=0)
-    assert got == _brute_force([value / 10 for value in sums])
-
-
-@pytest.mark.parametrize("number", [2, 7, 14])
-def test_all_sign_flips_equal_scipys(number: int) -> None:
-    """SciPy's own test draws other patterns beyond 14 groups, takes 1 s to import and 10 times as
-    long to run, so it serves as a check alone.
-    """
-    values = np.random.default_rng(number).standard_normal(number) + 0.3
-    expected = permutation_test(
-        (values,),
-        lambda flipped, axis: np.abs(flipped.sum(axis=axis)),
-        permutation_type="samples",
-        alternative="greater",
-        n_resamples=np.inf,
-    )
-    assert sign_flip_test(values, list(map(str, range(number))), seed=0) == expected.pvalue
-
-
-def test_fourteen_groups_are_counted_and_fifteen_drawn() -> None:
-    """All 2^14 patterns, of which two are extreme; then 10,000 draws and the one found."""
-    groups = [str(number) for number in range(15)]
-    assert sign_flip_test(np.ones(14), groups[:14], seed=0) == 2 / 2**14
-    drawn = sign_flip_test(np.ones(15), groups, seed=0)
-    assert round(drawn * 10_001, 6) in range(1, 8)  # about 0.6 of 10,000 are extreme
-    assert drawn == sign_flip_test(np.ones(15), groups, seed=0)
-    assert sign_flip_test(np.ones(40), list(map(str, range(40))), seed=0) == 1 / 10_001
-
-
-def test_drawn_sign_flips_come_close_to_all_of_them() -> None:
-    rng = np.random.default_rng(5)
-    for shift in (0.0, 0.3, 0.6):
-        sums = rng.standard_normal(15) + shift
-        bits = np.arange(2**15)[:, None] >> np.arange(15) & 1
-        totals = np.abs((1 - 2 * bits) @ sums)
-        exact = float(np.mean(totals >= abs(sums.sum()) - 1e-9))
-        groups = [str(number) for number in range(15)]
-        drawn = [sign_flip_test(sums, groups, seed=seed) for seed in range(5)]
-        assert drawn == pytest.approx([exact] * 5, abs=0.02)
-        assert len(set(drawn)) > 1  # the seed counts
-
-
-@pytest.mark.parametrize(("number", "images"), [(10, 4), (25, 1)])
-def test_the_test_keeps_its_level(number: int, images: int) -> None:
-    """Where nothing differs p is below 0.1 in about a tenth of trials, images of a group alike."""
-    rng, trials = np.random.default_rng(6), 400
-    groups = [str(i // images) for i in range(number * images)]
-    below = 0
-    for _ in range(trials):
-        values = np.repeat(rng.standard_normal(number), images)
-        values += 0.1 * rng.standard_normal(len(values))
-        below += sign_flip_test(values, groups, seed=0) <= 0.1
-    assert below / trials == pytest.approx(0.1, abs=0.045)  # three standard deviations
-
-
-def test_one_group_says_nothing_of_a_difference() -> None:
-    assert sign_flip_test(np.ones(100), ["p"] * 100, seed=0) == 1
-
-
-def test_columns_share_their_resamples() -> None:
-    """A difference that is the same in every image has an interval without width."""
-    rng = np.random.default_rng(7)
-    one, groups = rng.uniform(size=60), [f"g{i}" for i in rng.integers(0, 12, size=60)]
-    two = one - 0.25
-    low, high = bootstrap_means(np.stack((one, two, one - two), axis=1), groups, seed=0)
-    assert high[0] - low[0] > 0.05
-    assert [low[2], high[2]] == pytest.approx([0.25, 0.25], abs=1e-12)
-    assert [low[0] - low[1], high[0] - high[1]] == pytest.approx([0.25, 0.25], abs=1e-12)
-
-
-def test_bootstrap_and_test_refuse_bad_input() -> None:
-    with pytest.raises(ValueError, match="found 1 groups for 2 rows; expected one per row"):
-        bootstrap_means(np.zeros((2, 1)), ["a"], seed=0)
-    with pytest.raises(ValueError, match="found 3 groups for 2 rows"):
-        sign_flip_test(np.zeros(2), ["a", "b", "c"], seed=0)
