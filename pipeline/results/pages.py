@@ -66,11 +66,10 @@ def format_number(value: float | None, decimals: int) -> str:
 
 def _tex(text: str) -> str:
     """Return ``text`` as LaTeX prints it."""
-    signs = {each: f"\\{each}" for each in "&%$#_{}"}
     words = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "|": "bar"}
-    return text.translate(
-        str.maketrans(signs | {sign: f"\\text{word}{{}}" for sign, word in words.items()})
-    )
+    signs = dict[str, str | int | None]((each, f"\\{each}") for each in "&%$#_{}")
+    signs |= {sign: f"\\text{word}{{}}" for sign, word in words.items()}
+    return text.translate(str.maketrans(signs))
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
