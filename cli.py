@@ -409,6 +409,33 @@ def repair(
 
 @command(
     cache_app,
+    client=Argument(help="A client's name, or server."),
+    image_id=Argument(metavar="ID", help="Id of one of its images that SAM labels."),
+    out="PNG to write (default: show/CLIENT/ID.png in the cache).",
+)
+def show(config: "Config", client: str, image_id: str, out: Path | None = None) -> Result:
+    """Show one image, SAM's label on it and the confidence, as a picture and in numbers."""
+    from pipeline.results.inspection import show
+
+    return show(config, client, image_id, out=out)
+
+
+@command(
+    cache_app,
+    ome_zarr=Option(metavar="FOLDER", help="Write CLIENT.ome.zarr for each client to this folder."),
+    client="Only this client, or server (may be repeated).",
+)
+def export_(
+    config: "Config", progress: Progress, ome_zarr: Path, client: list[str] | None = None
+) -> Result:
+    """Write images, SAM's labels and their confidence for other viewers, as OME-Zarr 0.5."""
+    from pipeline.results.inspection import export
+
+    return export(config, ome_zarr, clients=client or (), progress=progress)
+
+
+@command(
+    cache_app,
     yes=Option("--yes", help="Remove without asking."),
     dry_run=Option("--dry-run", help="Only list."),
 )

@@ -23,7 +23,9 @@ from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(get_command(cli.app).commands)  # type: ignore[attr-defined]
-CACHE_COMMANDS = ["cache info", "cache prune", "cache repair", "cache unlock", "cache verify"]
+CACHE_COMMANDS = [
+    f"cache {name}" for name in ("export", "info", "prune", "repair", "show", "unlock", "verify")
+]
 
 
 @pytest.fixture(scope="module")

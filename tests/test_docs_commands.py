@@ -80,7 +80,15 @@ def whole(text: str, start: int) -> str:
             return command.removesuffix("; done")
 
 
-FOUND = list(dict.fromkeys(each for page in PAGES for each in commands(page.read_text())))
+def is_name_alone(command: str) -> bool:
+    """Whether a command is only named, and would need more words to be run."""
+    known: Any = typer.main.get_command(cli.app)
+    named = known.commands.get(command.removeprefix("samfed "))
+    return named is not None and any(parameter.required for parameter in named.params)
+
+
+EVERY = dict.fromkeys(each for page in PAGES for each in commands(page.read_text()))
+FOUND = [command for command in EVERY if not is_name_alone(command)]
 
 
 def is_run(command: str) -> bool:

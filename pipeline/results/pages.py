@@ -95,11 +95,16 @@ def figure_uri(figure: Figure) -> str:
     return png_uri(Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE))
 
 
-def png_uri(picture: Image.Image) -> str:
-    """Return the picture as a data URI without metadata, which would differ between versions."""
+def png_bytes(picture: Image.Image) -> bytes:
+    """Return the picture as PNG without metadata, which would differ between versions."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
+
+
+def png_uri(picture: Image.Image) -> str:
+    """Return the picture as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(picture)).decode("ascii")
 
 
 def example_panels(
@@ -115,27 +120,36 @@ def example_panels(
         masks: (S, S) class indices by name; the outline of ``truth`` is drawn on all others.
         weight: (S, S) 0..1.
     """
-    side, truth, heat = min(PANEL_PX, len(image)), masks.get("truth"), None
-    if weight is not None:
-        heat = _shrink(np.rint(weight * 255).astype(np.uint8), side)
-        heat.putpalette(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].tobytes())
+    side, truth = min(PANEL_PX, len(image)), masks.get("truth")
+    fine = side * max(1, round(360 / side))  # finer than the image, for thin lines
+    heat = None if weight is None else heat_map(np.rint(weight * 255).astype(np.uint8), side)
     return {
-        "image": png_uri(_shrink(image, side)),
+        "image": png_uri(resized(image, side)),
         "weight": None if heat is None else png_uri(heat),
         "overlays": {
-            name: None if mask is None else _overlay(mask, truth, side)
+            name: None if mask is None else png_uri(overlay(mask, truth, fine))
             for name, mask in masks.items()
         },
     }
 
 
-def _shrink(image: NDArray[np.uint8], side: int) -> Image.Image:
+def resized(image: NDArray[np.uint8], side: int) -> Image.Image:
+    """Return (S, S) or (S, S, 3) values as a picture of ``side`` px."""
     return Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
 
 
-def _overlay(mask: Mask, truth: Mask | None, side: int) -> str:
-    """Return a transparent PNG: classes tinted and outlined, the truth a thin white line on top."""
-    side *= max(1, round(360 / side))  # finer than the image, for thin lines
+def heat_map(values: NDArray[np.uint8], side: int) -> Image.Image:
+    """Return (S, S) values 0..255 as a picture of ``side`` px in viridis."""
+    heat = resized(values, side)
+    heat.putpalette(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].tobytes())
+    return heat
+
+
+def overlay(mask: Mask, truth: Mask | None, side: int) -> Image.Image:
+    """Return a transparent picture of ``side`` px: classes tinted and outlined, the truth a line.
+
+    The truth, if it is another mask, is a thin white line on top.
+    """
     labels, edge = _enlarge(mask, side, line_px=2)
     rgba = np.zeros((side, side, 4), dtype=np.uint8)
     for index in np.unique(labels[labels > 0]):
@@ -143,7 +157,7 @@ def _overlay(mask: Mask, truth: Mask | None, side: int) -> str:
     rgba[edge, 3] = 255
     if truth is not None and truth is not mask:
         rgba[_enlarge(truth, side, line_px=1)[1]] = 255
-    return png_uri(Image.fromarray(rgba))
+    return Image.fromarray(rgba)
 
 
 def _enlarge(mask: Mask, side: int, *, line_px: int) -> tuple[Mask, NDArray[np.bool_]]:

@@ -102,31 +102,48 @@ def _blocks(rows: Iterable[_Row], size: int) -> Iterator[list[_Row]]:
         yield block
 
 
+class ImageStore:
+    """An image store on disk, opened to read rows of it.
+
+    Raises:
+        StageError: it does not exist. CorruptStoreError: its bytes are not what was written.
+        FormatError: another samfed's.
+    """
+
+    def __init__(self, path: Path, *, stage: str = "prepare") -> None:
+        if not path.is_dir():
+            raise StageError(f"{path}: not found; run `samfed {stage}` first")
+        self.path, self.advice = path, f"run `samfed {stage}`"
+        content = read_store_file(path, "images", advice=self.advice)
+        self.image_ids: tuple[str, ...] = tuple(content["image_ids"])
+        self.num_classes: int = content["num_classes"]
+        self._arrays = [open_array(path, "images", content)]
+        if f"labels/{METADATA_FILE}" in content["metadata"]:
+            self._arrays.append(open_array(path, "labels", content))
+        self.image_size: int = self._arrays[0].shape[1]
+
+    def read(self, rows: range) -> ImageSet:
+        """Return some rows, each chunk checked."""
+        found = [read_rows(self.path, each, rows, advice=self.advice) for each in self._arrays]
+        ids = self.image_ids[rows.start : rows.stop]
+        return ImageSet(ids, found[0], found[1] if len(found) > 1 else None)
+
+
 def read_image_store(
     path: Path, *, image_ids: Sequence[str], size: int, num_classes: int, stage: str = "prepare"
 ) -> ImageSet:
     """Read an image store into memory: these images in this order, at this size.
 
     Raises:
-        StageError: it does not exist. IdentityError: it holds other images, another size or K.
-        CorruptStoreError: its bytes are not what was written. FormatError: another samfed's.
+        IdentityError: it holds other images, another size or K. Else as ``ImageStore``.
     """
-    if not path.is_dir():
-        raise StageError(f"{path}: not found; run `samfed {stage}` first")
-    advice = f"run `samfed {stage}`"
-    content = read_store_file(path, "images", advice=advice)
-    images = open_array(path, "images", content)
-    wanted = {"image_size": size, "num_classes": num_classes}
-    found = {"image_size": images.shape[1], "num_classes": content["num_classes"]}
-    for name, value in wanted.items():
-        if found[name] != value:
+    store = ImageStore(path, stage=stage)
+    for name, value in {"image_size": size, "num_classes": num_classes}.items():
+        found = getattr(store, name)
+        if found != value:
             raise IdentityError(
-                f"{path}: {name} is {found[name]}, the run asks for {value}; {advice}"
+                f"{path}: {name} is {found}, the run asks for {value}; {store.advice}"
             )
-    if content["image_ids"] != list(image_ids):
-        raise IdentityError(f"{path}: holds other images than the partition; {advice}")
-    arrays = [images]
-    if f"labels/{METADATA_FILE}" in content["metadata"]:
-        arrays.append(open_array(path, "labels", content))
-    rows = [read_rows(path, array, range(len(image_ids)), advice=advice) for array in arrays]
-    return ImageSet(tuple(image_ids), rows[0], rows[1] if len(rows) > 1 else None)
+    if store.image_ids != tuple(image_ids):
+        raise IdentityError(f"{path}: holds other images than the partition; {store.advice}")
+    return store.read(range(len(image_ids)))
