@@ -57,8 +57,10 @@ class Hostile:
         """Yield the replies."""
         for request in requests:
             (reply,) = self.inner.run([request])
-            if isinstance(request, FitRequest) and reply.weights and reply.client in self.names:
-                reply = replace(reply, weights=self._instead(request.weights or {}, reply.weights))
+            if isinstance(request, FitRequest) and reply.client in self.names:
+                before, after = request.weights, reply.weights
+                if isinstance(before, dict) and isinstance(after, dict):  # not compressed
+                    reply = replace(reply, weights=self._instead(before, after))
             yield reply
 
     def _instead(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:

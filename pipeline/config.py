@@ -36,6 +36,7 @@ Probability = Annotated[float, Field(ge=0.5, lt=1.0)]  # of the likelier of two
 
 AggregationName = Literal["fedavg", "median", "trimmed_mean", "krum", "multi_krum"]
 ServerOptimizer = Literal["none", "fedavgm", "fedadam"]
+Compression = Literal["none", "float16", "int8"]
 Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
 
 
@@ -261,6 +262,7 @@ class FederateConfig(_Section):
     server_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99  # fedadam
     server_tau: PositiveFloat = 1e-3  # fedadam: added to the root of the second moment
     proximal_weight: NonNegativeFloat = 0.0  # FedProx's mu: holds clients to the broadcast model
+    compression: Compression = "none"  # of the weights that travel, either way
     pretrain_steps: Annotated[CountOrNone, _FIRST_MODEL] = 200  # of each first model, on D_p
     local_steps: Count = 10  # optimiser steps of each client in a round
     labelled_batch: Annotated[Count, Field(ge=2), _FIRST_MODEL] = 8  # batch norm needs two images
@@ -316,15 +318,15 @@ class Config(_Section):
         federate, averages = self.federate, METHODS[method].networks == "equal"
         others = [
             f"federate.{key} {getattr(federate, key)}"
-            for key in ("aggregation", "server_optimizer", "proximal_weight")
+            for key in ("aggregation", "server_optimizer", "proximal_weight", "compression")
             if getattr(federate, key) != FederateConfig.model_fields[key].default
         ]
         if own and (averages or others):
             raise ValueError(
                 f"{method if averages else others[0]} builds on averaged weights, which "
                 "clients with networks of their own (model.clients) do not share; expected one of "
-                f"{', '.join(methods_for('own'))}, with aggregation fedavg, server_optimizer none "
-                "and proximal_weight 0"
+                f"{', '.join(methods_for('own'))}, with aggregation fedavg, server_optimizer none, "
+                "proximal_weight 0 and compression none"
             )
         return self
 

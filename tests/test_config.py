@@ -453,6 +453,7 @@ ROUNDS = [
     "federate.server_beta2",
     "federate.server_tau",
     "federate.proximal_weight",
+    "federate.compression",
     "federate.local_steps",
     "federate.unlabelled_batch",
     "federate.unlabelled_weight",

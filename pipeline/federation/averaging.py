@@ -15,6 +15,7 @@ from pipeline import methods
 from pipeline.config import AggregationName, Config
 from pipeline.federation.aggregation import aggregate, check_update, fewest_updates, update_norm
 from pipeline.federation.agreement import Calibration
+from pipeline.federation.compression import WEIGHT_STEPS, Packed, pack, unpack_update
 from pipeline.federation.diagnostics import FEWEST_TO_COMPARE
 from pipeline.federation.local_update import train_on_server
 from pipeline.federation.messages import FitRequest, Reply
@@ -42,6 +43,7 @@ class Averaging(Strategy):
         """Keep a round's updates in ``folder`` until they are averaged."""
         self._config, self._workplace, self._folder = config, workplace, folder
         self._calibration = Calibration()
+        self._sent: State | Packed = {}  # the broadcast weights as they travel
         self._norm = 0.0  # of the broadcast weights
         self._trained: State = {}  # the broadcast weights without batch norm's statistics
         self._norms: dict[str, float] = {}  # of what each client did to these
@@ -50,9 +52,11 @@ class Averaging(Strategy):
     def begin(self, this: Round) -> None:
         """Measure the calibration, as each client would: all hold D_p and the same weights."""
         sent = this.before.weights
-        self._calibration, self._norms = self._measure(sent), {}
+        self._sent, self._norms = self.broadcast(sent), {}
+        received = self._workplace.unpacked(self._config.model, self._sent)
+        self._calibration = self._measure(received)
         self._norm = update_norm(sent, {name: value * 0 for name, value in sent.items()})
-        network = self._workplace.frozen(self._config.model, sent)
+        network = self._workplace.frozen(self._config.model, received)
         self._trained = {name: sent[name] for name, _ in network.named_parameters()}
         self._updates = Updates(self._folder, sent)
 
@@ -61,13 +65,18 @@ class Averaging(Strategy):
         return FitRequest(
             **this.address(client),
             rates=this.rates,
-            weights=this.before.weights,
+            weights=self._sent,
             calibration=self._calibration,
         )
 
     def accept(self, this: Round, reply: Reply) -> str | None:
         """Check an update against the broadcast weights, and put it into its file."""
-        update, sent = reply.weights or {}, this.before.weights
+        sent, update = this.before.weights, reply.weights or {}
+        if isinstance(update, Packed):
+            try:
+                update = unpack_update(update, sent)
+            except ValueError as error:
+                return str(error)
         reason = check_update(update, sent)
         images = {entry.name: entry.images for entry in this.engine.entries}[reply.client]
         if reason is not None or reply.images != images:
@@ -111,8 +120,13 @@ class Averaging(Strategy):
         return train_on_server(model, public, rates, seed=seed, settings=settings)
 
     def shared(self, weights: State) -> State:
-        """Return the global model's weights, which all clients are scored with."""
+        """Return the global model's weights, which answer for all clients."""
         return weights
+
+    def broadcast(self, weights: State) -> State | Packed:
+        """Return the global model's weights, packed where the settings ask for it."""
+        kind = self._config.federate.compression
+        return weights if kind == "none" else pack(weights, kind, steps=WEIGHT_STEPS)
 
     def conclude(self, run: RunFolder, weights: State) -> Calibration:
         """Keep D_p's example images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from pipeline.errors import StageError
 from pipeline.federation.aggregation import check_update
 from pipeline.federation.agreement import AgreementState
 from pipeline.federation.codistillation import distil, public_logits
+from pipeline.federation.compression import Packed, pack_update
 from pipeline.federation.description import FEWEST_IMAGES, describe, public_moments, training_of
 from pipeline.federation.exchange import EXCHANGES
 from pipeline.federation.inputs import ClientContext, flip_dice, load_client, load_part
@@ -63,6 +64,7 @@ class PrivateState(Plain):
     round: int
     class_confidence: Tensor  # (K+1,) float32, ``AgreementState.class_confidence``
     weights: State | None  # of its own network, where it has one
+    residual: State = field(default_factory=dict)  # what compression left out of its updates
 
 
 class Client:
@@ -115,7 +117,7 @@ class Client:
     def _fit(self, request: FitRequest) -> Reply:
         """Train on its own images, from the broadcast weights or from its own."""
         before = self._distilled(request) if request.distilled else self._before(request)
-        weights, broadcast = request.weights, None
+        weights, broadcast = self._received(request), None
         traits, settings = METHODS[self._config.federate.method], self._config.federate
         if weights is not None and traits.distils_broadcast and settings.kd_weight:
             broadcast = self._workplace.frozen(self._network, weights)
@@ -132,13 +134,17 @@ class Client:
         result = local_update(model, self._public, self._data, task, config=self._config)
         # what is not finite is never kept; others' weights are checked again where they arrive
         fault = check_update(result.weights, start) or not_finite(tensors_of(result.state))
+        after: State | Packed = result.weights
         if fault is None:
-            self._keep(request, result)
+            residual = before.residual
+            if weights is not None and settings.compression != "none":
+                after, residual = pack_update(result.weights, start, residual, settings.compression)
+            self._keep(request, result, residual)
         return request.reply(
             metrics=result.metrics,
             fault=fault or "",
             images=len(self._data.images),
-            weights=None if weights is None else result.weights,
+            weights=None if weights is None else after,
         )
 
     def _predict(self, request: PredictRequest) -> Reply:
@@ -173,7 +179,7 @@ class Client:
     def _evaluate(self, request: EvaluateRequest) -> Reply:
         """Score the model that answers for its images; keep what the run leaves behind."""
         state = self._before(request)
-        weights = _present(state.weights if request.weights is None else request.weights)
+        weights = self._received(request) or _present(state.weights)
         model = self._workplace.frozen(self._network, weights)
         if request.final:
             self._conclude(request, state, model)
@@ -245,6 +251,12 @@ class Client:
             calibration = measure_calibration(model, self._public, self._config)
         return AgreementState(state.class_confidence, calibration)
 
+    def _received(self, request: FitRequest | EvaluateRequest) -> State | None:
+        """Return the weights that a request brings, if any."""
+        if request.weights is None:
+            return None
+        return self._workplace.unpacked(self._network, request.weights)
+
     def _seed(self, request: Request) -> int:
         return client_seed(self._config.seed, request.round_number, self._context.index)
 
@@ -275,10 +287,10 @@ class Client:
             )
         return state
 
-    def _keep(self, request: FitRequest, result: LocalResult) -> None:
+    def _keep(self, request: FitRequest, result: LocalResult, residual: State) -> None:
         """Keep the state after a round, its own network's weights included."""
         own = result.weights if request.weights is None else None
-        state = PrivateState(request.round_number, result.state.class_confidence, own)
+        state = PrivateState(request.round_number, result.state.class_confidence, own, residual)
         self._states.save(request.round_number, state, before=request.state_round)
 
 

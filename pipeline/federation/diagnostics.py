@@ -39,12 +39,14 @@ def client_warnings(config: Config, name: str, entry: Entry) -> list[str]:
             if value is not None and value < limit:
                 found.append(f"{name}: {meaning} is {value:.2f}, below {limit:.2f}")
     megabytes = (entry["bytes_up"] + entry["bytes_down"]) / 1e6
+    packs = config.heterogeneous or config.federate.compression != "none"
+    advice = "raise federate.local_steps" + ("" if packs else ", or set federate.compression")
     link = config.federate.link_mbit
     on_the_link = megabytes * 8 / link
     if on_the_link > entry["seconds"]:
         found.append(
             f"{name}: {megabytes:.1f} MB a round take {on_the_link:.1f} s on a link of {link:g} "
-            f"Mbit/s, computing takes {entry['seconds']:.1f} s; raise federate.local_steps"
+            f"Mbit/s, computing takes {entry['seconds']:.1f} s; {advice}"
         )
     return found
 

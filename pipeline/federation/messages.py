@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pipeline.federation.agreement import Calibration
+from pipeline.federation.compression import Packed
 from pipeline.federation.schedule import Rates
 from pipeline.stores.plain_data import Plain, State, tensors_of
 
@@ -35,7 +36,7 @@ class Reply(Message):
 
     metrics: dict[str, float | None] = field(default_factory=dict)
     images: int = 0  # behind the weights, or the metrics
-    weights: State | None = None
+    weights: State | Packed | None = None  # packed: an update of those received
     logits: Tensor | None = None  # (N, K+1, S, S) float16 on the round's noised copy of D_p
     features: Tensor | None = None  # (C+1, C) float64, sums over all images: ``DescribeRequest``
     seconds: float = 0.0  # of the client's own work
@@ -58,7 +59,7 @@ class FitRequest(Request):
     """Train on your own images. The reply has weights, unless they are of an own network."""
 
     rates: Rates
-    weights: State | None = None  # of the broadcast model; None: start from your own
+    weights: State | Packed | None = None  # of the broadcast model; None: start from your own
     calibration: Calibration | None = None  # on D_p, of the broadcast model; None: measure yours
     distilled: bool = False  # whether a ``DistilRequest`` of this round came before
 
@@ -81,7 +82,7 @@ class EvaluateRequest(Request):
     """Score a part of your images. The reply has the metric ``dice``, a mean over its images."""
 
     part: Literal["val", "test"] | None  # None: nothing is scored
-    weights: State | None = None  # of the global model; None: your own
+    weights: State | Packed | None = None  # of the global model; None: your own
     calibration: Calibration | None = None  # as in ``FitRequest``, for examples alone
     final: bool = False  # the run is over: keep your example images, and your own model
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import SamfedError
 from pipeline.federation.agreement import Calibration
+from pipeline.federation.compression import Packed
 from pipeline.federation.messages import AnyRequest, ClientEntry, FitRequest, Reply
 from pipeline.federation.runs import Checkpoint, RunFolder
 from pipeline.federation.schedule import Rates
@@ -156,8 +157,12 @@ class Strategy(ABC):
         """Return the server's weights after the round."""
 
     def shared(self, weights: State) -> State | None:
-        """Return the weights that clients are scored with; None where these are their own."""
+        """Return the weights of the model that answers for all clients; None: each has its own."""
         return None
+
+    def broadcast(self, weights: State) -> State | Packed | None:
+        """Return ``shared`` weights as they travel to the clients of a round."""
+        return self.shared(weights)
 
     def conclude(self, run: RunFolder, weights: State) -> Calibration | None:
         """Keep what the run leaves behind at the server; return its model's calibration."""

@@ -196,11 +196,7 @@ class Server:
 
     def _evaluate(self, after: Checkpoint, names: Sequence[str], **ask: Any) -> Iterator[Reply]:
         """Ask clients to score the models as they are after a round."""
-        weights = self.strategy.shared(after.weights)
-        requests = [
-            EvaluateRequest(**after.address(name, after.round), weights=weights, **ask)
-            for name in names
-        ]
+        requests = [EvaluateRequest(**after.address(name, after.round), **ask) for name in names]
         for _, reply in asked(self.engine, requests):
             yield reply
 
@@ -209,7 +205,8 @@ class Server:
         names = [entry.name for entry in self.engine.entries if entry.val_images]
         scores: dict[str, float] = {}
         images = total = 0.0
-        for reply in self._evaluate(after, names, part="val"):
+        weights = self.strategy.broadcast(after.weights)
+        for reply in self._evaluate(after, names, part="val", weights=weights):
             if reply.fault:
                 log.warning("%s: validation score rejected, %s", reply.client, reply.fault)
                 continue
@@ -221,7 +218,8 @@ class Server:
         """Keep models and examples, each where it belongs; doing it again changes nothing."""
         calibration = self.strategy.conclude(self.run, after.weights)
         names = [entry.name for entry in self.engine.entries]
-        for _ in self._evaluate(after, names, part=None, calibration=calibration, final=True):
+        ask = {"weights": self.strategy.shared(after.weights), "calibration": calibration}
+        for _ in self._evaluate(after, names, part=None, final=True, **ask):
             pass  # each client keeps its own
         if self.strategy.shared(after.weights) is not None:
             self._keep_model(after)

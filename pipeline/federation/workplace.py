@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, NetworkConfig
 from pipeline.federation.codistillation import noised_public
+from pipeline.federation.compression import Packed, unpack
 from pipeline.federation.schedule import exchange_seed
 from pipeline.federation.views import PublicSet
 from pipeline.segmentation.networks import State, build_model
@@ -41,6 +42,7 @@ class Workplace:
         self._frozen: Networks = {}
         self._in_frozen: dict[NetworkConfig, State] = {}
         self._noised: tuple[int, Tensor] = (0, torch.zeros(0))
+        self._unpacked: tuple[State | Packed, State] = ({}, {})
 
     def loaded(self, network: NetworkConfig, weights: State) -> nn.Module:
         """Return a network with ``weights``, to be trained."""
@@ -60,6 +62,14 @@ class Workplace:
             self._frozen[network].load_state_dict(weights)
             self._in_frozen[network] = weights
         return self._frozen[network]
+
+    def unpacked(self, network: NetworkConfig, weights: State | Packed) -> State:
+        """Return a network's weights, unpacked once for all who got the same; not to be changed."""
+        if isinstance(weights, dict):
+            return weights
+        if self._unpacked[0] is not weights:
+            self._unpacked = weights, unpack(weights, self._networks[network].state_dict())
+        return self._unpacked[1]
 
     def noised(self, round_number: int) -> Tensor:
         """Return the round's noised copy of D_p, made once a round; not to be changed."""

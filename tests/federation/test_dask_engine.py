@@ -46,7 +46,8 @@ def test_processes_give_the_same_bytes_though_one_is_killed(
     labelled: Config, workers: Workers, monkeypatch: pytest.MonkeyPatch, own: bool
 ) -> None:
     monkeypatch.setattr("pipeline.cluster.LOOK_SECONDS", 0.5)
-    here = federate(changed(labelled, "here", own=own))
+    packed = {"compression": "none" if own else "int8"}
+    here = federate(changed(labelled, "here", own=own, **packed))
     killed = workers.processes[-1]
 
     def kill(what: str, done: int, total: int, note: str = "", /) -> None:
@@ -55,7 +56,7 @@ def test_processes_give_the_same_bytes_though_one_is_killed(
             killed.wait()
             workers.add(1)
 
-    config = changed(labelled, "there", own=own)
+    config = changed(labelled, "there", own=own, **packed)
     there = federate(config, connect=reach(connect(workers.address)), progress=kill)
     assert models(there) == models(here)
     assert digest(there.path / "clients") == digest(here.path / "clients")

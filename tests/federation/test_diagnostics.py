@@ -49,8 +49,10 @@ def test_a_link_slower_than_computing_by_hand() -> None:
     """2 MB are 16 Mbit: 16 s at 1 Mbit/s, 1.6 s at 10."""
     assert client_warnings(settings(link_mbit=1.0), "a", entry()) == [
         "a: 2.0 MB a round take 16.0 s on a link of 1 Mbit/s, computing takes 10.0 s; "
-        "raise federate.local_steps"
+        "raise federate.local_steps, or set federate.compression"
     ]
+    packed = client_warnings(settings(link_mbit=1.0, compression="int8"), "a", entry())
+    assert packed[0].endswith("takes 10.0 s; raise federate.local_steps")
     assert client_warnings(settings(link_mbit=10.0), "a", entry()) == []
 
 
