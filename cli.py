@@ -300,15 +300,38 @@ def export(
     app,
     name="Run (default: federate.name).",
     out="Write to the folder of the run's name in this one (default: the run's own).",
+    data=Option(
+        metavar="FOLDER", help="Score on this labelled folder instead, as another hospital's."
+    ),
+    label=Option("--as", metavar="NAME", help="What that test is called (default: FOLDER's name)."),
+    client="With --data: this client's own model.",
+    teacher=Option("--teacher", help="With --data: SAM, as the run's settings ask for it."),
 )
 def evaluate(
-    config: "Config", progress: Progress, name: str | None = None, out: Path | None = None
+    config: "Config",
+    progress: Progress,
+    name: str | None = None,
+    out: Path | None = None,
+    data: Path | None = None,
+    label: str | None = None,
+    client: str | None = None,
+    teacher: bool = False,
 ) -> Result:
-    """Score a run's final model on every client's test images."""
+    """Score a run's final model on every client's test images, or on another labelled folder."""
+    from pipeline.inference.loading import Choice
     from pipeline.results.evaluate import evaluate
+    from pipeline.results.evaluate_external import evaluate_external
     from pipeline.results.finished import run_folder
 
-    return evaluate(config, run_folder(config, name), out=out, progress=progress)
+    run = run_folder(config, name)
+    if data is not None:
+        if out is not None:
+            raise ConfigError("--out and --data: an external test goes into the run's folder")
+        choice = Choice(str(run.path), client, teacher=teacher)
+        return evaluate_external(config, choice, data, name=label, progress=progress)
+    if client or teacher or label:
+        raise ConfigError("--client, --teacher and --as need --data")
+    return evaluate(config, run, out=out, progress=progress)
 
 
 @command(

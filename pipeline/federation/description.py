@@ -144,6 +144,7 @@ def describe(
         weights_sha256=NO_DIGEST,
         network=NetworkConfig(**plain | {"encoder_weights": None}),
         num_classes=config.data.num_classes,
+        class_names=config.data.classes,
         image_size=config.data.image_size,
         grey=bool((images == images[:, :1]).all()),
         temperature=temperature,

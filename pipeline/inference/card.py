@@ -80,8 +80,9 @@ def model_card(spec: ModelSpec, run: RunFolder | None) -> str:
 def _origin(spec: ModelSpec, run: RunFolder | None) -> Iterator[str]:
     made, classes = spec.training, spec.num_classes
     whose = f"client {made.client}'s own model" if made.client else "the global model"
+    numbered = f"classes 1 to {classes}" if classes > 1 else "class 1"
     yield (
-        f"Segments {classes} class{'es' if classes > 1 else ''} beside background in "
+        f"Segments {', '.join(spec.class_names)} ({numbered}; 0 is background) in "
         f"{'grey' if spec.grey else 'colour'} images of {spec.image_size} x {spec.image_size} px. "
         f"It is {whose}.\n\n## Data and method\n\n"
         f"* {made.public_images} labelled images of one institution; {made.images} unlabelled "
@@ -115,8 +116,9 @@ def _scores(run: RunFolder) -> Iterator[str]:
             yield f"| {name} | none | | | |"
             continue
         dice, iou, hd95 = (format(row[key], form) for key, form in _SCORES.items())
-        low, high = row["dice_ci95"]
-        yield f"| {name} | {row['n']} | {dice} ({low:.3f} to {high:.3f}) | {iou} | {hd95} |"
+        interval = row["dice_ci95"]
+        between = "one group" if interval is None else "{:.3f} to {:.3f}".format(*interval)
+        yield f"| {name} | {row['n']} | {dice} ({between}) | {iou} | {hd95} |"
     yield ""
 
 

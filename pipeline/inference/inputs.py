@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from pipeline.data.importers.volumes import (
     upright,
     window_of,
 )
+from pipeline.data.sites import read_spacing
 from pipeline.disk import file_sha256
 from pipeline.errors import DataError
 from pipeline.inference.model import Model, Pixels
@@ -86,41 +86,27 @@ def find(paths: Sequence[Path], *, leave_out: Path) -> list[Source]:
     return list(found.values())
 
 
-def _in_folder(folder: Path, leave_out: Path) -> Iterator[Source]:
+def _in_folder(folder: Path, leave_out: Path) -> list[Source]:
     base = folder / "images" if (folder / "images").is_dir() else folder
-    spacings = _spacings(folder / "spacing.csv")
-    avoided, count = leave_out.resolve(), 0
+    avoided, found = leave_out.resolve(), list[Source]()
     for path in sorted(base.rglob("*")):
         inside = path.relative_to(base)
         hidden = any(part.startswith(".") for part in inside.parts)
         if hidden or not path.name.lower().endswith(_SUFFIXES) or path.is_dir():
             continue
         if avoided not in path.resolve().parents:
-            count += 1
-            yield _source(path, inside.as_posix(), spacings)
-    if not count:
+            found.append(_source(path, inside.as_posix()))
+    if not found:
         raise DataError(f"{base}: nothing to predict; expected {' '.join(_SUFFIXES)} files")
+    names = {source.name for source in found}
+    spacing = read_spacing(folder / "spacing.csv", names, endings=IMAGE_SUFFIXES)
+    return [replace(source, spacing=spacing.get(source.name)) for source in found]
 
 
-def _source(path: Path, name: str, spacings: dict[str, tuple[float, ...]] | None = None) -> Source:
+def _source(path: Path, name: str) -> Source:
     ending = next((each for each in VOLUME_SUFFIXES if name.lower().endswith(each)), None)
     stem = name[: -len(ending)] if ending else name[: len(name) - len(Path(name).suffix)]
-    stem = unicodedata.normalize("NFC", stem)
-    return Source(path, stem, (spacings or {}).get(stem))
-
-
-def _spacings(path: Path) -> dict[str, tuple[float, ...]]:
-    """Read ``spacing.csv`` of an import, if there is one: mm between rows and columns by id."""
-    if not path.is_file():
-        return {}
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return {r["image_id"]: (float(r["row_mm"]), float(r["column_mm"])) for r in rows}
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise DataError(
-            f"{path}: not what an import writes ({error}); correct or remove it"
-        ) from error
+    return Source(path, unicodedata.normalize("NFC", stem))
 
 
 def read(source: Source, model: Model) -> Picture | Unreadable:

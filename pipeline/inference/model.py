@@ -23,6 +23,7 @@ class Model(Protocol):
 
     digest: str  # of all that decides its predictions
     num_classes: int  # K
+    class_names: tuple[str, ...]  # of 1..K
     threshold: float  # of distances: beyond it an image is unlike the training images
     grey: bool  # whether it was trained on grey images alone
 

@@ -41,6 +41,7 @@ class OnnxModel:
             raise CorruptStoreError(f"{path}: no model of a run (a teacher?); {_AGAIN}")
         self.spec = parse_spec(properties[SPEC_KEY], source=str(path))
         self.num_classes, self.grey = self.spec.num_classes, self.spec.grey
+        self.class_names = self.spec.class_names
         self.digest, self.threshold = self.spec.digest, self.spec.likeness.threshold
         self._session = _session(path, device)
 

@@ -18,6 +18,7 @@ from pipeline.data.images import read_image
 from pipeline.data.importers.volumes import write_like
 from pipeline.disk import write_bytes
 from pipeline.inference.inputs import Picture, Source
+from pipeline.inference.model import Model
 from pipeline.segmentation.palette import class_colour, mask_palette
 
 MaskFormat = str  # png or tiff
@@ -70,14 +71,8 @@ def at_own_size(
     return np.stack([np.asarray(p.resize(size, Image.Resampling.BILINEAR)) for p in planes])
 
 
-def write_prediction(
-    found: Prediction, wanted: Wanted, *, threshold: float, grey: bool
-) -> list[Row]:
-    """Write the files of one prediction; return its rows of ``predictions.csv``, one a class.
-
-    Args:
-        threshold: of distances. grey: whether the model was trained on grey images alone.
-    """
+def write_prediction(found: Prediction, wanted: Wanted, model: Model) -> list[Row]:
+    """Write the files of one prediction; return its rows of ``predictions.csv``, one a class."""
     picture = found.picture
     mask, confidence, maps = _assemble(found, keep=wanted.probabilities)
     files = wanted.files(picture.source, found.num_classes)
@@ -93,12 +88,14 @@ def write_prediction(
     else:
         _save(_indexed(mask, found.num_classes, wanted.format), files["mask"])
     distance = None if found.distances is None else float(np.median(found.distances))
-    unlike = None if distance is None else distance > threshold or (grey and picture.coloured)
+    coloured = model.grey and picture.coloured
+    unlike = None if distance is None else distance > model.threshold or coloured
     of_image = {"distance": distance, "unlike": unlike}
     return [
-        {"file": picture.source.name, "class": k, **_measure(mask == k, confidence, picture)}
+        {"file": picture.source.name, "class": k, "class_name": name}
+        | _measure(mask == k, confidence, picture)
         | of_image
-        for k in range(1, found.num_classes + 1)
+        for k, name in enumerate(model.class_names, start=1)
     ]
 
 
@@ -182,6 +179,7 @@ def table(rows: Sequence[Row]) -> list[list[Any]]:
 COLUMNS = (
     "file",
     "class",
+    "class_name",
     "area_px",
     "area_mm2",
     "volume_mm3",

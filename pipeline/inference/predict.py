@@ -81,7 +81,7 @@ def predict(
             if isinstance(found, Unreadable):
                 unreadable[found.source.name] = found.reason
             else:
-                rows = write_prediction(found, wanted, threshold=model.threshold, grey=model.grey)
+                rows = write_prediction(found, wanted, model)
                 journal.add(found.picture, rows)
             if progress is not None:
                 progress("predicting", done, len(todo))

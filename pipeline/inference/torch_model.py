@@ -34,6 +34,7 @@ class NetworkModel:
             weights are not those of this network.
         """
         self.spec, self.num_classes, self.grey = spec, spec.num_classes, spec.grey
+        self.class_names = spec.class_names
         self.digest, self.threshold = spec.digest, spec.likeness.threshold
         self._device = resolve_device(device)
         data = {"num_classes": spec.num_classes, "image_size": spec.image_size}
@@ -89,8 +90,8 @@ class TeacherModel:
 
     threshold, grey = float("inf"), False
 
-    def __init__(self, teacher: Teacher) -> None:
-        card = teacher.card
+    def __init__(self, teacher: Teacher, class_names: tuple[str, ...]) -> None:
+        card, self.class_names = teacher.card, class_names
         self._teacher, self.num_classes = teacher, card.num_classes
         self.digest = f"{card.base_sha256}-{card.adapter_sha256}-{card.prompt}"
         self._side = max(1, card.input_size // LOGIT_STRIDE)  # px, as fine as its logits are
@@ -113,6 +114,5 @@ def load_teacher_model(config: Config, *, device: str) -> TeacherModel:
     """
     precompute = config.precompute.model_copy(update={"device": device})
     settings = config.model_copy(update={"precompute": precompute})
-    return TeacherModel(
-        load_teacher(settings, load_partition(config.cache.root / "partition.json"))
-    )
+    teacher = load_teacher(settings, load_partition(config.cache.root / "partition.json"))
+    return TeacherModel(teacher, config.data.classes)

@@ -54,6 +54,7 @@ class Comparison:
     partition: str  # sha256
     tolerance: dict[str, float]  # of the surface Dice, in ``px`` and ``mm``
     rows: list[dict[str, Any]]
+    external: list[dict[str, Any]]  # of each run: ``run``, ``test``, ``model``, ``pooled`` scores
     layout: Layout = "markdown"  # of its text
 
     def as_json(self) -> dict[str, Any]:
@@ -194,6 +195,12 @@ def compare_rows(
         if reference not in (None, row):
             entry["difference"] = _difference(means[row] - zero, groups, difference)
         table.append(entry)
+    external = [
+        {"run": run.name, "test": each.name, "model": each.model, "pooled": each.test["pooled"]}
+        for runs in rows.values()
+        for run in runs
+        for each in run.external
+    ]
     return Comparison(
         reference=reference,
         n=len(groups),
@@ -202,6 +209,7 @@ def compare_rows(
         partition=first.partition,
         tolerance=first.evaluation.tolerance,
         rows=table,
+        external=external,
     )
 
 

@@ -54,7 +54,7 @@ def evaluate(
         StageError: the run is not complete. IdentityError: the partition or the image stores are
         not the ones that the run was made on.
     """
-    used = _settings(run.config(), config)
+    used = scoring_settings(run.config(), config)
     partition_file = config.cache.root / "partition.json"
     run.check_partition(partition_file)
     partition = load_partition(partition_file)
@@ -73,7 +73,7 @@ def evaluate(
     return found
 
 
-def _settings(used: Config, asked: Config) -> Config:
+def scoring_settings(used: Config, asked: Config) -> Config:
     """Return a run's settings with what of the present ones only says how it is scored."""
     update: dict[str, Any] = {"cache": asked.cache, "evaluate": asked.evaluate}
     if asked.data.class_names and asked.data.num_classes == used.data.num_classes:

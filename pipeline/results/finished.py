@@ -15,6 +15,8 @@ from pipeline.config import Config
 from pipeline.disk import is_folder_name, read_json
 from pipeline.errors import ConfigError, DataError, StageError
 from pipeline.federation.runs import RunFolder
+from pipeline.results.external import External, read_external
+from pipeline.results.scores import described
 from pipeline.segmentation.metrics import CLASS_SCORES
 
 FORMAT = 2  # of metrics.json and the tables beside it
@@ -44,23 +46,12 @@ class Evaluation:
         if not row["n"]:
             return f"{self.method}: no test images, so no scores"
         unit = "px" if row.get("hd95_mm") is None else "mm"
-        lines = [f"{self.method}: {_described(row, unit)}, {row['n']} images"]
+        lines = [f"{self.method}: {described(row, unit)}, {row['n']} images"]
         classes = row["classes"] if len(row["classes"]) > 1 else {}
         for name, of in classes.items():
-            scores = _described(of, unit) if of["n"] else "in no truth and no prediction"
+            scores = described(of, unit) if of["n"] else "in no truth and no prediction"
             lines.append(f"  {name}: {scores}, {of['n']} images")
         return "\n".join(lines)
-
-
-def _described(row: dict[str, Any], unit: str) -> str:
-    """Return a summary's means in words; distances are in ``unit``."""
-    suffix = "" if unit == "px" else "_mm"
-    between = "{:.3f} to {:.3f}".format(*row["dice_ci95"]) if row["dice_ci95"] else "one group"
-    hd95, assd, nsd = (row[f"{name}{suffix}"] for name in ("hd95", "assd", "nsd"))
-    return (
-        f"Dice {row['dice']:.3f} ({between}), IoU {row['iou']:.3f}, HD95 {hd95:.1f} {unit}, "
-        f"ASSD {assd:.1f} {unit}, NSD {nsd:.3f}"
-    )
 
 
 @dataclass(frozen=True)
@@ -75,6 +66,7 @@ class FinishedRun:
     partition: str  # sha256 of the partition.json that it was made on
     images: tuple[ImageKey, ...]  # of the test parts, sorted
     scores: NDArray[np.float64]  # (N, 8): ``SCORES``, nan where not known, as ``images``
+    external: tuple[External, ...] = ()  # tests on other folders
 
 
 def run_folder(config: Config, name: str | None = None) -> RunFolder:
@@ -121,6 +113,7 @@ def read_run(run: RunFolder, *, scores: Path | None = None) -> FinishedRun:
         partition=run.partition_sha256(),
         images=tuple(sorted(table)),
         scores=values,
+        external=read_external(run.path),
     )
 
 

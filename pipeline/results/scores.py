@@ -110,3 +110,14 @@ def as_csv(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     short = ([f"{v:.6g}" if isinstance(v, float) else v for v in line] for line in lines)
     csv.writer(out, lineterminator="\n").writerows([head, *short])
     return out.getvalue()
+
+
+def described(row: dict[str, Any], unit: str) -> str:
+    """Return a summary's means in words; distances are in ``unit``."""
+    suffix = "" if unit == "px" else "_mm"
+    between = "{:.3f} to {:.3f}".format(*row["dice_ci95"]) if row["dice_ci95"] else "one group"
+    hd95, assd, nsd = (row[f"{name}{suffix}"] for name in ("hd95", "assd", "nsd"))
+    return (
+        f"Dice {row['dice']:.3f} ({between}), IoU {row['iou']:.3f}, HD95 {hd95:.1f} {unit}, "
+        f"ASSD {assd:.1f} {unit}, NSD {nsd:.3f}"
+    )

@@ -44,8 +44,8 @@ class Calibration(_Part):
     """
 
     images: int
-    ece_before: float | None
-    ece: float | None
+    ece_before: float
+    ece: float
     reliability: dict[str, list[float | None]]
 
 
@@ -69,6 +69,7 @@ class ModelSpec(_Part):
     weights_sha256: str  # of the weights' file in the run's folder
     network: NetworkConfig  # without ``encoder_weights``: they are in the weights
     num_classes: PositiveInt  # K foreground classes; 0 is background
+    class_names: tuple[str, ...]  # of 1..K
     image_size: PositiveInt  # side of the square that images are squashed to, px, bilinear
     grey: bool  # whether all of D_p's images are grey; a grey image is repeated over RGB
     temperature: PositiveFloat  # probabilities are softmax(logits / temperature)
