@@ -1,8 +1,8 @@
-# The commands of README and CONTRIBUTING: make demo, make test, make check.
+# The commands of README and CONTRIBUTING: make demo, make test, make check, make docs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs clean
 
 # Reinstalled only when what is to be installed changes.
 .venv/installed: pyproject.toml constraints.txt
@@ -30,6 +30,14 @@ test: check
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# the site, in build/site; the variable silences an announcement about the theme's successor
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# the site, in build/site; the variable silences an announcement about the theme's successor
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 clean:
 	rm -rf .venv build samfed.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage.json

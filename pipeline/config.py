@@ -77,14 +77,14 @@ def _refuse_box(prompt: object) -> object:
     return prompt
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """Part of the settings; ``decides`` is the mark of the fields that have none of their own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     decides: ClassVar[Decides] = _NOTHING
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What comes in."""
 
     root: Path = Path("data/synthetic")  # folder with images/, masks/ and optionally sites.csv
@@ -115,23 +115,24 @@ class DataConfig(_Section):
         return tuple(f"class {number}" for number in range(1, self.num_classes + 1))
 
 
-class CacheConfig(_Section):
+class CacheConfig(Section):
     """Where everything that can be rebuilt goes."""
 
-    root: Path = Path("cache")
+    root: Path = Path("cache")  # folder of stores, teacher and runs
 
 
-class SynthConfig(_Section):
+class SynthConfig(Section):
     """The embedded default data set."""
 
-    images_per_site: Count = 130
+    images_per_site: Count = 130  # of each of the four sites
     size_px: Annotated[int, Field(ge=32, le=2048)] = 128  # image height
     seed: Seed = 0  # of the images alone: runs with several seeds share one data set
 
 
-class PartitionConfig(_Section):
+class PartitionConfig(Section):
     """Who owns which image."""
 
+    # by chance, skewed, by site of origin, or with so many images each
     scheme: Literal["iid", "dirichlet", "site", "sizes"] = "site"
     file: Path | None = None  # a partition.json, or a split of HSSF, to read instead of drawing one
     clients: Count = 4  # iid and dirichlet: number of clients
@@ -156,7 +157,7 @@ class PartitionConfig(_Section):
         return self
 
 
-class SamConfig(_Section):
+class SamConfig(Section):
     """The teacher and how it is adapted to the public set D_p."""
 
     decides = _TEACHER
@@ -169,16 +170,16 @@ class SamConfig(_Section):
     prompt: Annotated[Literal["none", "points"], BeforeValidator(_refuse_box)] = "none"
     points_per_side: Annotated[int, Field(ge=1, le=64)] = 16  # points: of the grid
     lora_rank: Count = 8  # vit_* and mobile_sam: rank of the updates to q and v
-    epochs: Count = 60
-    batch_size: Count = 4
+    epochs: Count = 60  # of fine-tuning
+    batch_size: Count = 4  # images per training step
     learning_rate: PositiveFloat = 2e-3  # decoder, prompt embedding, LoRA; timm: neck and decoder
     encoder_learning_rate: PositiveFloat = 5e-4  # timm only: the backbone
-    weight_decay: NonNegativeFloat = 0.01
+    weight_decay: NonNegativeFloat = 0.01  # AdamW's
     warmup_fraction: Fraction = 0.1  # of all steps, linear
     decay_power: PositiveFloat = 0.9  # polynomial decay after the warm-up
     dice_weight: Fraction = 0.8  # rest is cross-entropy (SAMed: 0.8 and 0.2)
     threads: Count = 2  # torch threads of fine-tuning on the CPU; pinned, for equal results
-    device: str = "auto"
+    device: str = "auto"  # of fine-tuning: auto, cpu, cuda, cuda:N
 
     @property
     def prompt_policy(self) -> str:
@@ -186,27 +187,29 @@ class SamConfig(_Section):
         return f"points:{self.points_per_side}" if self.prompt == "points" else self.prompt
 
 
-class PrecomputeConfig(_Section):
+class PrecomputeConfig(Section):
     """Stage one: how the teacher is run."""
 
     backend: Literal["torch", "onnx"] = "torch"  # onnx: ONNX Runtime, after `samfed export-onnx`
     batch_size: Count = 8  # images per forward pass; a shard holds 64 rows
+    # auto: bf16 where the device has it and masks do not move, else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    device: str = "auto"
+    device: str = "auto"  # of the teacher: auto, cpu, cuda, cuda:N
     readers: Count = 2  # threads that decode images ahead of the teacher
     threads: Count | None = None  # torch threads on the CPU; null = all, or a worker's share
     warn_consistency: Fraction = 0.7  # Dice of a flipped image's label below this is a warning
     warn_empty: Fraction = 0.5  # share of empty masks above this is a warning
 
 
-class NetworkConfig(_Section):
+class NetworkConfig(Section):
     """A network of segmentation-models-pytorch."""
 
     decides = _RUN
 
+    # decoder behind the encoder
     architecture: Literal["unet", "fpn", "linknet", "deeplabv3plus", "segformer"] = "unet"
     encoder: str = "tu-mobilenetv3_small_050"  # smp encoder name; tu-<name> is timm's
-    encoder_depth: Annotated[int, Field(ge=3, le=5)] = 4
+    encoder_depth: Annotated[int, Field(ge=3, le=5)] = 4  # levels; each halves the sides
     # U-Net: one per depth; segformer: one; fpn, linknet and deeplabv3plus do not use them
     decoder_channels: tuple[Count, ...] = (48, 32, 24, 16)
     encoder_weights: Path | None = None  # local .safetensors with the encoder's timm weights
@@ -220,21 +223,20 @@ class ModelConfig(NetworkConfig):
     clients: tuple[NetworkConfig, ...] = ()
 
 
-class AgreementConfig(_Section):
+class AgreementConfig(Section):
     """How SAM's label and the client's own prediction become one target (docs/method.md)."""
 
     decides = _RUN
 
-    rule: Rule = "adaptive"
+    rule: Rule = "adaptive"  # whose label counts where, and how much
     threshold: Fraction = 0.9  # `confident`: probability above which a source is believed
     calibrate: bool = True  # `adaptive`: measure both sources on D_p's calibration part
     min_threshold: Probability = 0.6  # `adaptive`: threshold of a class unlearnt
     max_threshold: Probability = 0.8  # `adaptive`: of a class well learnt
     foreground_prior: float = 0.0  # `adaptive`: log-odds for foreground in a conflict
     momentum: Fraction = 0.9  # `adaptive`: of the class-wise running confidence
-    # foreground Dice of SAM and client, and coverage, below which a round warns
-    warn_agreement: Annotated[Fraction, _NOTHING] = 0.3
-    warn_coverage: Annotated[Fraction, _NOTHING] = 0.3
+    warn_agreement: Annotated[Fraction, _NOTHING] = 0.3  # warn of a foreground Dice below it
+    warn_coverage: Annotated[Fraction, _NOTHING] = 0.3  # warn of a share of pixels kept below it
 
     @model_validator(mode="after")
     def _check(self) -> AgreementConfig:
@@ -243,18 +245,18 @@ class AgreementConfig(_Section):
         return self
 
 
-class FederateConfig(_Section):
+class FederateConfig(Section):
     """Stage two."""
 
     decides = _RUN
 
     name: Annotated[str, AfterValidator(_folder_name), _NOTHING] = "sam_fed"  # under cache/runs
-    method: Method = "sam_fed"
-    rounds: Count = 15
+    method: Method = "sam_fed"  # what clients learn from, and exchange
+    rounds: Count = 15  # the final model is the last one's
     clients_per_round: Count | None = None  # drawn anew each round; null = all
     # a round that ends with fewer usable updates is repeated once, then the run stops
     min_clients: Annotated[Count, _NOTHING] = 1
-    aggregation: AggregationName = "fedavg"
+    aggregation: AggregationName = "fedavg"  # how the server combines updates
     byzantine: CountOrNone = 1  # trimmed_mean, krum, multi_krum: clients that may be hostile
     server_optimizer: ServerOptimizer = "none"  # of the averaged change of the model
     server_learning_rate: PositiveFloat | None = None  # null: 1 for fedavgm, 0.01 for fedadam
@@ -265,14 +267,15 @@ class FederateConfig(_Section):
     compression: Compression = "none"  # of the weights that travel, either way
     pretrain_steps: Annotated[CountOrNone, _FIRST_MODEL] = 200  # of each first model, on D_p
     local_steps: Count = 10  # optimiser steps of each client in a round
-    labelled_batch: Annotated[Count, Field(ge=2), _FIRST_MODEL] = 8  # batch norm needs two images
-    unlabelled_batch: Count = 8
-    learning_rate: Annotated[PositiveFloat, _FIRST_MODEL] = 2e-3
-    weight_decay: Annotated[NonNegativeFloat, _FIRST_MODEL] = 1e-4
+    # images of D_p in a step; batch norm needs two
+    labelled_batch: Annotated[Count, Field(ge=2), _FIRST_MODEL] = 8
+    unlabelled_batch: Count = 8  # images of a step whose labels are SAM's or the client's own
+    learning_rate: Annotated[PositiveFloat, _FIRST_MODEL] = 2e-3  # falls as a cosine over rounds
+    weight_decay: Annotated[NonNegativeFloat, _FIRST_MODEL] = 1e-4  # AdamW's
     unlabelled_weight: NonNegativeFloat = 1.0  # lambda_u after its ramp
     ramp_rounds: CountOrNone = 2  # rounds over which lambda_u grows from 0
     kd_weight: NonNegativeFloat = 0.1  # lambda_kd; no part of runs with networks of their own
-    kd_temperature: PositiveFloat = 2.0
+    kd_temperature: PositiveFloat = 2.0  # of both sides of that term
     confidence_threshold: Fraction = 0.95  # of a client's own pseudo-labels (FixMatch)
     fusion_epochs: Count = 4  # heterogeneous: passes over D_p of RC, of RF, of FedMD's digest
     fusion_weight: NonNegativeFloat = 10.0  # heterogeneous: of the KL term in RC and RF
@@ -281,18 +284,18 @@ class FederateConfig(_Section):
     link_mbit: Annotated[PositiveFloat, _NOTHING] = 100.0  # slower than computing is a warning
     warn_drift: Annotated[PositiveFloat, _NOTHING] = 3.0  # warn above so many times the median's
     threads: Annotated[Count, _REPETITION] = 2  # torch's; pinned, for equal results
-    device: Annotated[str, _REPETITION] = "auto"
+    device: Annotated[str, _REPETITION] = "auto"  # of the clients: auto, cpu, cuda, cuda:N
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """How finished models are scored."""
 
-    # surface Dice (NSD): how far outlines may lie apart, in the client's frame and in mm
-    tolerance_px: PositiveFloat = 2.0
-    tolerance_mm: PositiveFloat = 2.0
+    # surface Dice (NSD): how far outlines may lie apart
+    tolerance_px: PositiveFloat = 2.0  # in the client's frame
+    tolerance_mm: PositiveFloat = 2.0  # the same in mm, where spacing is known
 
 
-class Config(_Section):
+class Config(Section):
     """All of ``params.yaml``."""
 
     seed: Annotated[Seed, _REPETITION] = 0  # of partition, teacher and rounds
@@ -341,6 +344,12 @@ class Config(_Section):
         return own[index % len(own)] if own else self.model
 
 
+def mark_of(section: type[Section], key: str) -> Decides:
+    """Return what a setting decides: the mark of its field, or else of its section."""
+    marks = [m for m in section.model_fields[key].metadata if isinstance(m, Decides)]
+    return marks[0] if marks else section.decides
+
+
 def deciding_settings(
     config: Config, what: Literal["run", "first_model", "experiment"]
 ) -> dict[str, Any]:
@@ -351,10 +360,9 @@ def deciding_settings(
     """
     found: dict[str, Any] = {}
     for section, value in config:
-        part, prefix = (value, f"{section}.") if isinstance(value, _Section) else (config, "")
+        part, prefix = (value, f"{section}.") if isinstance(value, Section) else (config, "")
         for key in type(part).model_fields if prefix else [section]:
-            marks = [m for m in type(part).model_fields[key].metadata if isinstance(m, Decides)]
-            if getattr(marks[0] if marks else part.decides, what):
+            if getattr(mark_of(type(part), key), what):
                 found[prefix + key] = _plain(getattr(part, key), by_name=what == "experiment")
     return found
 

@@ -33,7 +33,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     # the page for users goes through the stages in order; others name one or the other again
     ROOT / "docs" / "usage.md",
-    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "usage.md"),
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "usage.md"),
 ]
 PROGRAMS = "samfed|make|dvc|python"
 
