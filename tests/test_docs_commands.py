@@ -92,7 +92,22 @@ FOUND = [command for command in EVERY if not is_name_alone(command)]
 
 
 def is_run(command: str) -> bool:
-    return not any(fnmatch(f"{command} ", pattern) for pattern in NOT_RUN)
+    if any(fnmatch(f"{command} ", pattern) for pattern in NOT_RUN):
+        return False
+    found, _, words = resolve(words_of(command)[1:])
+    return bool(words) or not any(each.required for each in found.params)  # else just its name
+
+
+def resolve(words: list[str]) -> tuple[Command, Context | None, list[str]]:
+    """The command that the words name, where it is found, and the words for it."""
+    command: Command = typer.main.get_command(cli.app)
+    context: Context | None = None
+    while isinstance(command, Group) and words and not words[0].startswith("-"):
+        context = Context(command, parent=context, info_name=command.name)
+        name, found, words = command.resolve_command(context, words)
+        assert found is not None, name
+        command = found
+    return command, context, list(words)
 
 
 def words_of(command: str) -> list[str]:
@@ -128,18 +143,14 @@ def test_what_is_not_run_is_in_the_docs(pattern: str) -> None:
 
 def parse_samfed(words: list[str]) -> None:
     """Let the real command line read a command, without running it, and its settings."""
-    command: Command = typer.main.get_command(cli.app)
-    context: Context | None = None
-    while isinstance(command, Group) and words and not words[0].startswith("-"):
-        context = Context(command, parent=context, info_name=command.name)
-        name, found, words = command.resolve_command(context, words)
-        assert found is not None, name
-        command = found
+    command, context, words = resolve(words)
+    if not words:
+        return  # its name, as a sentence says it
     if isinstance(command, Group):
         # `samfed cache`, which is a family of commands, or an option of `samfed` itself
         assert set(words) <= {each for option in command.params for each in option.opts}
         return
-    given = command.make_context(command.name, list(words), parent=context).params
+    given = command.make_context(command.name, words, parent=context).params
     if "overrides" in given:
         params = ROOT / (given.get("params") or "params.yaml")
         load_config(params, tuple(given["overrides"] or ()))
