@@ -23,6 +23,17 @@ WORKERS = Option(min=1, help="Label in so many processes here: one per GPU, or s
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 cache_app = typer.Typer(help="Look into, check, mend and clear the stores.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
+teacher_app = typer.Typer(
+    help="Carry the adapted teacher from the server to a site, as one file.", no_args_is_help=True
+)
+app.add_typer(teacher_app, name="teacher")
+public_app = typer.Typer(
+    help="Carry the server's labelled set, which stage two needs everywhere, to a site.",
+    no_args_is_help=True,
+)
+app.add_typer(public_app, name="public")
+site_app = typer.Typer(help="What a hospital runs by itself.", no_args_is_help=True)
+app.add_typer(site_app, name="site")
 
 
 def can_ask() -> bool:
@@ -135,21 +146,34 @@ def import_(
     app,
     with_oracle=Option("--with-oracle", help="Also store the labels that `oracle` alone reads."),
     allow_duplicates=Option("--allow-duplicates", help="Keep groups apart that share an image."),
+    site=Option(metavar="NAME", help="All images are this site's; names nobody else's."),
+    server=Option("--server", help="All images are the server's; takes its labelled set alone."),
+    data=Option(metavar="DIR", help="Folder with images/ (default: data.root)."),
 )
 def prepare(
     config: "Config",
     progress: Progress,
     with_oracle: bool = False,
     allow_duplicates: bool = False,
+    site: str | None = None,
+    server: bool = False,
+    data: Path | None = None,
 ) -> Result:
     """Partition data.root over server and clients and write the image stores."""
-    from pipeline.data.prepare import prepare
+    from pipeline.data.prepare import alone, prepare
+    from pipeline.params import with_settings
     from pipeline.setup.fit import check_networks, name_traps
 
+    owner = alone(site, server=server)
+    config = with_settings(config, "--data", data={"root": data})
     check_networks(config)
     name_traps(config)
     return prepare(
-        config, with_oracle=with_oracle, allow_duplicates=allow_duplicates, progress=progress
+        config,
+        owner=owner,
+        with_oracle=with_oracle,
+        allow_duplicates=allow_duplicates,
+        progress=progress,
     )
 
 
@@ -399,6 +423,51 @@ def doctor(config: "Config") -> Result:
     from pipeline.setup.doctor import examine
 
     return examine(config)
+
+
+@command(
+    teacher_app,
+    file=Argument(help="File to write: a zip of JSON and safetensors."),
+    base=Option("--base", help="Also SAM's own weights, for sites that cannot fetch them."),
+    onnx=Option("--onnx", help="Also the model that `samfed export-onnx` wrote."),
+)
+def export__(config: "Config", file: Path, base: bool = False, onnx: bool = False) -> Result:
+    """Write the teacher to FILE: its card, what was adapted, and their digests."""
+    from pipeline.sam.transfer import export_teacher
+
+    return export_teacher(config, file, with_base=base, with_onnx=onnx)
+
+
+@command(teacher_app, file=Argument(help="File that `samfed teacher export` wrote."))
+def import__(config: "Config", file: Path) -> Result:
+    """Take the server's teacher into this site's cache; then run `samfed precompute-sam`."""
+    from pipeline.sam.transfer import import_teacher
+
+    return import_teacher(config, file)
+
+
+@command(public_app, file=Argument(help="File to write: a zip of JSON and safetensors."))
+def export___(config: "Config", file: Path) -> Result:
+    """Write the server's set to FILE: images at data.image_size, labels, SAM's labels, digests."""
+    from pipeline.data.public import export_public
+
+    return export_public(config, file)
+
+
+@command(public_app, file=Argument(help="File that `samfed public export` wrote."))
+def import___(config: "Config", file: Path) -> Result:
+    """Take the server's set into this site's cache, for `samfed federate`."""
+    from pipeline.data.public import import_public
+
+    return import_public(config, file)
+
+
+@command(site_app, run=Argument(metavar="[RUN]", help="Run (default: federate.name)."))
+def audit(config: "Config", run: str | None = None) -> Result:
+    """Show what left this site in a run: a line for each answer, with the bytes of every field."""
+    from pipeline.federation.audit import audit
+
+    return audit(config, run)
 
 
 @command(cache_app)

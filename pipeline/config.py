@@ -253,6 +253,8 @@ class FederateConfig(Section):
     name: Annotated[str, AfterValidator(_folder_name), _NOTHING] = "sam_fed"  # under cache/runs
     method: Method = "sam_fed"  # what clients learn from, and exchange
     rounds: Count = 15  # the final model is the last one's
+    # clients at sites of their own, which the server knows by name alone; empty: the partition's
+    sites: tuple[Annotated[str, AfterValidator(_folder_name)], ...] = ()
     clients_per_round: Count | None = None  # drawn anew each round; null = all
     # a round that ends with fewer usable updates is repeated once, then the run stops
     min_clients: Annotated[Count, _NOTHING] = 1

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout, lock_descriptor
 
@@ -49,16 +49,24 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``path`` atomically and durably: readers see the old file or the new, never a part.
+    """Write ``path`` as ``writing`` does."""
+    with writing(path) as file:
+        file.write(content)
 
-    A link in its place is replaced: it may lead into DVC's cache, where nothing may change.
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file that becomes ``path`` atomically and durably when the block ends without error.
+
+    Readers see the old file or the new, never a part. A link in its place is replaced: it may lead
+    into DVC's cache, where nothing may change.
     """
     path = real(path.parent) / path.name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     try:
         with naming(path), temporary.open("xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

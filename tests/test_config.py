@@ -454,6 +454,7 @@ ROUNDS = [
     "federate.server_tau",
     "federate.proximal_weight",
     "federate.compression",
+    "federate.sites",
     "federate.local_steps",
     "federate.unlabelled_batch",
     "federate.unlabelled_weight",

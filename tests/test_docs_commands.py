@@ -48,6 +48,8 @@ NOT_RUN = {
     "samfed * --workers *": "starts processes that import torch; tests/labelling/ runs it",
     "samfed precompute-sam --scheduler *": "needs dask's workers; tests/labelling/ runs it",
     "samfed federate --scheduler *": "needs dask's workers; tests/federation/ runs it",
+    "samfed prepare --s*": "needs a cache of its own; tests/federation/test_sites.py runs it",
+    "samfed * import *.samfed *": "needs a site's cache; tests/federation/test_sites.py runs it",
     "samfed export-onnx ": "takes a quarter of a minute; tests/sam/test_onnx.py runs it",
     "samfed precompute-sam --backend onnx ": "needs that model; tests/sam/test_onnx.py runs it",
     "samfed import *": "needs data sets; tests/data/importers/ lays out tiny ones and imports them",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from pipeline.errors import ConfigError
 
 log = logging.getLogger("samfed.data")
 
+ALONE = "alone"  # scheme of a manifest that one site, or the server, made by itself
 _SIZE_BINS = 5  # dirichlet over lesion size: quantiles of the foreground fraction
 
 
@@ -59,15 +61,52 @@ def draw_partition(
     return _thin(server, config, seed), clients
 
 
+def draw_server(
+    records: Mapping[str, ImageFiles],
+    config: PartitionConfig,
+    *,
+    seed: int,
+    foreground: Mapping[str, float],
+) -> ServerPart:
+    """Draw the public set from images that are all the server's; arguments as ``draw_partition``'s.
+
+    Raises:
+        ConfigError: there are too few with masks.
+    """
+    own = config.model_copy(update={"server_site": None})
+    groups = _group(records, foreground)
+    train, calibration = _draw_server(groups, own, np.random.default_rng([seed, 1]))
+    server = ServerPart(train=_ids(train), calibration=_ids(calibration))
+    return _thin(server, config, seed)
+
+
 def draw_calibration(
     records: Mapping[str, ImageFiles], config: PartitionConfig, *, seed: int
 ) -> ServerPart:
     """Draw the calibration part of a public set that is given as a whole."""
-    groups = _group(records, dict.fromkeys(records, 0.0))
-    whole = config.model_copy(update={"server_site": None, "server_images": len(records)})
-    train, calibration = _draw_server(groups, whole, np.random.default_rng([seed, 1]))
-    server = ServerPart(train=_ids(train), calibration=_ids(calibration))
-    return _thin(server, config, seed)
+    whole = config.model_copy(update={"server_images": len(records)})
+    return draw_server(records, whole, seed=seed, foreground=dict.fromkeys(records, 0.0))
+
+
+def draw_site(
+    site: str,
+    records: Mapping[str, ImageFiles],
+    config: PartitionConfig,
+    *,
+    seed: int,
+    foreground: Mapping[str, float],
+) -> ClientPart:
+    """Draw the parts of a site that knows its own images alone, by a seed made from its name.
+
+    Raises:
+        ConfigError: there are too few images.
+    """
+    word = int.from_bytes(hashlib.sha256(site.encode()).digest()[:8], "little")
+    owners = {site: _group(records, foreground)}
+    alone = config.model_copy(update={"scheme": ALONE})
+    part = _split_client(site, owners[site], alone, np.random.default_rng([seed, 8, word]))
+    _name_untested(owners, config)
+    return part
 
 
 def _group(records: Mapping[str, ImageFiles], foreground: Mapping[str, float]) -> Groups:
@@ -255,9 +294,10 @@ def _split_client(
         val = []
     train = _without(left, val)
     if not train:  # a client without masks has no test part, and trains all the same
-        advice = "use fewer clients, or more images"
-        if config.scheme == "site":
-            advice = "give its images to another site in sites.csv, or set partition.scheme: iid"
+        advice = {
+            "site": "give its images to another site in sites.csv, or set partition.scheme: iid",
+            ALONE: "add images",
+        }.get(config.scheme, "use fewer clients, or more images")
         raise ConfigError(
             f"partition: client '{client}' has {total} images (groups: {len(groups)}), too few to "
             f"give it a train and a test part; {advice}"

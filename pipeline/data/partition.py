@@ -1,6 +1,8 @@
 """Who owns which image: the server, the clients, and each client's train, val and test parts.
 
-``cache/partition.json`` can be read, compared, published and read back in.
+``cache/partition.json`` can be read, compared, published and read back in. In a federation of real
+sites each has a manifest of its own: the server's names D_p alone, a site's its own images alone,
+and ``cache/public.json`` at a site is the server's.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from pydantic import (
 )
 
 from pipeline.disk import is_folder_name, read_json, write_json
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StageError
 from pipeline.stores.label_store import RowKey
 
 FORMAT = 1
+PARTITION_FILE, PUBLIC_FILE = "partition.json", "public.json"  # in a cache
 
 
 def _hexadecimal(text: str) -> str:
@@ -82,8 +85,8 @@ class ImageEntry(ImageFiles):
 class ServerPart(_Model):
     """The public set D_p: what is trained on, and the calibration part that nobody trains on."""
 
-    train: tuple[str, ...]
-    calibration: tuple[str, ...]
+    train: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
 
 
 class ClientPart(_Model):
@@ -95,7 +98,7 @@ class ClientPart(_Model):
 
 
 class Partition(_Model):
-    """Contents of ``partition.json``."""
+    """Contents of ``partition.json``; without the server's images it is a site's own."""
 
     format: int = FORMAT
     scheme: str
@@ -105,9 +108,14 @@ class Partition(_Model):
     images: dict[str, ImageEntry]
 
     @property
+    def has_public(self) -> bool:
+        """Whether it names D_p."""
+        return any(ids for _, ids in self.server)
+
+    @property
     def owners(self) -> tuple[str, ...]:
-        """The server and the clients, by name."""
-        return ("server", *self.clients)
+        """The server, if it has images, and the clients, by name."""
+        return ("server", *self.clients) if self.has_public else (*self.clients,)
 
     def splits(self, owner: str) -> dict[str, tuple[str, ...]]:
         """Return the image ids of ``server`` or of a client, by split."""
@@ -126,19 +134,28 @@ class Partition(_Model):
         return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def load_partition(path: Path) -> Partition:
+def load_partition(path: Path, *, with_public: bool = False, stage: str = "prepare") -> Partition:
     """Read the ``partition.json`` that ``samfed prepare`` wrote.
 
+    Args:
+        with_public: whether the server's images are needed, which a site's own manifest lacks.
+        stage: the command that writes the file.
+
     Raises:
-        StageError: there is none. DataError: it is no partition.
+        StageError: there is none, or not the server's. DataError: it is no partition.
     """
     try:
-        partition = Partition.model_validate(read_json(path, stage="prepare"))
+        partition = Partition.model_validate(read_json(path, stage=stage))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "(top level)"
         fault = first["msg"].removeprefix("Value error, ")
         raise DataError(f"{path}: {key}: {fault}; expected a samfed partition") from error
+    if with_public and not partition.has_public:
+        raise StageError(
+            f"{path}: found a site's own manifest, expected one with the server's images; run this "
+            "at the server"
+        )
     return check(path, partition)
 
 
@@ -187,6 +204,8 @@ def _fault(partition: Partition) -> str | None:
     if partition.format != FORMAT:
         return f"format {partition.format}, this samfed reads format {FORMAT}"
     place_of: dict[str, str] = {}
+    if not partition.owners:
+        return "server train is empty; expected images in it"
     for client in partition.clients:
         if client == "server" or not is_folder_name(client):
             return f"client '{client}' cannot name a folder; rename it"

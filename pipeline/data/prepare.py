@@ -1,26 +1,43 @@
-"""``samfed prepare``: an input folder becomes a partition and image stores by owner and split."""
+"""``samfed prepare``: an input folder becomes a partition and image stores by owner and split.
+
+Where sites really are apart, each prepares its own folder into a cache of its own (``--site``), and
+so does the server (``--server``): nobody's manifest then names another's images.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.data.drawing import draw_partition
+from pipeline.data.drawing import ALONE, draw_partition, draw_server, draw_site
 from pipeline.data.duplicates import join_copies, name_leaks
 from pipeline.data.folder import InputFolder, scan
-from pipeline.data.partition import ImageEntry, Partition, save_partition
+from pipeline.data.partition import (
+    PARTITION_FILE,
+    PUBLIC_FILE,
+    ClientPart,
+    ImageEntry,
+    ImageFiles,
+    Partition,
+    ServerPart,
+    load_partition,
+    save_partition,
+)
 from pipeline.data.published import read_published
 from pipeline.data.reading import FrameFile, Read, frame_file, read_all
 from pipeline.data.survey import Seen, Survey
-from pipeline.disk import flush, write_bytes, writer_lock
+from pipeline.disk import flush, is_folder_name, write_bytes, writer_lock
 from pipeline.errors import ConfigError, DataError
 from pipeline.folders import discard, folder_beside
 from pipeline.progress import Progress
 from pipeline.stores.image_store import write_image_store
+
+log = logging.getLogger("samfed.data")
 
 LABELLED_SPLITS = ("calibration", "val", "test")  # and the server's train
 
@@ -55,6 +72,7 @@ class PrepareResult:
 def prepare(
     config: Config,
     *,
+    owner: str | None = None,
     with_oracle: bool = False,
     allow_duplicates: bool = False,
     progress: Progress | None = None,
@@ -64,6 +82,8 @@ def prepare(
     Every image and mask is read once, and checked, before a store is written.
 
     Args:
+        owner: whose ``data.root`` is, if it is one's alone: a site's name, or ``server``, which
+            takes D_p and nothing else.
         with_oracle: also write the clients' training labels to ``cache/oracle/``, which only the
             ``oracle`` ceiling reads.
         allow_duplicates: keep groups apart that share an image's bytes.
@@ -77,17 +97,36 @@ def prepare(
             f"cache.root: {config.cache.root} lies in data.root {config.data.root}, which is only "
             "ever read; choose another folder"
         )
+    _check_cache(config.cache.root, owner)
     advance = progress or (lambda *_: None)
     folder = scan(config.data.root, mask_pattern=config.data.mask_pattern)
+    if owner is not None:
+        folder = replace(folder, images=_all_of(owner, folder.images))
     with frame_file(config.cache.root, size=config.data.image_size) as frames:
-        partition, survey = _plan(config, folder, frames, allow_duplicates, advance)
+        entries, survey = _read(config, folder, frames, advance)
+        partition = _plan(config, entries, survey, owner, allow_duplicates)
         name_leaks(partition)
         if with_oracle:
             _check_oracle(partition)
         survey.warn([i for ids in partition.splits("server").values() for i in ids])
         with writer_lock(config.cache.root / "locks" / "prepare.lock"):
-            _write(config, partition, frames, with_oracle, advance)
+            _write(config, partition, owner, frames, with_oracle, advance)
     return PrepareResult(partition, folder, survey)
+
+
+def alone(site: str | None, *, server: bool) -> str | None:
+    """Return whose ``data.root`` is, by ``--site NAME`` or ``--server``; None if it is everybody's.
+
+    Raises:
+        ConfigError: both are given, or no folder can have the name.
+    """
+    if server and site is not None:
+        raise ConfigError("--site and --server: give one of them")
+    if site is not None and (site == "server" or not is_folder_name(site)):
+        raise ConfigError(
+            f"--site {site!r}: cannot name a folder; avoid / \\ : and a dot in front, and 'server'"
+        )
+    return "server" if server else site
 
 
 def _check_oracle(partition: Partition) -> None:
@@ -100,25 +139,39 @@ def _check_oracle(partition: Partition) -> None:
         )
 
 
-def _plan(
-    config: Config,
-    folder: InputFolder,
-    frames: FrameFile,
-    allow_duplicates: bool,
-    advance: Progress,
-) -> tuple[Partition, Survey]:
-    """Read every file, and draw the partition or read it back in; only ``frames`` are written."""
+def _check_cache(cache: Path, owner: str | None) -> None:
+    """Refuse to mix one owner's cache with that of many."""
+    file, public = cache / PARTITION_FILE, cache / PUBLIC_FILE
+    advice = "choose another cache.root"
+    if owner is None:
+        if public.exists():
+            raise ConfigError(f"{public}: this cache is one site's; give --site NAME, or {advice}")
+        return
+    others = set(load_partition(file).owners) - {owner} if file.exists() else set()
+    if others or (owner == "server" and public.exists()):
+        found = ", ".join(sorted(others)) or "a site's copy of D_p"
+        raise ConfigError(f"{cache}: holds images of others than {owner} ({found}); {advice}")
+
+
+def _all_of(owner: str, images: Mapping[str, ImageFiles]) -> dict[str, ImageFiles]:
+    """Count all images as the owner's, and say so where ``sites.csv`` names several sites."""
+    sites = sorted({files.site for files in images.values()})
+    if len(sites) > 1:
+        log.warning("sites.csv names %s; all images count as %s's", ", ".join(sites), owner)
+    return {i: files.model_copy(update={"site": owner}) for i, files in images.items()}
+
+
+def _read(
+    config: Config, folder: InputFolder, frames: FrameFile, advance: Progress
+) -> tuple[dict[str, ImageEntry], Survey]:
+    """Read every file; only ``frames`` are written."""
     entries, seen = dict[str, ImageEntry](), dict[str, Seen]()
     for i, (image_id, read) in enumerate(read_all(config.data, folder.images), start=1):
         entries[image_id] = _with_size(read, folder.spacing.get(image_id))
         seen[image_id] = read.seen
         frames.add(image_id, read.frame)
         advance("checking images", i, len(folder.images))
-    if config.partition.file is not None:
-        return read_published(config.partition.file, entries, config), Survey(seen)
-    if not allow_duplicates:
-        entries = join_copies(entries)
-    return _draw(config, entries, seen), Survey(seen)
+    return entries, Survey(seen)
 
 
 def _with_size(read: Read, spacing: tuple[float, float] | None) -> ImageEntry:
@@ -129,14 +182,46 @@ def _with_size(read: Read, spacing: tuple[float, float] | None) -> ImageEntry:
     return read.entry.model_copy(update={"size_mm": (height, width)})
 
 
-def _draw(config: Config, entries: Mapping[str, ImageEntry], seen: Mapping[str, Seen]) -> Partition:
-    settings = config.partition
+def _plan(
+    config: Config,
+    entries: Mapping[str, ImageEntry],
+    survey: Survey,
+    owner: str | None,
+    allow_duplicates: bool,
+) -> Partition:
+    """Draw the partition, or read it back in.
+
+    Raises:
+        ConfigError: it cannot be drawn, or what is read back has others' images than ``owner``'s.
+    """
+    file = config.partition.file
+    if file is not None:
+        partition = read_published(file, entries, config)
+        if owner is not None and partition.owners != (owner,):
+            names = ", ".join(partition.owners)
+            raise ConfigError(f"partition.file: found images of {names}, expected {owner}'s alone")
+        return partition
+    entries = entries if allow_duplicates else join_copies(entries)
+    return _draw(config, entries, survey.seen, owner)
+
+
+def _draw(
+    config: Config, entries: Mapping[str, ImageEntry], seen: Mapping[str, Seen], owner: str | None
+) -> Partition:
+    settings, seed = config.partition, config.seed
     foreground = {i: each.foreground for i, each in seen.items() if each.foreground is not None}
-    server, clients = draw_partition(entries, settings, seed=config.seed, foreground=foreground)
+    server, clients = ServerPart(), dict[str, ClientPart]()
+    if owner is None:
+        server, clients = draw_partition(entries, settings, seed=seed, foreground=foreground)
+    elif owner == "server":
+        server = draw_server(entries, settings, seed=seed, foreground=foreground)
+    else:
+        part = draw_site(owner, entries, settings, seed=seed, foreground=foreground)
+        clients = {owner: part}
     used = {i for part in (server, *clients.values()) for _, ids in part for i in ids}
     return Partition(
-        scheme=settings.scheme,
-        seed=config.seed,
+        scheme=settings.scheme if owner is None else ALONE,
+        seed=seed,
         server=server,
         clients=clients,
         images={i: entries[i] for i in sorted(used)},
@@ -144,21 +229,28 @@ def _draw(config: Config, entries: Mapping[str, ImageEntry], seen: Mapping[str, 
 
 
 def _write(
-    config: Config, partition: Partition, frames: FrameFile, with_oracle: bool, advance: Progress
+    config: Config,
+    partition: Partition,
+    alone: str | None,
+    frames: FrameFile,
+    with_oracle: bool,
+    advance: Progress,
 ) -> None:
-    """Write the stores, and the partition last."""
+    """Write the stores, and the partition last; who is alone keeps what lies beside its stores."""
     cache = config.cache.root
     parts = [
         (o, split, ids) for o in partition.owners for split, ids in partition.splits(o).items()
     ]
     done, total = 0, sum(len(ids) for _, _, ids in parts)
-    file, stores = cache / "partition.json", (cache / "images", cache / "oracle")
+    target = cache / "images" if alone is None else cache / "images" / alone
+    file, stores = cache / PARTITION_FILE, (target, cache / "oracle")
     # everything is written before anything takes its place
     with _withdrawal(file, stores) as withdraw, ExitStack() as stack:
-        images = stack.enter_context(folder_beside(cache / "images"))
+        images = stack.enter_context(folder_beside(target))
         for owner, split, ids in parts:
             labelled = owner == "server" or split in LABELLED_SPLITS
-            _write_store(images / owner / f"{split}.zarr", config, frames, ids, labelled)
+            place = images / owner if alone is None else images
+            _write_store(place / f"{split}.zarr", config, frames, ids, labelled)
             done += len(ids)
             advance("writing image stores", done, total)
         if with_oracle:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from pipeline.errors import StageError
+from pipeline.errors import SamfedError, StageError
 from pipeline.federation.aggregation import check_update
 from pipeline.federation.agreement import AgreementState
+from pipeline.federation.audit import note_sent, sent_file
 from pipeline.federation.codistillation import distil, public_logits
 from pipeline.federation.compression import Packed, pack_update
 from pipeline.federation.description import FEWEST_IMAGES, describe, public_moments, training_of
@@ -84,13 +86,10 @@ class Client:
         self._run = RunFolder(context.run)
         self._private = self._run.private(context.name)
         self._states = RoundFiles(self._private, kept=_KEPT_ROUNDS)
-
-    @property
-    def entry(self) -> ClientEntry:
-        """What the server knows of it."""
-        context = self._context
         counts = len(self._data.images), len(context.val)
-        return ClientEntry(context.name, *counts, flip_dice=flip_dice(context))
+        #: What the server knows of it.
+        self.entry = ClientEntry(context.name, *counts, flip_dice=flip_dice(context))
+        self._note("entry", 0, vars(self.entry))
 
     def answer(self, request: AnyRequest) -> Reply:
         """Return the reply to any request; the same request gives the same reply.
@@ -98,8 +97,20 @@ class Client:
         Raises:
             StageError: the private state of the round that the request names is gone.
         """
-        began, reply = time.perf_counter(), self._answer(request)
-        return replace(reply, seconds=time.perf_counter() - began)
+        began, number = time.perf_counter(), request.round_number
+        kind = type(request).__name__.removesuffix("Request").lower()
+        try:
+            reply = self._answer(request)
+        except SamfedError as error:  # of which the server is told
+            self._note(kind, number, {"error": str(error)})
+            raise
+        reply = replace(reply, seconds=time.perf_counter() - began)
+        self._note(kind, number, vars(reply))
+        return reply
+
+    def _note(self, kind: str, number: int, answer: dict[str, Any]) -> None:
+        """Write down what is about to leave."""
+        note_sent(sent_file(self._config, self._context.name), kind, number, answer)
 
     def _answer(self, request: AnyRequest) -> Reply:
         match request:
@@ -269,7 +280,7 @@ class Client:
         weights, context = None, self._context
         if self._config.heterogeneous:
             weights = first_model(
-                self._config, self._network, self._public, partition=context.partition
+                self._config, self._network, self._public, public_sha256=context.public.sha256
             )
         initial = AgreementState.initial(self._config.data.num_classes)
         return PrivateState(0, initial.class_confidence, weights)

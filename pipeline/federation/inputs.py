@@ -1,4 +1,8 @@
-"""What a run reads: D_p's stores, each client's own stores, and what a client is told of them."""
+"""What a run reads: D_p's stores, each client's own stores, and what a client is told of them.
+
+A client's stores may lie in the server's cache, or in a cache of its own at a site of its own
+(``pipeline.federation.sites``), of which the server knows the name alone.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from pipeline.config import Config, deciding_settings
-from pipeline.data.partition import Partition, load_partition
+from pipeline.data.partition import PARTITION_FILE, ClientPart, Partition, load_partition
 from pipeline.disk import file_sha256
-from pipeline.errors import SamfedError
+from pipeline.errors import ConfigError, SamfedError, StageError
 from pipeline.federation.views import ClientData, PublicSet, as_tensor
 from pipeline.methods import METHODS
 from pipeline.stores.image_store import ImageSet, read_image_store
@@ -33,9 +37,18 @@ RESULT_VERSION = 2
 class PublicRows:
     """The rows of D_p's stores, in their order."""
 
+    sha256: str  # of D_p's files and parts
     train: tuple[str, ...]  # image ids
     calibration: tuple[RowKey, ...]
     groups: tuple[str, ...]  # of the calibration images
+
+    @staticmethod
+    def of(partition: Partition) -> PublicRows:
+        """Return those of the D_p that a manifest names."""
+        ids = partition.server.calibration
+        groups = tuple(partition.images[image_id].group for image_id in ids)
+        digest = partition.server_sha256()
+        return PublicRows(digest, partition.server.train, partition.row_keys(ids), groups)
 
 
 @dataclass(frozen=True)
@@ -43,14 +56,15 @@ class ClientContext:
     """All that a client needs beyond its own stores, D_p's stores and the requests.
 
     It names nobody else's images. ``config.cache.root`` is where this client's and D_p's stores
-    lie, and where its private state goes.
+    lie, and where its private state goes. Of a client at a site of its own the server does not know
+    the rows: ``train``, ``val`` and ``test`` are empty, and the site fills them in.
     """
 
     name: str
     index: int  # among the run's clients: its seeds and its network follow from it
     config: Config
-    partition: str  # sha256 of the partition.json that the run is made on
     identity: Identity | None  # of the teacher whose labels are asked for; None: no labels are
+    encoder_sha256: str | None  # of the file that its own network starts from, if it has one
     public: PublicRows
     train: tuple[RowKey, ...]  # the manifest of its own rows
     val: tuple[str, ...]
@@ -92,6 +106,7 @@ class RunInputs:
     """What the server of a run reads, and what it tells each client of the process."""
 
     public: PublicSet
+    public_sha256: str
     contexts: tuple[ClientContext, ...]
     partition: str  # sha256 of partition.json
     fingerprint: str  # of the settings, data and version that decide the result
@@ -102,30 +117,42 @@ def load_inputs(config: Config) -> RunInputs:
 
     Raises:
         StageError: an earlier stage is missing. IdentityError: labels of another teacher.
+        ConfigError: there is no client.
     """
-    path = config.cache.root / "partition.json"
-    partition, digest = load_partition(path), file_sha256(path)
+    path = config.cache.root / PARTITION_FILE
+    partition, digest = load_partition(path, with_public=True), file_sha256(path)
     uses_sam = METHODS[config.federate.method].uses_sam
     identity = _expected_identity(config, partition) if uses_sam else None
-    ids = partition.server.calibration
-    groups = tuple(partition.images[image_id].group for image_id in ids)
-    rows = PublicRows(partition.server.train, partition.row_keys(ids), groups)
+    names = config.federate.sites or tuple(partition.clients)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(
+            f"federate.sites: found {', '.join(names) or 'none, and no client in ' + str(path)}; "
+            "name each site that takes part once"
+        )
+    networks = config.model.clients
+    encoders = {
+        n: file_sha256(n.encoder_weights) for n in networks if n.encoder_weights is not None
+    }
+    rows, none = PublicRows.of(partition), ClientPart(train=(), val=(), test=())
+    # a client is not told who else there is
+    told = config.federate.model_copy(update={"sites": ()})
     contexts = tuple(
         ClientContext(
             name=name,
             index=index,
-            config=config,
-            partition=digest,
+            config=config.model_copy(update={"federate": told}),
             identity=identity,
+            encoder_sha256=encoders.get(config.network_of(index)),
             public=rows,
             train=partition.row_keys(part.train),
             val=part.val,
             test=part.test,
         )
-        for index, (name, part) in enumerate(partition.clients.items())
+        for index, name in enumerate(names)
+        for part in [partition.clients.get(name, none)]
     )
-    public = load_public(contexts[0])
-    return RunInputs(public, contexts, digest, _fingerprint(config, digest, identity))
+    fingerprint = _fingerprint(config, digest, identity)
+    return RunInputs(load_public(contexts[0]), rows.sha256, contexts, digest, fingerprint)
 
 
 def load_public(context: ClientContext) -> PublicSet:
@@ -137,7 +164,16 @@ def load_public(context: ClientContext) -> PublicSet:
 
 
 def load_client(context: ClientContext) -> ClientData:
-    """Read a client's training images, and the labels that the method asks for."""
+    """Read a client's training images, and the labels that the method asks for.
+
+    Raises:
+        StageError: its images are not in this cache, or not labelled yet.
+    """
+    if not context.train:
+        raise StageError(
+            f"{context.name}: its images are at its own site, not in {context.config.cache.root}; "
+            "reach it there, or leave it out of federate.sites"
+        )
     name, settings = context.name, context.config.federate
     traits = METHODS[settings.method]
     data = context.data(name, f"images/{name}/train", context.train)

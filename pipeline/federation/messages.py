@@ -34,7 +34,7 @@ class Message(Plain):
 class Reply(Message):
     """A client's answer; which fields it fills, the request says."""
 
-    metrics: dict[str, float | None] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)  # means over images or steps
     images: int = 0  # behind the weights, or the metrics
     weights: State | Packed | None = None  # packed: an update of those received
     logits: Tensor | None = None  # (N, K+1, S, S) float16 on the round's noised copy of D_p
@@ -58,7 +58,7 @@ class Request(Message):
 class FitRequest(Request):
     """Train on your own images. The reply has weights, unless they are of an own network."""
 
-    rates: Rates
+    rates: Rates  # of the round
     weights: State | Packed | None = None  # of the broadcast model; None: start from your own
     calibration: Calibration | None = None  # on D_p, of the broadcast model; None: measure yours
     distilled: bool = False  # whether a ``DistilRequest`` of this round came before
@@ -73,7 +73,7 @@ class PredictRequest(Request):
 class DistilRequest(Request):
     """Train your own network on the server's logits. The reply has metrics."""
 
-    rates: Rates
+    rates: Rates  # of the round
     logits: Tensor  # (N, K+1, S, S) float16 on the round's noised copy of D_p
 
 
@@ -108,7 +108,7 @@ AnyRequest = FitRequest | PredictRequest | DistilRequest | EvaluateRequest | Des
 class ClientEntry(Plain):
     """What a client says of itself before the rounds: all that the server knows of it."""
 
-    name: str
-    images: int  # that it trains on
-    val_images: int
+    name: str  # the client's
+    images: int  # how many it trains on
+    val_images: int  # how many it is validated on
     flip_dice: float | None = None  # SAM's consistency on its images, from stage one

@@ -21,7 +21,7 @@ def first_model(
     network: NetworkConfig,
     public: PublicSet,
     *,
-    partition: str,
+    public_sha256: str,
     progress: Progress | None = None,
 ) -> State:
     """Return the weights of ``network`` after ``pretrain_steps`` steps on D_p's training part.
@@ -30,10 +30,10 @@ def first_model(
     the method.
 
     Args:
-        partition: sha256 of the run's partition.json, which says what D_p is.
+        public_sha256: of D_p's files and parts (``Partition.server_sha256``).
     """
     settings, steps = config.federate, config.federate.pretrain_steps
-    path = config.cache.root / "starts" / f"{start_key(config, network, partition)}.safetensors"
+    path = config.cache.root / "starts" / f"{start_key(config, network, public_sha256)}.safetensors"
     if path.is_file():
         return load(path, State)
 
@@ -52,11 +52,11 @@ def first_model(
     return weights
 
 
-def start_key(config: Config, network: NetworkConfig, partition: str) -> str:
+def start_key(config: Config, network: NetworkConfig, public_sha256: str) -> str:
     """Return a sha256 over what decides a first model, its first 16 hexadecimal digits."""
     chosen = deciding_settings(config, "first_model") | {
         "model": network_settings(network),
-        "partition": partition,
+        "public": public_sha256,
         "version": RESULT_VERSION,
     }
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]

@@ -155,7 +155,7 @@ class Server:
                 self.config,
                 network,
                 self.inputs.public,
-                partition=self.inputs.partition,
+                public_sha256=self.inputs.public_sha256,
                 progress=self.progress,
             )
         return Checkpoint(0, weights, {}, self.inputs.partition, self.inputs.fingerprint)

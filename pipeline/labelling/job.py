@@ -65,8 +65,8 @@ class Meter:
 
 def owner_images(partition: Partition) -> dict[str, Sequence[str]]:
     """Return the ids of the images that stage one labels: the server's calibration part first."""
-    clients = {name: part.train for name, part in partition.clients.items()}
-    return {"server": partition.server.calibration, **clients}
+    server = [("server", partition.server.calibration)] if partition.has_public else []
+    return dict([*server, *((name, part.train) for name, part in partition.clients.items())])
 
 
 def store_path(cache: Path, owner: str) -> Path:

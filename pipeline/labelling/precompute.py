@@ -83,7 +83,8 @@ def precompute(
         if client not in job.partition.clients:
             known = ", ".join(job.partition.clients)
             raise ConfigError(f"--client {client}: no such client; expected one of {known}")
-    owners = ("server", *(clients or job.partition.clients))
+    wanted = {"server", *(clients or job.partition.clients)}
+    owners = [owner for owner in job.partition.owners if owner in wanted]
     return label_owners(job, owners, cluster, progress=progress)
 
 

@@ -125,7 +125,10 @@ def _forget(job: Job, path: Path, faults: Sequence[Fault], result: Repair) -> bo
     """Leave nothing damaged in a store, only rows not done; or say why stage one cannot help."""
     try:
         if path.stem not in owner_images(job.partition):
-            raise IdentityError(f"{path}: '{path.stem}' is no client of the partition; remove it")
+            what = f"'{path.stem}' is no client of the partition; remove it"
+            if path.stem == "server":
+                what = "it came from the server; run `samfed public import` again"
+            raise IdentityError(f"{path}: {what}")
         check_identity(path, LabelStore(path).identity, job.identity)
         forget_damaged(path, faults, job.rows(path.stem))
         result.faults += faults

@@ -91,7 +91,7 @@ def evaluate_teacher(
         StageError: no partition or no teacher yet. IdentityError: another teacher's card.
     """
     cache = config.cache.root
-    partition = load_partition(cache / "partition.json")
+    partition = load_partition(cache / "partition.json", with_public=True)
     own = load_teacher(config, partition)
     configured = "adapted" if config.sam.prompt == "none" else "points"
     measured: dict[str, _Measured] = {}

@@ -58,7 +58,7 @@ def finetune(config: Config, *, progress: Progress | None = None) -> TeacherCard
     check_prompt(config)
     note_unofficial(config.sam)
     cache = config.cache.root
-    partition = load_partition(cache / "partition.json")
+    partition = load_partition(cache / "partition.json", with_public=True)
     folder = cache / CHECKPOINT.parent
     with writer_lock(cache / "locks" / "teacher.lock"), torch_threads(config.sam.threads):
         try:

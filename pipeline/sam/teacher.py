@@ -30,6 +30,7 @@ from pipeline.stores.label_store import PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard, label_precision, load_card
 
 ADAPTER_FILE = "adapter.safetensors"
+BASE_FILE = "base.safetensors"  # SAM's own weights, where they came with the server's teacher
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -182,14 +183,29 @@ def checked_card(settings: Config, partition: Partition) -> TeacherCard:
     """
     folder = settings.cache.root / "teacher"
     card = load_card(folder)
-    card.check(settings, partition.server_sha256(), path=folder)
-    _, base_sha256 = base_checkpoint(settings.sam)
-    if card.base_sha256 != base_sha256:
+    server = partition.server_sha256() if partition.has_public else None
+    card.check(settings, server, path=folder)
+    if server is None and (card.is_whole or settings.precompute.backend == "onnx"):
+        return card  # a site has no use for the checkpoint
+    _, found = base_checkpoint(_with_base(settings, card).sam)
+    expected = card.base_copy_sha256 or card.base_sha256
+    if found != expected:
+        way = "run `samfed finetune-sam`"
+        if server is None:
+            way = "give the server's checkpoint, or import a teacher that was exported with --base"
         raise IdentityError(
-            f"{folder}: base_sha256 is {card.base_sha256}, the settings ask for {base_sha256}; "
-            "run `samfed finetune-sam`"
+            f"{folder}: base_sha256 is {expected}, the settings ask for {found}; {way}"
         )
     return card
+
+
+def _with_base(settings: Config, card: TeacherCard) -> Config:
+    """Return the settings with the weights that SAM starts from, as far as they came along."""
+    if card.base_copy_sha256 is None:
+        return settings
+    copy = settings.cache.root / "teacher" / BASE_FILE
+    sam = settings.sam.model_copy(update={"checkpoint": copy})
+    return settings.model_copy(update={"sam": sam})
 
 
 def load_teacher(settings: Config, partition: Partition) -> Teacher:
@@ -200,6 +216,7 @@ def load_teacher(settings: Config, partition: Partition) -> Teacher:
         or the adapter's file is not the one that the card was written for, or not of this teacher.
     """
     card = checked_card(settings, partition)
+    settings = _with_base(settings, card)
     if card.prompt != "none":
         return load_zero_shot(settings, card)
     path = settings.cache.root / "teacher" / ADAPTER_FILE
@@ -207,7 +224,10 @@ def load_teacher(settings: Config, partition: Partition) -> Teacher:
         raise StageError(f"{path}: not found; run `samfed finetune-sam` first")
     if file_sha256(path) != card.adapter_sha256:
         raise IdentityError(f"{path}: sha256 differs from its card; run `samfed finetune-sam`")
-    sam = build_base(settings.sam, num_classes=card.num_classes)
+    start = settings.sam
+    if card.is_whole:  # nothing of it is kept, and at a site it need not be there
+        start = start.model_copy(update={"checkpoint": None})
+    sam = build_base(start, num_classes=card.num_classes)
     names = add_adapter(sam, card.lora_rank)
     state, whole = safetensors.torch.load_file(path), sam.state_dict()
     fault = misfit(state, {name: whole[name] for name in names})

@@ -34,10 +34,16 @@ class TeacherCard(BaseModel):
     calibration_images: int
     calibration_dice: float  # mean foreground Dice per image, 0..1, at the images' own size
     seed: int
+    base_copy_sha256: str | None = None  # of the copy of the checkpoint that came along, if any
 
     def as_json(self) -> dict[str, Any]:
         """Return what the file holds."""
-        return self.model_dump()
+        return self.model_dump(exclude_none=True) | {"lora_rank": self.lora_rank}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the adapter's file holds the whole teacher."""
+        return self.prompt == "none" and self.lora_rank is None
 
     def text(self) -> str:
         """Return how good the teacher is, as one line."""
@@ -59,8 +65,11 @@ class TeacherCard(BaseModel):
             precision=label_precision(self.variant, precision),
         )
 
-    def check(self, config: Config, server_sha256: str, *, path: Path) -> None:
+    def check(self, config: Config, server_sha256: str | None, *, path: Path) -> None:
         """Refuse a teacher that is not the one that the settings and the server's set ask for.
+
+        Args:
+            server_sha256: None at a site, which need not have the server's set.
 
         Raises:
             IdentityError: names what differs and the way out.
@@ -70,15 +79,18 @@ class TeacherCard(BaseModel):
             "prompt": config.sam.prompt_policy,
             "num_classes": config.data.num_classes,
             "input_size": config.sam.input_size or self.input_size,
-            "server_sha256": server_sha256,
+            "server_sha256": self.server_sha256 if server_sha256 is None else server_sha256,
         }
+        advice = "run `samfed finetune-sam`"
+        if server_sha256 is None:
+            advice = "take the server's settings, or its present teacher (`samfed teacher import`)"
         for field, value in wanted.items():
             found = getattr(self, field)
             if found != value:
                 what = "was adapted on another server set" if field == "server_sha256" else None
                 raise IdentityError(
                     f"{path}: {what or f'{field} is {found}, the settings ask for {value}'}; "
-                    "run `samfed finetune-sam`"
+                    f"{advice}"
                 )
 
 
