@@ -1,15 +1,15 @@
 """Stage two from four to 256 clients: seconds a round, and memory.
 
-    python benchmarks/scale.py [--clients 4 16 64 256] [--workers 2] [--per-round 50]
-                               [--json] [--figure docs/scale.png]
+    python benchmarks/scale.py [--clients 4 16 64 256] [--workers 2] [--per-round 50] [--steps 2]
+                               [--kinds "one network" ...] [--json] [--figure docs/scale.png]
 
 Every client has eight training and two validation images of 32 px (generated ones, repeated) and
-takes two steps a round, so that work grows with the number of clients alone. Each setting runs in a
-process of its own: clients with one network, then with two networks in turn that exchange
-predictions, then, if asked for, clients with one network on dask's workers. CPU seconds are those
-of this process on one thread, steady beside other work; for workers the clock's count. What a round
-costs outside the clients' training (their validation counts) is the clock's time less their own,
-divided by the number of workers.
+takes two steps a round (``--steps``), so that work grows with the number of clients alone. Each
+setting runs in a process of its own: clients with one network, then with two networks in turn that
+exchange predictions, then, if asked for, clients with one network on dask's workers. CPU seconds
+are those of this process on one thread, steady beside other work; for workers the clock's count.
+What a round costs outside the clients is the clock's time less what their answers (training and
+scoring) took of it, divided by the number of workers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -32,11 +32,12 @@ import torch
 from inputs import prepare_with_labels
 from torch import Tensor
 
-from pipeline.cluster import choose_cluster
+from pipeline.cluster import Cluster, Workers, choose_cluster
 from pipeline.config import Config
 from pipeline.data.synthetic import write_dataset
 from pipeline.federation.cluster import reach
 from pipeline.federation.inputs import ClientContext, load_client, load_inputs, load_part
+from pipeline.federation.messages import AnyRequest, Reply
 from pipeline.federation.rounds import Engine
 from pipeline.federation.server import federate
 from pipeline.federation.workplace import Workplace
@@ -51,7 +52,9 @@ OWN = [SMALL, {**SMALL, "decoder_channels": [24, 12, 8]}]
 KINDS = ("one network", "own networks", "one network, on workers")
 
 
-def settings(root: Path, cache: Path, clients: int, kind: str, per_round: int) -> Config:
+def settings(
+    root: Path, cache: Path, clients: int, kind: str, options: argparse.Namespace
+) -> Config:
     raw = {
         "data": {"root": str(root), "image_size": 32},
         "cache": {"root": str(cache)},
@@ -68,10 +71,10 @@ def settings(root: Path, cache: Path, clients: int, kind: str, per_round: int) -
         "model": {**SMALL, "clients": OWN if kind == "own networks" else []},
         "federate": {
             "name": kind,
-            "clients_per_round": per_round or clients,
+            "clients_per_round": options.per_round or clients,
             "rounds": ROUNDS,
             "pretrain_steps": 2,
-            "local_steps": 2,
+            "local_steps": options.steps,
             "labelled_batch": 4,
             "unlabelled_batch": 4,
             "fusion_epochs": 1,
@@ -102,10 +105,31 @@ def data_of(context: ClientContext) -> tuple[int, int]:
     return len(data.images), size
 
 
+class Timed:
+    """An engine whose clients' seconds are summed."""
+
+    def __init__(self, inner: Engine) -> None:
+        self._inner, self.entries, self.seconds = inner, inner.entries, 0.0
+
+    def run(self, requests: Iterable[AnyRequest]) -> Iterator[Reply]:
+        """Yield the replies."""
+        for reply in self._inner.run(requests):
+            self.seconds += reply.seconds
+            yield reply
+
+
+@contextmanager
+def most_memory(workers: Workers, found: list[float]) -> Iterator[Cluster]:
+    """Note the workers' peak memory in MiB when all is done."""
+    with workers as cluster:
+        yield cluster
+        found += cluster.client.run(memory_mib, "VmHWM").values()
+
+
 def run_child(config: Config, workers: int) -> dict[str, Any]:
     """Run one setting in this process, or on workers that it starts."""
     result: dict[str, Any] = {"imported_mib": memory_mib("VmRSS")}
-    marks: list[float] = []
+    marks, own, peaks = list[float](), list[float](), list[float]()
     cluster = choose_cluster(scheduler=None, workers=workers or None, device="cpu")
 
     @contextmanager
@@ -113,21 +137,24 @@ def run_child(config: Config, workers: int) -> dict[str, Any]:
         contexts: Sequence[ClientContext], workplace: Workplace
     ) -> Iterator[Engine]:
         began = time.perf_counter()
-        with reach(cluster)(contexts, workplace) as engine:
+        reached = None if cluster is None else most_memory(cluster, peaks)
+        with reach(reached)(contexts, workplace) as engine:
             result["load_s"] = time.perf_counter() - began
-            yield engine
+            timed.append(Timed(engine))
+            yield timed[0]
+
+    timed: list[Timed] = []
 
     def finished(what: str, done: int, total: int, note: str = "", /) -> None:
         if "rounds" in what:
             marks.append(time.process_time())
+            own.append(timed[0].seconds)
 
     run = federate(config, progress=finished, connect=load_and_measure)
     peak = memory_mib("VmHWM")
-    rounds = [after - before for before, after in pairwise(marks)]
+    rounds, answers = ([b - a for a, b in pairwise(each)] for each in (marks, own))
     saved = max(run.path.glob("checkpoints/*"))
-    history = run.history()[1:]
-    own = [sum(client["seconds"] for client in entry["clients"].values()) for entry in history]
-    wall = [entry["seconds"] for entry in history]
+    wall = [entry["seconds"] for entry in run.history()[1:]]
     owned = [data_of(context) for context in load_inputs(config).contexts]
     return {
         **result,
@@ -136,9 +163,10 @@ def run_child(config: Config, workers: int) -> dict[str, Any]:
         "round_s": statistics.median(rounds),
         "wall_s": statistics.median(wall),
         "outside_s": statistics.median(
-            all_ - mine / max(1, workers) for all_, mine in zip(wall, own, strict=True)
+            all_ - mine / max(1, workers) for all_, mine in zip(wall, answers, strict=True)
         ),
         "peak_mib": peak,
+        "worker_mib": max(peaks, default=0.0),
         "checkpoint_mib": saved.stat().st_size / 2**20,
     }
 
@@ -155,19 +183,20 @@ def lay_out(generated: Path, root: Path, count: int) -> None:
             shutil.copyfile(generated / kind / files[i % len(files)].name, root / kind / f"{i}.png")
 
 
-def measure(counts: list[int], workers: int, per_round: int) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    workers = options.workers
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_dataset(folder / "generated", images_per_site=8, size_px=48, seed=0)
-        for clients in counts:
+        for clients in options.clients:
             root, cache = folder / f"data{clients}", folder / f"cache{clients}"
             lay_out(folder / "generated", root, SERVER_IMAGES + IMAGES_PER_CLIENT * clients)
-            prepare_with_labels(settings(root, cache, clients, KINDS[0], per_round))
-            for kind in KINDS if workers else KINDS[:2]:
+            prepare_with_labels(settings(root, cache, clients, KINDS[0], options))
+            for kind in options.kinds:
                 if kind == "own networks" and clients > MOST_WITH_OWN:
                     continue
-                config = settings(root, cache, clients, kind, per_round)
+                config = settings(root, cache, clients, kind, options)
                 command = [sys.executable, __file__, "--child", config.model_dump_json()]
                 command += ["--workers", str(workers if kind == KINDS[2] else 0)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
@@ -193,7 +222,8 @@ def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    head = ("clients", "images", "CPU s", "clock s", "outside s", "peak MiB", "data MiB", "load s")
+    head = ["clients", "CPU s", "clock s", "outside s", "outside", "peak MiB"]
+    head += ["worker MiB", "data MiB", "load s"]
     for kind in KINDS:
         mine = [row for row in rows if row["kind"] == kind]
         if not mine:
@@ -201,9 +231,10 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{kind}\n" + " ".join(f"{name:>11}" for name in head))
         for row in mine:
             print(
-                f"{row['clients']:11} {row['images']:11} {row['round_s']:11.2f} "
-                f"{row['wall_s']:11.2f} {row['outside_s']:11.3f} {row['peak_mib']:11.1f} "
-                f"{row['data_mib']:11.2f} {row['load_s']:11.2f}"
+                f"{row['clients']:11} {row['round_s']:11.2f} {row['wall_s']:11.2f} "
+                f"{row['outside_s']:11.3f} {row['outside_s'] / row['wall_s']:11.1%} "
+                f"{row['peak_mib']:11.1f} {row['worker_mib']:11.1f} {row['data_mib']:11.2f} "
+                f"{row['load_s']:11.2f}"
             )
         if len(mine) > 1:
             values = slopes(mine)
@@ -239,6 +270,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[4, 16, 64, 256])
     parser.add_argument("--workers", type=int, default=0, help="also on so many dask workers")
     parser.add_argument("--per-round", type=int, default=0, help="clients a round (default: all)")
+    parser.add_argument("--steps", type=int, default=2, help="of each client in a round")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="default: all that workers allow")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -248,7 +281,8 @@ def main() -> None:
         config = Config.model_validate_json(options.child)
         print(json.dumps(run_child(config, options.workers)))
         return
-    rows = measure(options.clients, options.workers, options.per_round)
+    options.kinds = options.kinds or (KINDS if options.workers else KINDS[:2])
+    rows = measure(options)
     if options.figure:
         draw(rows, options.figure)
     if options.json:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import distributed
 import torch
+from distributed.client import ClosedClientError
 from distributed.scheduler import KilledWorker
 from distributed.utils import LoopRunner
 from pydantic import BaseModel
@@ -37,6 +39,7 @@ CONNECT_SECONDS = 15.0
 WORKERS_SECONDS = 120.0  # without any worker, at the start or later, before a run gives up
 LOOK_SECONDS = 5.0  # without news of a task, before asking whether there is a worker at all
 _POLL_SECONDS = 0.02
+_END_SECONDS = 30.0  # that a nanny has to end its worker, before the worker is left to itself
 _RETRIES = 3  # of a task that raised, e.g. because a file system was away for a moment
 _THREADS_PER_WORKER = 2  # one task reads and writes while another computes
 _HERE = "127.0.0.1"  # a scheduler runs what it is sent: nobody else may reach a local one
@@ -83,8 +86,7 @@ class Cluster:
                 future = self._next(completed)
                 yield self.result(future, waiting.pop(future))
         finally:
-            with suppress(OSError, CancelledError):  # a scheduler that is gone runs nothing
-                self.client.cancel(list(waiting))
+            self.cancel(waiting)
 
     def _next(self, completed: distributed.as_completed) -> Future:
         """Return the next future that is over; dask itself would wait for ever for a worker."""
@@ -110,20 +112,15 @@ class Cluster:
             except CancelledError as error:
                 raise SamfedError(f"{name}: {_GONE}") from error
 
-    def send(self, content: bytes, workers: Sequence[str]) -> Future:
-        """Bring ``content`` to each of the workers, once."""
-        with reaching_the_scheduler():
-            sent: Future = self.client.scatter(content, workers=workers, broadcast=True, hash=False)
-        return sent
-
-    def result_soon(self, future: Future, name: str) -> Any:
-        """Return a task's result, for which this waits up to ``LOOK_SECONDS``.
+    def result_soon(self, future: Future, name: str, within: float = math.inf) -> Any:
+        """Return a task's result, for which this waits ``within`` or up to ``LOOK_SECONDS``.
 
         Raises:
             NoResultError: there is none yet, or it was lost with its worker.
         """
         try:
-            return future.result(timeout=LOOK_SECONDS)
+            seconds = LOOK_SECONDS if future.done() else min(within, LOOK_SECONDS)
+            return future.result(timeout=seconds)
         except TimeoutError:
             if future.status == "error":
                 raise  # the task's own
@@ -133,10 +130,44 @@ class Cluster:
         except KilledWorker as error:
             raise _killed(name) from error
 
+    def cancel(self, futures: Iterable[Future]) -> None:
+        """Give tasks up."""
+        if self.client.status == "running":  # else the client has closed itself
+            with suppress(OSError, CancelledError, ClosedClientError):
+                self.client.cancel(list(futures))
+
+    def tell(self, work: Callable[[Any], Any], item: Any) -> None:
+        """Let every worker call ``work`` with ``item``, whatever comes of it."""
+        if self.client.status == "running":
+            with suppress(OSError, CancelledError, ClosedClientError):
+                self.client.run(work, item, on_error="ignore")
+
     def addresses(self) -> list[str]:
-        """Return the workers that there are."""
+        """Return the workers that there are; wait for one where there is none."""
+        while True:
+            with reaching_the_scheduler():
+                found = sorted(self.client.nthreads())
+            if found:
+                return found
+            self.await_worker()
+
+    def end_worker(self, address: str) -> None:
+        """End a worker with all that it computes; its nanny, where it has one, starts another.
+
+        One without a nanny is left to itself, and no longer used.
+        """
+        scheduler: Any = self.client.scheduler  # its client's own method refuses without a nanny
         with reaching_the_scheduler():
-            return sorted(self.client.nthreads())
+            self.client.sync(
+                scheduler.restart_workers,
+                workers=[address],
+                timeout=_END_SECONDS,
+                wait_for_workers=False,
+                on_error="return",
+                stimulus_id="samfed",
+            )
+            while address in self.client.nthreads():
+                time.sleep(_POLL_SECONDS)
 
     def await_worker(self) -> None:
         """Return once there is a worker."""

@@ -258,6 +258,8 @@ class FederateConfig(Section):
     clients_per_round: Count | None = None  # drawn anew each round; null = all
     # a round that ends with fewer usable updates is repeated once, then the run stops
     min_clients: Annotated[Count, _NOTHING] = 1
+    # for each request of a round; who takes longer is left out of it. null = any time
+    round_timeout_s: Annotated[PositiveFloat | None, _NOTHING] = None
     aggregation: AggregationName = "fedavg"  # how the server combines updates
     byzantine: CountOrNone = 1  # trimmed_mean, krum, multi_krum: clients that may be hostile
     server_optimizer: ServerOptimizer = "none"  # of the averaged change of the model

@@ -483,6 +483,7 @@ NOTHING = [
     "agreement.warn_coverage",
     "federate.name",
     "federate.min_clients",
+    "federate.round_timeout_s",
     "federate.link_mbit",
     "federate.warn_drift",
     *(f"evaluate.{key}" for key in Config().evaluate.model_dump()),

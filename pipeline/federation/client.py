@@ -51,12 +51,11 @@ from pipeline.segmentation.metrics import dice_score
 from pipeline.segmentation.model_spec import ModelSpec
 from pipeline.segmentation.networks import get_state, predict_masks
 from pipeline.stores.image_store import ImageSet
-from pipeline.stores.plain_data import Plain, State, load, not_finite, save, tensors_of
+from pipeline.stores.plain_data import Plain, State, load, not_finite, tensors_of
 
 # the round at hand, the one it builds on, and one more: a server keeps two checkpoints, and may
 # repeat a round from either
 _KEPT_ROUNDS = 3
-_DISTILLED = "distilled.safetensors"  # the state between distillation and local update
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,8 @@ class Client:
         self._run = RunFolder(context.run)
         self._private = self._run.private(context.name)
         self._states = RoundFiles(self._private, kept=_KEPT_ROUNDS)
+        # between distillation and local update
+        self._distilled = RoundFiles(self._private, kept=1, stem="distilled")
         counts = len(self._data.images), len(context.val)
         #: What the server knows of it.
         self.entry = ClientEntry(context.name, *counts, flip_dice=flip_dice(context))
@@ -127,7 +128,7 @@ class Client:
 
     def _fit(self, request: FitRequest) -> Reply:
         """Train on its own images, from the broadcast weights or from its own."""
-        before = self._distilled(request) if request.distilled else self._before(request)
+        before = self._after_distillation(request) if request.distilled else self._before(request)
         weights, broadcast = self._received(request), None
         traits, settings = METHODS[self._config.federate.method], self._config.federate
         if weights is not None and traits.distils_broadcast and settings.kd_weight:
@@ -183,7 +184,7 @@ class Client:
             settings=self._config.federate,
         )
         after = replace(before, round=request.round_number, weights=get_state(model))
-        save(self._private / _DISTILLED, after)
+        self._distilled.save(request.round_number, after, before=0)
         metrics = {f"fusion_{name}": value for name, value in terms.items()}
         return request.reply(metrics=metrics)
 
@@ -218,7 +219,7 @@ class Client:
                     *examples,
                 ]
         self._run.save_examples(examples, self._context.name)
-        (self._private / _DISTILLED).unlink(missing_ok=True)
+        self._distilled.drop_after(0)
 
     def _describe(self, request: DescribeRequest) -> Reply:
         """Tell sums over pooled features, or how far the images lie from the sums of all."""
@@ -285,9 +286,9 @@ class Client:
         initial = AgreementState.initial(self._config.data.num_classes)
         return PrivateState(0, initial.class_confidence, weights)
 
-    def _distilled(self, request: FitRequest) -> PrivateState:
+    def _after_distillation(self, request: FitRequest) -> PrivateState:
         """Return the state after the distillation of the request's round."""
-        return self._load(self._private / _DISTILLED, request.round_number)
+        return self._load(self._distilled.path(request.round_number), request.round_number)
 
     def _load(self, path: Path, number: int) -> PrivateState:
         state = load(path, PrivateState) if path.is_file() else None

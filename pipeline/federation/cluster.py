@@ -1,26 +1,30 @@
 """Stage two on dask: every client has its place on a worker, where its data is loaded once.
 
 Workers see ``cache.root`` under the coordinator's path, and read a client's stores and its private
-state there. What many requests have in common, above all the broadcast weights, goes to each worker
-once. A lost worker's clients get another place, and their requests are answered again: a client
-that is asked the same gives the same answer.
+state there. What many requests have in common, above all the broadcast weights, lies in a file
+there, which each worker reads once. A lost worker's clients get another place, and their requests
+are answered again: a client that is asked the same gives the same answer.
 """
 
 from __future__ import annotations
 
+import math
+import shutil
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
+from pathlib import Path
 from uuid import uuid4
 
 from pipeline import __version__
 from pipeline.cluster import Cluster, Future, NoResultError, Workers, absolute, check_worker
 from pipeline.config import Config
+from pipeline.disk import naming
 from pipeline.errors import SamfedError
 from pipeline.federation.client import Client
 from pipeline.federation.engines import Connect, in_process
@@ -69,6 +73,7 @@ class _Task:
     request: AnyRequest | None  # None asks for the client's entry
     future: Future
     place: str  # the worker that it was sent to, which may no longer be the client's
+    sent: float  # when, in seconds
     losses: int = 0
 
 
@@ -86,7 +91,10 @@ class DaskEngine:
             context.name: _for_workers(context, cluster).to_json() for context in contexts
         }
         self._places: dict[str, str] = {}  # a client's worker
-        self._sent: tuple[AnyRequest, Future] | None = None  # the last body, and a request with it
+        self._sent: tuple[AnyRequest, Path] | None = None  # a request, and the file of its body
+        self._bodies = _for_workers(contexts[0], cluster).run / "requests"
+        self._limit = contexts[0].config.federate.round_timeout_s or math.inf  # seconds
+        self._heard: dict[str, float] = {}  # when a worker's last answer was taken
         replies = self._answers((name, None) for name in self._contexts)
         self.entries: Sequence[ClientEntry] = [from_bytes(each, ClientEntry) for each in replies]
 
@@ -102,9 +110,7 @@ class DaskEngine:
 
     def close(self) -> None:
         """Let the workers forget the run's clients."""
-        self._sent = None
-        with suppress(OSError, CancelledError, SamfedError):  # a scheduler that is gone has none
-            self._cluster.client.run(forget, self._run, on_error="ignore")
+        self._cluster.tell(forget, self._run)
 
     def _answers(self, asked: Iterable[tuple[str, AnyRequest | None]]) -> Iterator[bytes]:
         """Yield the bytes of each answer; few requests are on their way at once."""
@@ -120,34 +126,66 @@ class DaskEngine:
                 yield self._first_answer(waiting)
                 waiting.popleft()
         finally:
-            with suppress(OSError, CancelledError):  # a scheduler that is gone runs nothing
-                self._cluster.client.cancel([task.future for task in waiting])
+            self._sent = None
+            shutil.rmtree(self._bodies, ignore_errors=True)  # what a killed run left there, too
+            self._cluster.cancel(task.future for task in waiting)
 
     def _first_answer(self, waiting: Sequence[_Task]) -> bytes:
-        """Return the first task's answer; meanwhile send again what lost its worker."""
+        """Return the first task's answer, or what stands for it once the client had its time.
+
+        Meanwhile send again what lost its worker.
+        """
+        task = waiting[0]
         while True:
             try:
-                content: bytes = self._cluster.result_soon(waiting[0].future, waiting[0].name)
-                return content
+                within = max(0.0, self.time_left(task))
+                content: bytes = self._cluster.result_soon(task.future, task.name, within)
             except NoResultError:
                 self._find_lost(waiting)
+                if task.request is not None and self.time_left(task) <= 0:
+                    self._give_up(waiting)
+                    return to_bytes(task.request.unanswered(self._limit))
+            else:
+                self._heard[task.place] = time.monotonic()
+                return content
 
-    def _find_lost(self, waiting: Iterable[_Task]) -> None:
-        """Send anew each task whose worker is gone, or what went to it with the task."""
-        self._cluster.await_worker()
+    def time_left(self, task: _Task) -> float:
+        """Return how many seconds the first of a worker's tasks has left.
+
+        Its turn came when it was sent or the one before it was over, which is known once its answer
+        was taken. To load a client takes what it takes.
+        """
+        if task.request is None:
+            return math.inf
+        turn = max(task.sent, self._heard.get(task.place, 0.0))
+        return turn + self._limit - time.monotonic()
+
+    def _give_up(self, waiting: Sequence[_Task]) -> None:
+        """End the worker that the first task keeps busy: no thread of it can be stopped."""
+        late, *others = waiting
+        late.future.cancel()
+        self._cluster.end_worker(late.place)
+        self._find_lost(others, ended=late.place)
+
+    def _find_lost(self, waiting: Iterable[_Task], *, ended: str = "") -> None:
+        """Send anew each task whose worker is gone.
+
+        Args:
+            ended: a worker that was ended for another task's sake.
+        """
         alive = self._cluster.addresses()
         self._place(alive)
         for task in waiting:
             if task.place in alive and task.future.status not in ("cancelled", "lost"):
                 continue
-            task.losses += 1
+            task.losses += task.place != ended
             if task.losses > _LOSSES:
                 raise SamfedError(
                     f"{task.name}: {task.losses} workers died that it ran on; see their logs, most "
                     "often memory is short"
                 )
             task.future.cancel()
-            task.future, task.place = self._submit(task.name, task.request)
+            task.future, task.place, task.sent = self._submit(task.name, task.request)
 
     def _place(self, alive: Sequence[str]) -> None:
         """Give every client a worker that is there, evenly; who has one that is there keeps it."""
@@ -162,16 +200,14 @@ class DaskEngine:
             if name not in places:
                 places[name] = min(load, key=load.__getitem__)
                 load[places[name]] += 1
-        if set(alive) != set(self._places.values()):
-            self._sent = None  # it went to the workers that there were
         self._places = places
 
-    def _submit(self, name: str, request: AnyRequest | None) -> tuple[Future, str]:
-        """Send a request to the client's worker; return its future and that worker."""
+    def _submit(self, name: str, request: AnyRequest | None) -> tuple[Future, str, float]:
+        """Send a request to the client's worker; return its future, that worker, and when."""
         place = self._places[name]
         body, state_round = (None, 0) if request is None else self._body(request)
         future = self._cluster.client.submit(
-            answer,
+            answer_file,
             self._run,
             self._contexts[name],
             body,
@@ -179,15 +215,17 @@ class DaskEngine:
             workers=[place],
             pure=False,
         )
-        return future, place
+        return future, place, time.monotonic()
 
-    def _body(self, request: AnyRequest) -> tuple[Future, int]:
-        """Return what requests to many clients have in common, which each worker gets once."""
+    def _body(self, request: AnyRequest) -> tuple[str, int]:
+        """Return the file of what requests to many clients have in common."""
         if self._sent is None or not _same_body(self._sent[0], request):
             content = to_bytes(replace(request, client="", state_round=0))
-            workers = sorted(set(self._places.values()))
-            self._sent = request, self._cluster.send(content, workers)
-        return self._sent[1], request.state_round
+            self._sent = request, self._bodies / uuid4().hex
+            self._bodies.mkdir(parents=True, exist_ok=True)
+            with naming(self._sent[1]):  # not durable: a run that stops asks anew
+                self._sent[1].write_bytes(content)
+        return str(self._sent[1]), request.state_round
 
 
 def _same_body(one: AnyRequest, other: AnyRequest) -> bool:
@@ -234,6 +272,16 @@ class _Site:
         if self._body is None or self._body[0] is not body:
             self._body = body, from_bytes(body, AnyRequest)
         return self._body[1]
+
+
+def answer_file(run: Run, context: bytes, body: str | None, state_round: int) -> bytes:
+    """Return ``answer`` to the body in a file."""
+    return answer(run, context, None if body is None else _read(body), state_round)
+
+
+@lru_cache(maxsize=1)
+def _read(path: str) -> bytes:
+    return Path(path).read_bytes()
 
 
 _turn = threading.Lock()  # clients of one process take turns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -11,6 +12,8 @@ from pipeline.federation.messages import AnyRequest, ClientEntry, Reply
 from pipeline.federation.rounds import Engine
 from pipeline.federation.workplace import Workplace
 
+log = logging.getLogger("samfed.federation")
+
 #: How clients are reached for as long as it is entered.
 Connect = Callable[[Sequence[ClientContext], Workplace], AbstractContextManager[Engine]]
 
@@ -18,6 +21,11 @@ Connect = Callable[[Sequence[ClientContext], Workplace], AbstractContextManager[
 @contextmanager
 def in_process(contexts: Sequence[ClientContext], workplace: Workplace) -> Iterator[InProcess]:
     """Load every client into this process, where all share ``workplace``."""
+    if contexts[0].config.federate.round_timeout_s is not None:
+        log.warning(
+            "federate.round_timeout_s: no client can be stopped in this process, so it is waited "
+            "for; use --workers or --scheduler"
+        )
     yield InProcess([Client(context, workplace) for context in contexts])
 
 

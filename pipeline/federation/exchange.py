@@ -104,8 +104,9 @@ class Exchange(Strategy):
             for name in this.clients
             if name in self._heard
         ]
-        for _ in this.ask(requests):
-            pass  # the networks stay with the clients
+        for reply in this.ask(requests):  # the networks stay with the clients
+            if reply.fault:
+                this.reject_update(reply.client, reply.fault)
 
     def _condense(self, this: Round, best: Teacher) -> Tensor:
         """Let the server's model learn by RC; return its logits."""

@@ -41,6 +41,7 @@ class Reply(Message):
     features: Tensor | None = None  # (C+1, C) float64, sums over all images: ``DescribeRequest``
     seconds: float = 0.0  # of the client's own work
     fault: str = ""  # why there are no weights or logits; empty if nothing is wrong
+    timed_out: bool = False  # an engine's word that stands for an answer that did not come
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,11 @@ class Request(Message):
     def reply(self, **content: Any) -> Reply:
         """Return a reply to this request."""
         return Reply(client=self.client, round_number=self.round_number, **content)
+
+    def unanswered(self, seconds: float) -> Reply:
+        """Return what stands for the answer of a client that had so many seconds for it."""
+        fault = f"no answer within {seconds:g} s (federate.round_timeout_s)"
+        return self.reply(fault=fault, timed_out=True)
 
 
 @dataclass(frozen=True, kw_only=True)

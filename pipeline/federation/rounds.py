@@ -26,6 +26,12 @@ class Engine(Protocol):
 
     All engines call ``Client.answer`` and nothing else, so that they change where a client runs and
     never what it computes.
+
+    A client has ``federate.round_timeout_s`` seconds (None: any time) for each request, from when
+    its turn comes. Then the engine yields ``request.unanswered(seconds)`` and goes on. What the
+    client comes to say later is dropped, also where its next request is on the way by then, and
+    what keeps it busy must not keep others from answering. Its private state of that request may
+    still be written, and is never asked for. An engine that cannot give a client up says so.
     """
 
     entries: Sequence[ClientEntry]  # what each client says of itself, in the clients' order
@@ -77,6 +83,7 @@ class Round:
         """Yield the reply to each request, in order.
 
         Its metrics, the client's seconds, and the tensors' bytes either way go to the reports.
+        A client that did not answer in time is rejected, and nothing is yielded for it.
         """
         for request, reply in asked(self.engine, requests):
             report = self.reports.setdefault(reply.client, {})
@@ -86,7 +93,15 @@ class Round:
                 "bytes_up": report.get("bytes_up", 0) + reply.nbytes,
                 "bytes_down": report.get("bytes_down", 0) + request.nbytes,
             }
-            yield reply
+            if reply.timed_out:
+                self.reject_update(reply.client, reply.fault)
+            else:
+                yield reply
+
+    @property
+    def left(self) -> list[str]:
+        """The clients that take part and have not been rejected."""
+        return [name for name in self.clients if name not in self.rejected]
 
     def reject_update(self, client: str, reason: str) -> None:
         """Go on without a client's update, and say why."""
@@ -121,6 +136,7 @@ class Round:
             "learning_rate": self.rates.learning_rate,
             "clients": {name: finite(report) for name, report in self.reports.items()},
             "server": finite(self.server_terms),
+            "rejected": sorted(self.rejected),
             "warnings": self.warnings,
         }
 
@@ -150,7 +166,7 @@ class Strategy(ABC):
 
     def review(self, this: Round) -> None:
         """Reject what cannot be used beside the others, and ``require`` enough when all are in."""
-        this.require(len(this.clients) - len(this.rejected), "a usable update")
+        this.require(len(this.left), "a usable update")
 
     @abstractmethod
     def finish(self, this: Round) -> State:

@@ -52,15 +52,14 @@ class Checkpoint(Plain):
 
 
 class RoundFiles:
-    """Plain data by round in a folder, ``round_NNNN.safetensors``; old rounds are dropped."""
+    """Plain data by round in a folder, ``<stem>_NNNN.safetensors``; old rounds are dropped."""
 
-    def __init__(self, folder: Path, *, kept: int) -> None:
-        self._folder = folder
-        self._kept = kept
+    def __init__(self, folder: Path, *, kept: int, stem: str = "round") -> None:
+        self._folder, self._kept, self._stem = folder, kept, stem
 
     def path(self, number: int) -> Path:
         """Return the file of round ``number``."""
-        return self._folder / f"round_{number:04d}.safetensors"
+        return self._folder / f"{self._stem}_{number:04d}.safetensors"
 
     def last(self) -> Path | None:
         """Return the file of the last round, or None."""
@@ -71,17 +70,25 @@ class RoundFiles:
         """Write a round's data atomically, and drop what no repeated round can ask for.
 
         Kept are the round, the one ``before`` that it builds on, and so many before that as make
-        ``kept``. Later rounds go too: a run that begins again would resume from the old ones.
+        ``kept``. Later rounds are kept too: a client that was given up may write an old one late.
         """
         save(self.path(number), value)
         saved = self._saved()
         older = sorted(each for each in saved if each <= before)
-        for each in saved.keys() - {number, *older[1 - self._kept :]}:
-            saved[each].unlink()
+        for each in saved.keys() - {*older[1 - self._kept :]}:
+            if each < number:
+                saved[each].unlink(missing_ok=True)
+
+    def drop_after(self, number: int) -> None:
+        """Drop later rounds, from which a run that begins again would resume."""
+        for each, path in self._saved().items():
+            if each > number:
+                path.unlink()
 
     def _saved(self) -> dict[int, Path]:
         """Return the files by their rounds, of any number of digits."""
-        return {int(p.stem.split("_")[1]): p for p in self._folder.glob("round_*.safetensors")}
+        paths = self._folder.glob(f"{self._stem}_*.safetensors")
+        return {int(path.stem.split("_")[1]): path for path in paths}
 
 
 class RunFolder:
@@ -162,6 +169,7 @@ class RunFolder:
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write a round's checkpoint atomically and drop all but the last two."""
         self._checkpoints.save(checkpoint.round, checkpoint, before=checkpoint.round - 1)
+        self._checkpoints.drop_after(checkpoint.round)
 
     def load_checkpoint(self) -> Checkpoint | None:
         """Return the last round's checkpoint, or None.

@@ -178,7 +178,7 @@ class Server:
             this.warnings += quality_warnings(config, entries)
         self.strategy.begin(this)
         self._show(TRAINING, 0, len(chosen))
-        requests = [self.strategy.fit_request(this, client) for client in chosen]
+        requests = [self.strategy.fit_request(this, client) for client in this.left]
         for done, reply in enumerate(this.ask(requests), start=1):
             self._show(TRAINING, done, len(chosen))
             reason = reply.fault or self.strategy.accept(this, reply)
@@ -186,11 +186,10 @@ class Server:
                 this.reject_update(reply.client, reason)
         self.strategy.review(this)
         weights = self.strategy.finish(this)
-        usable = [client for client in chosen if client not in this.rejected]
-        for client in usable:
+        for client in this.left:
             this.warnings += client_warnings(config, client, this.reports[client])
         this.warnings += round_warnings(config, this.reports)
-        rounds = before.client_rounds | dict.fromkeys(usable, number)
+        rounds = before.client_rounds | dict.fromkeys(this.left, number)
         after = replace(before, round=number, weights=weights, moments=this.moments)
         return replace(after, client_rounds=rounds), this.entry()
 
@@ -219,8 +218,10 @@ class Server:
         calibration = self.strategy.conclude(self.run, after.weights)
         names = [entry.name for entry in self.engine.entries]
         ask = {"weights": self.strategy.shared(after.weights), "calibration": calibration}
-        for _ in self._evaluate(after, names, part=None, final=True, **ask):
-            pass  # each client keeps its own
+        # each client keeps its own
+        for reply in self._evaluate(after, names, part=None, final=True, **ask):
+            if reply.fault:
+                log.warning("%s: kept nothing, %s; run again", reply.client, reply.fault)
         if self.strategy.shared(after.weights) is not None:
             self._keep_model(after)
 

@@ -273,6 +273,13 @@ def test_what_a_rejected_round_left_is_dropped_before_what_it_builds_on(tmp_path
     kept = [files.path(number) for number in (1, 2, 6)]
     assert sorted(tmp_path.iterdir()) == kept
     assert files.last() == kept[-1]
+    files.save(3, {"x": torch.tensor(3)}, before=2)  # it was given up, and writes late
+    assert kept[-1].is_file()
+    files.save(7, {"x": torch.tensor(7)}, before=6)
+    assert [file.name[:10] for file in sorted(tmp_path.iterdir())][-2:] == [
+        "round_0006",
+        "round_0007",
+    ]
 
 
 def test_a_run_that_begins_again_outlives_its_old_checkpoints(run: RunFolder) -> None:

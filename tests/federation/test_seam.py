@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import call, write_params
 from engines import Remote, Site, Watched, changed, models
 from torch import Tensor
 
@@ -20,7 +22,16 @@ from pipeline.data.partition import load_partition
 from pipeline.errors import ConfigError, NotFiniteError, SamfedError
 from pipeline.federation.engines import in_process
 from pipeline.federation.inputs import ClientContext
-from pipeline.federation.messages import AnyRequest, FitRequest, Reply
+from pipeline.federation.messages import (
+    AnyRequest,
+    DistilRequest,
+    EvaluateRequest,
+    FitRequest,
+    PredictRequest,
+    Reply,
+    Request,
+)
+from pipeline.federation.runs import Checkpoint, RunFolder
 from pipeline.federation.server import federate
 from pipeline.federation.workplace import Workplace
 from pipeline.segmentation.networks import State
@@ -68,7 +79,7 @@ def test_a_client_elsewhere_gives_the_same_bytes(
     assert not (there.path / "clients" / CLIENT).exists()
     private = brought / "clients" / CLIENT
     assert (private / "examples.safetensors").is_file()
-    assert not (private / "distilled.safetensors").exists()
+    assert not list(private.glob("distilled*"))
     if own:
         (there.path / "clients" / CLIENT).mkdir()
         shutil.copy(private / "model.safetensors", there.path / "clients" / CLIENT)
@@ -182,6 +193,37 @@ def test_lost_private_state_is_named(labelled: Config) -> None:
         f"{path}: found nothing, expected the client's own state of round 2; "
         "run `samfed federate --restart`"
     )
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(
+    labelled: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line names the file; the checkpoint before it is whole, and enough to go on from."""
+    config = changed(labelled, "full")
+    params = write_params(tmp_path / "params.yaml", config)
+    run, real = RunFolder(labelled.cache.root / "runs" / "full"), RunFolder.save_checkpoint
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
+        if checkpoint.round == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        try:
+            real(folder, checkpoint)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "save_checkpoint", save_checkpoint)
+        result = call("federate", "--params", params)
+    assert result.exit_code == 1
+    path = run.path / "checkpoints" / "round_0002.safetensors"
+    assert f"error: {path}: File too large; " in result.stderr
+    assert result.stderr.count("error: ") == 1
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "round_0000.safetensors",
+        "round_0001.safetensors",
+    ]
+    assert models(federate(config, mode="resume")) == models(federate(changed(labelled, "whole")))
 
 
 # ----------------------------------------------------------------------- updates that do not count
@@ -313,6 +355,40 @@ def test_a_round_with_enough_clients_left_goes_on(labelled: Config) -> None:
     watched = faulty(1)
     federate(changed(labelled, "tolerant", min_clients=3), connect=watched.connect)
     assert sum(isinstance(request, FitRequest) for request, _ in watched.seen) == 8
+
+
+@pytest.mark.parametrize("kind", [PredictRequest, DistilRequest, FitRequest])
+def test_who_does_not_answer_in_time_is_left_out_of_the_round(
+    labelled: Config, kind: type[Request]
+) -> None:
+    """Nobody waits for it twice, and the next round builds on what it had before."""
+    own = kind is not FitRequest
+
+    def late(request: AnyRequest, reply: Reply) -> Reply:
+        misses = (request.client, request.round_number) == (CLIENT, 2)
+        return request.unanswered(0.5) if misses and isinstance(request, kind) else reply
+
+    watched = Watched(late)
+    run = federate(changed(labelled, "late", own=own, rounds=3), connect=watched.connect)
+    assert [entry["rejected"] for entry in run.history()] == [[], [CLIENT], []]
+    fault = "update rejected, no answer within 0.5 s (federate.round_timeout_s)"
+    assert f"{CLIENT}: {fault}" in run.history()[1]["warnings"]
+    mine = [request for request, _ in watched.seen if request.client == CLIENT]
+    second = [request for request in mine if request.round_number == 2]
+    assert [type(r) for r in second if not isinstance(r, EvaluateRequest)][-1] is kind
+    third = [request for request in mine if request.round_number == 3]
+    assert third[0].state_round == 1
+    assert third[-1].state_round == 3
+
+
+def test_a_client_of_this_process_is_waited_for(
+    labelled: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    federate(changed(labelled, "here", rounds=1, round_timeout_s=1e-6))
+    assert caplog.messages[0] == (
+        "federate.round_timeout_s: no client can be stopped in this process, so it is waited for; "
+        "use --workers or --scheduler"
+    )
 
 
 def test_hostile_clients_are_left_out(labelled: Config) -> None:
