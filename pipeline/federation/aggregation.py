@@ -15,8 +15,10 @@ All but the first give every client the same weight, since its number of images 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,15 +27,11 @@ from pipeline.config import AggregationName
 from pipeline.federation.updates import Updates
 from pipeline.segmentation.networks import State
 
-#: By rule: n >= 2f + this. The others know no f.
-_BEYOND_HOSTILE: Mapping[AggregationName, int] = MappingProxyType(
-    {"trimmed_mean": 1, "krum": 3, "multi_krum": 3}
-)
-
 
 def fewest_updates(rule: AggregationName, byzantine: int) -> int:
     """Return how many updates ``rule`` needs to bear ``byzantine`` hostile ones among them."""
-    return 2 * byzantine + _BEYOND_HOSTILE[rule] if rule in _BEYOND_HOSTILE else 1
+    beyond = RULES[rule].beyond_hostile
+    return 1 if beyond is None else 2 * byzantine + beyond
 
 
 def check_update(update: State, broadcast: State) -> str | None:
@@ -85,20 +83,8 @@ def aggregate(
     if count < fewest:
         raise ValueError(f"{rule}: found {count} usable updates, expected at least {fewest}")
     hostile = min(byzantine, (count - fewest) // 2)
-    chosen: Sequence[str] = list(updates.weights)
-    if rule == "fedavg":
-        return _finish(updates, _mean(updates, updates.weights)), chosen
-    cut = hostile if rule == "trimmed_mean" else (count - 1) // 2
-    combined = {}
-    if rule in ("krum", "multi_krum"):
-        ranked = krum_order(updates, byzantine=hostile, trained=trained)
-        chosen = ranked[: 1 if rule == "krum" else count - hostile]
-        in_order = [client for client in updates.weights if client in chosen]
-        combined = _mean(updates, dict.fromkeys(in_order, 1.0), trained)
-    for name, old in updates.broadcast.items():
-        if old.is_floating_point() and name not in combined:
-            combined[name] = _trimmed_mean(updates, name, cut)
-    return _finish(updates, combined), chosen
+    floats, chosen = RULES[rule].combine(updates, hostile, trained)
+    return _finish(updates, floats), chosen
 
 
 def krum_order(updates: Updates, *, byzantine: int, trained: Collection[str]) -> list[str]:
@@ -162,3 +148,60 @@ def _largest(updates: Updates, name: str) -> Tensor:
     old = updates.broadcast[name]
     parts = [block.amax(dim=0) for block in updates.blocks(name)]
     return torch.maximum(old, torch.cat(parts).reshape(old.shape)) if parts else old
+
+
+# --------------------------------------------------------------------------- rules
+
+#: Combined float entries, in float64, and whose updates are in them.
+Combined = tuple[State, Sequence[str]]
+
+
+class AggregationRule(NamedTuple):
+    """How updates become one, of which some, and no more than so many, may be hostile."""
+
+    combine: Callable[[Updates, int, Collection[str]], Combined]  # updates, hostile, trained
+    beyond_hostile: int | None = None  # n >= 2f + this; None where the rule knows no f
+
+
+def _fedavg(updates: Updates, hostile: int, trained: Collection[str]) -> Combined:
+    return _mean(updates, updates.weights), list(updates.weights)
+
+
+def _median(updates: Updates, hostile: int, trained: Collection[str]) -> Combined:
+    return _by_coordinate(updates, _middle(updates)), list(updates.weights)
+
+
+def _trimmed(updates: Updates, hostile: int, trained: Collection[str]) -> Combined:
+    return _by_coordinate(updates, hostile), list(updates.weights)
+
+
+def _krum(updates: Updates, hostile: int, trained: Collection[str], *, several: bool) -> Combined:
+    ranked = krum_order(updates, byzantine=hostile, trained=trained)
+    chosen = ranked[: len(updates) - hostile if several else 1]
+    in_order = [client for client in updates.weights if client in chosen]
+    statistics = _by_coordinate(updates, _middle(updates), without=trained)
+    return statistics | _mean(updates, dict.fromkeys(in_order, 1.0), trained), chosen
+
+
+def _by_coordinate(updates: Updates, cut: int, *, without: Collection[str] = ()) -> State:
+    return {
+        name: _trimmed_mean(updates, name, cut)
+        for name, old in updates.broadcast.items()
+        if old.is_floating_point() and name not in without
+    }
+
+
+def _middle(updates: Updates) -> int:
+    """Return how many values at each end leave the median: the middle one, or two."""
+    return (len(updates) - 1) // 2
+
+
+RULES: Mapping[AggregationName, AggregationRule] = MappingProxyType(
+    {
+        "fedavg": AggregationRule(_fedavg),
+        "median": AggregationRule(_median),
+        "trimmed_mean": AggregationRule(_trimmed, 1),
+        "krum": AggregationRule(partial(_krum, several=False), 3),
+        "multi_krum": AggregationRule(partial(_krum, several=True), 3),
+    }
+)
