@@ -33,6 +33,7 @@ CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy, torch and dask all take it
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.5, lt=1.0)]  # of the likelier of two
+Architecture = Literal["unet", "fpn", "linknet", "deeplabv3plus", "segformer"]
 
 AggregationName = Literal["fedavg", "median", "trimmed_mean", "krum", "multi_krum"]
 ServerOptimizer = Literal["none", "fedavgm", "fedadam"]
@@ -207,7 +208,7 @@ class NetworkConfig(Section):
     decides = _RUN
 
     # decoder behind the encoder
-    architecture: Literal["unet", "fpn", "linknet", "deeplabv3plus", "segformer"] = "unet"
+    architecture: Architecture = "unet"
     encoder: str = "tu-mobilenetv3_small_050"  # smp encoder name; tu-<name> is timm's
     encoder_depth: Annotated[int, Field(ge=3, le=5)] = 4  # levels; each halves the sides
     # U-Net: one per depth; segformer: one; fpn, linknet and deeplabv3plus do not use them

@@ -14,13 +14,13 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config, NetworkConfig
+from pipeline.config import Architecture, Config, NetworkConfig
 from pipeline.errors import ConfigError, DataError
 
 State = dict[str, Tensor]
 
 #: Class, and what it calls ``decoder_channels``: a list, one number, or nothing of the kind.
-_ARCHITECTURES: dict[str, tuple[Any, str | None]] = {
+_ARCHITECTURES: dict[Architecture, tuple[Any, str | None]] = {
     "unet": (smp.Unet, "decoder_channels"),
     "fpn": (smp.FPN, None),
     "linknet": (smp.Linknet, None),
