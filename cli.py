@@ -383,22 +383,24 @@ def compare(
 
 @command(
     app,
-    name="Run to show (may be repeated).",
+    runs=Argument(metavar="[RUN]...", help="Runs to show, side by side (default: federate.name)."),
+    name="Another run to show (may be repeated).",
     scores="Folder that `evaluate` was given as --out (default: the runs' own).",
     out="File to write (default: report.html of the last run).",
 )
 def report(
     config: "Config",
+    runs: list[str] | None = None,
     name: list[str] | None = None,
     scores: Path | None = None,
     out: Path | None = None,
 ) -> Result:
-    """Write one HTML file with a run's curves, tables and a gallery."""
+    """Write one HTML file about runs: warnings, scores and tests, curves, test images."""
     from pipeline.results.finished import run_folder
     from pipeline.results.report import write_report
 
-    runs = [run_folder(config, each) for each in name or [config.federate.name]]
-    return write_report(runs, out, scores=scores)
+    names = dict.fromkeys([*(runs or ()), *(name or ())]) or [config.federate.name]
+    return write_report([run_folder(config, each) for each in names], out, scores=scores)
 
 
 @command(

@@ -48,7 +48,8 @@ from pipeline.federation.agreement import (
     update_state,
 )
 from pipeline.federation.calibration import calibrate
-from pipeline.results.pages import COLOURS, style_axes
+from pipeline.results.colours import COLOURS
+from pipeline.results.pages import style_axes
 
 SEED = 0
 SIZE_PX = 64

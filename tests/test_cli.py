@@ -284,14 +284,18 @@ def test_unknown_client(project: Project) -> None:
     assert listing(project.cache) == before
 
 
-@pytest.mark.parametrize("command", ["evaluate", "report"])
-def test_unknown_run(project: Project, command: str) -> None:
-    before = listing(project.cache)
-    assert fails(4, command, *project.options, "--name", "other") == (
-        f"{project.cache}/runs/other/params.yaml: not found; run `samfed federate` first"
+@pytest.mark.parametrize(
+    "command", [("evaluate", "--name"), ("report", "--name"), ("report",), ("compare",)]
+)
+def test_unknown_run(project: Project, command: tuple[str, ...]) -> None:
+    before, runs = listing(project.cache), project.cache / "runs"
+    assert fails(4, *command, "other", *project.options) == (
+        f"other: no such row or run in {runs}; found sam_fed"
+        if command == ("compare",)
+        else f"{runs}/other/params.yaml: not found; run `samfed federate` first"
     )
-    assert fails(2, command, *project.options, "--name", "../x") == (
-        "--name '../x': expected the name of a folder under cache/runs"
+    assert fails(2, *command, "../x", *project.options) == (
+        "run '../x': expected the name of a folder under cache/runs"
     )
     assert listing(project.cache) == before
 
@@ -310,6 +314,12 @@ def test_compare(project: Project) -> None:
     assert result.stdout == out.read_text()
     rows = [line for line in result.stdout.splitlines() if line.startswith("| `")]
     assert [line.split(" | ")[0] for line in rows] == ["| `supervised`", "| `sam_fed`"] * 2
+    for option, begin in (("--csv", "row,method,"), ("--latex", "% \\usepackage{booktabs}\n")):
+        said = call("compare", *project.options, option)
+        assert said.stdout.startswith(begin)
+    page = project.folder / "both.html"
+    answer("report", "sam_fed", "supervised-seed1", *project.options, "--out", page)
+    assert page.read_text().count('class="show-truth"') == 2
     found = answer("compare", "sam_fed", "supervised-seed1", *project.options)
     assert [row["seeds"] for row in found["rows"]] == [[0], [1]]
     for row, name in zip(found["rows"], ("sam_fed", "supervised-seed1"), strict=True):

@@ -34,6 +34,7 @@ from pipeline.labelling.precompute import precompute
 from pipeline.labelling.quality import statistics
 from pipeline.results.evaluate import evaluate, final_model, round_table
 from pipeline.results.evaluate_teacher import evaluate_teacher
+from pipeline.results.gallery import load_gallery
 from pipeline.results.report import write_report
 from pipeline.sam.finetune import finetune
 from pipeline.stores.label_store import LabelStore
@@ -162,7 +163,23 @@ def test_a_clients_training_store_holds_no_labels(shared_pipeline: Config) -> No
 
 def test_metrics_file_has_the_promised_shape(run: RunFolder) -> None:
     metrics = json.loads((run.path / "metrics.json").read_text())
-    assert set(metrics) == {"method", "seed", "rounds", "test", "tolerance", "format"}
+    assert set(metrics) == {
+        *("method", "seed", "rounds", "test", "tolerance", "data", "teacher", "format")
+    }
+    # of this very teacher, as evaluate-sam measured it
+    assert metrics["teacher"]["ece"] > 0
+    owned = {owner: of["splits"] for owner, of in metrics["data"].items()}
+    partition = load_partition(run.path.parents[1] / "partition.json")
+    assert owned == {
+        owner: {split: len(ids) for split, ids in partition.splits(owner).items()}
+        for owner in partition.owners
+    }
+    shown = {
+        (each.client, each.image_id) for each in load_gallery(run.path / "gallery.safetensors")
+    }
+    tested = {(name, i) for name, part in partition.clients.items() for i in part.test}
+    assert shown <= tested
+    assert {client for client, _ in shown} == {client for client, _ in tested}
     assert set(metrics["test"]) == {"pooled", "clients", "client_mean"}
     assert {"dice", "iou", "hd95", "assd", "n"} <= set(metrics["test"]["pooled"])
     assert metrics["test"]["pooled"]["n"] == sum(

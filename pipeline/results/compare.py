@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config, deciding_settings
-from pipeline.disk import write_bytes
+from pipeline.disk import is_folder_name, write_bytes
 from pipeline.errors import ConfigError, IdentityError, StageError
 from pipeline.federation.runs import RunFolder
 from pipeline.methods import METHODS
@@ -134,6 +134,8 @@ def _choose(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     chosen: dict[str, list[str]] = {}
     waiting: list[str] = []
     for wanted in names or dict.fromkeys(map(row_of, found)):
+        if not is_folder_name(wanted):
+            raise ConfigError(f"run {wanted!r}: expected the name of a folder under cache/runs")
         members = [name for name in found if wanted in (name, row_of(name))]
         if not members:
             there = ", ".join(found) or "none"
@@ -299,7 +301,7 @@ def _check(rows: Mapping[str, Sequence[FinishedRun]]) -> None:
         _check_row(row, runs)
     first, *others = [run for runs in rows.values() for run in runs]
     for other in others:
-        _check_pair(first, other)
+        check_pair(first, other)
     seeds = {row: [run.config.seed for run in runs] for row, runs in rows.items()}
     if len({tuple(each) for each in seeds.values()}) > 1:
         text = "; ".join(f"{row} {', '.join(map(str, each))}" for row, each in seeds.items())
@@ -335,8 +337,12 @@ def _settings(config: Config) -> dict[str, Any]:
     return {key: value for key, value in deciding.items() if used.get(key.split(".")[0], True)}
 
 
-def _check_pair(one: FinishedRun, two: FinishedRun) -> None:
-    """Refuse runs whose scores cannot stand side by side."""
+def check_pair(one: FinishedRun, two: FinishedRun) -> None:
+    """Refuse runs whose scores cannot stand side by side.
+
+    Raises:
+        IdentityError: they differ in size, classes, tolerance, partition or images.
+    """
     both = f"{one.name} and {two.name}"
     for key in ("image_size", "num_classes"):
         values = getattr(one.config.data, key), getattr(two.config.data, key)

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.results.pages import COLOURS, DASHES, GREY, Key, finite, style_axes
+from pipeline.results.colours import COLOURS, DASHES, GREY, SOURCES
+from pipeline.results.pages import Key, finite, style_axes
 
-SOURCES = {"both agree": "#C9D1DA", "from SAM": "#0072B2", "from the client": "#E69F00"}
 LOSSES = {
     "loss": Key("whole loss", "#000000"),
     "loss_sup": Key("labelled images", COLOURS[0]),
@@ -124,7 +124,7 @@ def validation_curves(histories: Mapping[str, History]) -> Panel | None:
     figure = Figure(figsize=(9.2, 3.2), layout="constrained")
     axes = _axes(figure, ylabel="validation Dice")
     keys = []
-    for key, history in zip(_line_keys(histories), histories.values(), strict=True):
+    for key, history in zip(line_keys(histories), histories.values(), strict=True):
         keys += _line(axes, history, (entry["val"].get("dice") for entry in history), key)
     return Panel("", figure, keys) if keys else None
 
@@ -148,7 +148,7 @@ def _line(
     return [key] if points else []
 
 
-def _line_keys(names: Iterable[str]) -> list[Key]:
+def line_keys(names: Iterable[str]) -> list[Key]:
     """Return pairs of colour and dash that all differ up to 21 names."""
     n = len(COLOURS)
     return [Key(name, COLOURS[i % n], DASHES[i // n % 3]) for i, name in enumerate(names)]
@@ -159,7 +159,7 @@ def _client_keys(history: History) -> dict[str, Key]:
     names = sorted({name for entry in history for name in entry["clients"]})
     if len(names) > MAX_COLOURED_CLIENTS:
         return dict.fromkeys(names, Key("each client", GREY))
-    return dict(zip(names, _line_keys(names), strict=True))
+    return dict(zip(names, line_keys(names), strict=True))
 
 
 def _mean_over_clients(history: History, name: str) -> list[float]:
@@ -171,3 +171,25 @@ def _mean_over_clients(history: History, name: str) -> list[float]:
         mean = np.average([client[name] for client in told], weights=images) if told else math.nan
         means.append(float(mean))
     return means
+
+
+def reliability_plot(bins: Mapping[Key, Mapping[str, list[Any]]]) -> Figure:
+    """Draw accuracy over confidence on the left, each bin's share of the pixels on the right."""
+    figure = Figure(figsize=(9.2, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    style_axes(left, xlabel="confidence", ylabel="share of pixels that are right")
+    style_axes(right, xlabel="confidence", ylabel="share of pixels (log scale)")
+    right.set_yscale("log")
+    left.plot([0, 1], [0, 1], color=GREY, lw=1.2)
+    for key, of in bins.items():
+        pixels = np.array(of["pixels"])
+        filled = pixels > 0
+        confidence, accuracy = (
+            np.array(of[name], np.float64)[filled] for name in ("confidence", "accuracy")
+        )
+        style = {"color": key.colour, "ls": key.dash, "lw": 1.6, "marker": "o", "ms": 3.5}
+        left.plot(confidence, accuracy, **style)
+        right.plot(confidence, (pixels / pixels.sum())[filled], **style)
+    left.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    right.set_xlim(0, 1.02)
+    return figure

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pipeline.config import Config
@@ -20,16 +19,9 @@ from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import write_bytes, write_json
 from pipeline.labelling.backoff import MemoryAwareTeacher
 from pipeline.progress import Progress
-from pipeline.results.pages import (
-    COLOURS,
-    GREY,
-    Key,
-    Mask,
-    class_keys,
-    example_panels,
-    render,
-    style_axes,
-)
+from pipeline.results.colours import COLOURS
+from pipeline.results.curves import reliability_plot
+from pipeline.results.pages import Key, Mask, class_keys, example_panels, render
 from pipeline.results.scores import scales
 from pipeline.runtime import torch_threads
 from pipeline.sam.frame import fit_longest_side
@@ -143,6 +135,7 @@ def _measure(
     summary = {
         "variant": teacher.card.variant,
         "prompt": teacher.card.prompt,
+        "adapter_sha256": teacher.card.adapter_sha256,
         **summarise(scores, groups, seed=config.seed, names=config.data.classes),
         "ece": reliability.error(),
         "reliability": reliability.bins(),
@@ -209,7 +202,7 @@ def render_evaluation(
         teachers=teachers,
         variant=variant,
         configured=configured,
-        reliability=_reliability_plot({key: teachers[key.label]["reliability"] for key in keys}),
+        reliability=reliability_plot({key: teachers[key.label]["reliability"] for key in keys}),
         keys=keys,
         examples=[
             {"caption": caption} | example_panels(image, masks)
@@ -217,25 +210,3 @@ def render_evaluation(
         ],
         class_keys=class_keys(mask for _, _, masks in examples for mask in masks.values()),
     )
-
-
-def _reliability_plot(bins: Mapping[Key, Mapping[str, list[Any]]]) -> Figure:
-    """Draw accuracy over confidence on the left, each bin's share of the pixels on the right."""
-    figure = Figure(figsize=(9.2, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    style_axes(left, xlabel="confidence", ylabel="share of pixels that are right")
-    style_axes(right, xlabel="confidence", ylabel="share of pixels (log scale)")
-    right.set_yscale("log")
-    left.plot([0, 1], [0, 1], color=GREY, lw=1.2)
-    for key, of in bins.items():
-        pixels = np.array(of["pixels"])
-        filled = pixels > 0
-        confidence, accuracy = (
-            np.array(of[name], np.float64)[filled] for name in ("confidence", "accuracy")
-        )
-        style = {"color": key.colour, "ls": key.dash, "lw": 1.6, "marker": "o", "ms": 3.5}
-        left.plot(confidence, accuracy, **style)
-        right.plot(confidence, (pixels / pixels.sum())[filled], **style)
-    left.set(xlim=(0, 1.02), ylim=(0, 1.02))
-    right.set_xlim(0, 1.02)
-    return figure

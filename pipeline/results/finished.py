@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from pipeline.disk import is_folder_name, read_json
 from pipeline.errors import ConfigError, DataError, StageError
 from pipeline.federation.runs import RunFolder
 from pipeline.results.external import External, read_external
+from pipeline.results.gallery import FILE as GALLERY_FILE
+from pipeline.results.gallery import GalleryImage, load_gallery
 from pipeline.results.scores import described
 from pipeline.segmentation.metrics import CLASS_SCORES
+from pipeline.segmentation.model_spec import ModelSpec
 
+FALL = 0.05  # of validation Dice below its best round that is a warning
 FORMAT = 2  # of metrics.json and the tables beside it
 SCORES = CLASS_SCORES  # columns of ``FinishedRun.scores``; those in mm may not be known
 
@@ -34,7 +39,25 @@ class Evaluation:
     rounds: int
     test: dict[str, Any]  # ``pooled`` over images, ``clients`` by name, and their ``client_mean``
     tolerance: dict[str, float]  # of the surface Dice, in ``px`` and ``mm``
+    data: dict[str, Any]  # by owner: ``splits``, ``groups``, ``masks``, ``sites``
+    teacher: dict[str, Any] | None  # what is known of it; None where the method uses none
     format: int = FORMAT
+
+    def warnings(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return what to doubt about the scores, a line each; ``history`` is the run's."""
+        found = []
+        if (fall := _fall(history)) is not None:
+            found.append(fall)
+        tested = self.test["clients"]
+        single = [name for name, row in tested.items() if row["dice_ci95"] is None]
+        if single:
+            found.append(
+                f"tested on one image or patient, so without an interval: {', '.join(single)}"
+            )
+        untested = [name for name in self.data if name not in ("server", *tested)]
+        if tested and untested:
+            found.append(f"without test images, so without scores: {', '.join(untested)}")
+        return found
 
     def as_json(self) -> dict[str, Any]:
         """Return what the file holds."""
@@ -54,6 +77,21 @@ class Evaluation:
         return "\n".join(lines)
 
 
+def _fall(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say that the last round's validation Dice lies well below an earlier round's; else None."""
+    dice = {entry["round"]: entry["val"].get("dice") for entry in history}
+    known = {number: value for number, value in dice.items() if value is not None}
+    if not known:
+        return None
+    best, last = max(known, key=lambda number: known[number]), max(known)
+    if known[best] - known[last] <= FALL:
+        return None
+    return (
+        f"validation Dice fell from {known[best]:.3f} in round {best} to {known[last]:.3f} in "
+        f"round {last}: the rounds unlearn; doubt the labels, or lower federate.learning_rate"
+    )
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """An evaluated run, as :func:`read_run` found it."""
@@ -67,12 +105,14 @@ class FinishedRun:
     images: tuple[ImageKey, ...]  # of the test parts, sorted
     scores: NDArray[np.float64]  # (N, 8): ``SCORES``, nan where not known, as ``images``
     external: tuple[External, ...] = ()  # tests on other folders
+    gallery: tuple[GalleryImage, ...] = ()  # some of the test images
+    models: Mapping[str, ModelSpec] = field(default_factory=dict)  # ``global``, or by client
 
 
 def run_folder(config: Config, name: str | None = None) -> RunFolder:
     """Return the folder of the run ``name``, or of the one that the settings name."""
     if name is not None and not is_folder_name(name):
-        raise ConfigError(f"--name {name!r}: expected the name of a folder under cache/runs")
+        raise ConfigError(f"run {name!r}: expected the name of a folder under cache/runs")
     return RunFolder(config.cache.root / "runs" / (name or config.federate.name))
 
 
@@ -114,7 +154,16 @@ def read_run(run: RunFolder, *, scores: Path | None = None) -> FinishedRun:
         images=tuple(sorted(table)),
         scores=values,
         external=read_external(run.path),
+        gallery=tuple(load_gallery(folder / GALLERY_FILE)),
+        models=_models(run),
     )
+
+
+def _models(run: RunFolder) -> dict[str, ModelSpec]:
+    """Return what is known of the final models; of runs of an older samfed nothing is."""
+    shared = {"global": None} if run.model_path.with_suffix(".json").is_file() else {}
+    own = {path.parent.name: path.parent.name for path in run.path.glob("clients/*/model.json")}
+    return {name: run.spec(client) for name, client in sorted((shared or own).items())}
 
 
 def _read_evaluation(path: Path) -> Evaluation:

@@ -1,6 +1,7 @@
 """What samfed's pages share: figures, masks over images, numbers and templates.
 
-A page is one file that asks for nothing from a network and needs no script. The same input gives
+A page is one file that asks for nothing from a network and needs no script. It is light or dark as
+the reader's system is; a figure is then inverted, its legend with it. The same input gives
 the same bytes. No text of the user enters a figure: legends are HTML, so names in any script, or
 with ``$`` and ``<`` in them, are shown as they are.
 """
@@ -11,7 +12,7 @@ import base64
 import io
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +25,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 
+from pipeline.results import colours
+from pipeline.results.colours import GRID, HEAT, LABEL, SPINE, TRUTH
 from pipeline.segmentation.palette import CLASS_COLOURS, class_colour
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; yellow is too pale for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("solid", "dashed", "dotted")  # the same words in matplotlib and in CSS
-GREY = "#B8BEC6"
-DECIMALS = {"dice": 3, "iou": 3, "hd95": 1, "assd": 1, "hd95_defined": 1, "assd_defined": 1}
+DECIMALS = {
+    **dict.fromkeys(("dice", "iou", "nsd", "nsd_mm"), 3),
+    **dict.fromkeys(("hd95", "assd", "hd95_defined", "assd_defined", "hd95_mm", "assd_mm"), 1),
+}
 PANEL_PX = 160  # of an example's picture: twelve examples stay below 2 MB
 
 Mask = NDArray[np.uint8]  # (S, S) class indices, 0 = background
@@ -55,7 +57,7 @@ def render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": format_number, "drawn": figure_uri, "tex": _tex}
-    environment.globals["decimals"] = DECIMALS
+    environment.globals |= {"decimals": DECIMALS, "colours": colours}
     return environment.get_template(template).render(context).rstrip("\n")
 
 
@@ -80,12 +82,12 @@ def finite(values: Iterable[float | None]) -> list[float]:
 def style_axes(axes: Axes, *, xlabel: str, ylabel: str) -> None:
     """Give axes the light grid that every figure has."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#8A939E")
-    axes.tick_params(colors="#4A5360", labelsize=8)
-    axes.grid(axis="y", color="#E6E9ED", linewidth=0.8)
+    axes.spines[["left", "bottom"]].set_color(SPINE)
+    axes.tick_params(colors=LABEL, labelsize=8)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlabel(xlabel, fontsize=8, color="#4A5360")
-    axes.set_ylabel(ylabel, fontsize=8, color="#4A5360")
+    axes.set_xlabel(xlabel, fontsize=8, color=LABEL)
+    axes.set_ylabel(ylabel, fontsize=8, color=LABEL)
 
 
 def figure_uri(figure: Figure) -> str:
@@ -121,13 +123,12 @@ def example_panels(
         weight: (S, S) 0..1.
     """
     side, truth = min(PANEL_PX, len(image)), masks.get("truth")
-    fine = side * max(1, round(360 / side))  # finer than the image, for thin lines
     heat = None if weight is None else heat_map(np.rint(weight * 255).astype(np.uint8), side)
     return {
         "image": png_uri(resized(image, side)),
         "weight": None if heat is None else png_uri(heat),
         "overlays": {
-            name: None if mask is None else png_uri(overlay(mask, truth, fine))
+            name: None if mask is None else png_uri(overlay(mask, truth, _fine(side)))
             for name, mask in masks.items()
         },
     }
@@ -141,7 +142,7 @@ def resized(image: NDArray[np.uint8], side: int) -> Image.Image:
 def heat_map(values: NDArray[np.uint8], side: int) -> Image.Image:
     """Return (S, S) values 0..255 as a picture of ``side`` px in viridis."""
     heat = resized(values, side)
-    heat.putpalette(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].tobytes())
+    heat.putpalette(colormaps[HEAT](np.arange(256), bytes=True)[:, :3].tobytes())
     return heat
 
 
@@ -156,8 +157,33 @@ def overlay(mask: Mask, truth: Mask | None, side: int) -> Image.Image:
         rgba[labels == index] = (*class_colour(index), 70)
     rgba[edge, 3] = 255
     if truth is not None and truth is not mask:
-        rgba[_enlarge(truth, side, line_px=1)[1]] = 255
+        rgba[_enlarge(truth, side, line_px=1)[1]] = TRUTH
     return Image.fromarray(rgba)
+
+
+def outline_uri(truth: Mask) -> str:
+    """Return the outline of a true mask (s, s) as a transparent PNG, to lie over an overlay."""
+    side = _fine(len(truth))
+    rgba = np.zeros((side, side, 4), dtype=np.uint8)
+    rgba[_enlarge(truth, side, line_px=1)[1]] = TRUTH
+    return png_uri(Image.fromarray(rgba))
+
+
+def prediction_uri(mask: Mask) -> str:
+    """Return a mask (s, s) as a transparent PNG: classes tinted and outlined."""
+    return png_uri(overlay(mask, None, _fine(len(mask))))
+
+
+def _fine(side: int) -> int:
+    """Return the side of an overlay: finer than the image, for thin lines."""
+    return side * max(1, round(360 / side))
+
+
+def photo_uri(image: NDArray[np.uint8]) -> str:
+    """Return an image (s, s, 3) as a JPEG's data URI: a fifth of a PNG's size for photographs."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=90, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _enlarge(mask: Mask, side: int, *, line_px: int) -> tuple[Mask, NDArray[np.bool_]]:
@@ -168,9 +194,9 @@ def _enlarge(mask: Mask, side: int, *, line_px: int) -> tuple[Mask, NDArray[np.b
     return labels, edge & (labels > 0)
 
 
-def class_keys(masks: Iterable[Mask | None]) -> list[Key]:
-    """Return the legend of the classes that any of ``masks`` shows."""
+def class_keys(masks: Iterable[Mask | None], names: Sequence[str] = ("foreground",)) -> list[Key]:
+    """Return the legend of the classes that any of ``masks`` shows, by their names 1..K."""
     highest = max((int(mask.max()) for mask in masks if mask is not None), default=0)
-    names = ["foreground"] if highest <= 1 else [f"class {k}" for k in range(1, highest + 1)]
-    colours = itertools.cycle(CLASS_COLOURS)
-    return [Key(name, colour, area=True) for name, colour in zip(names, colours, strict=False)]
+    known = [*names, *(f"class {k}" for k in range(len(names) + 1, highest + 1))]
+    pairs = zip(known[: max(highest, 1)], itertools.cycle(CLASS_COLOURS), strict=False)
+    return [Key(name, colour, area=True) for name, colour in pairs]

@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError, DataError, IdentityError, StageError
 from pipeline.federation.runs import Checkpoint, RunFolder
 from pipeline.results.compare import choose_layout, compare, compare_rows, row_of
 from pipeline.results.finished import SCORES, Evaluation, FinishedRun, read_run
+from pipeline.results.gallery import save_gallery
 from pipeline.segmentation.metrics import ClassMetrics, Distances, ImageMetrics
 from pipeline.segmentation.statistics import summarise
 
@@ -52,7 +53,9 @@ def run(
         config=config,
         clients=("a", "b"),
         history=[],
-        evaluation=Evaluation(method, seed, 2, {"pooled": {"classes": classes}}, TOLERANCE),
+        evaluation=Evaluation(
+            method, seed, 2, {"pooled": {"classes": classes}}, TOLERANCE, {}, None
+        ),
         partition=PARTITION,
         images=IMAGES,
         scores=eight(scores),
@@ -112,8 +115,9 @@ def write(
     dice = float(np.mean([score for score, _ in scores]))
     pooled = {"n": len(images), "dice": dice, "classes": FOREGROUND}
     test = {"pooled": pooled, "clients": {}, "client_mean": {}}
-    metrics = Evaluation(method, seed, 1, test, TOLERANCE).as_json()
+    metrics = Evaluation(method, seed, 1, test, TOLERANCE, {}, None).as_json()
     (folder.path / "metrics.json").write_text(json.dumps(metrics))
+    save_gallery(folder.path / "gallery.safetensors", [])
     return folder.path
 
 

@@ -19,9 +19,11 @@ from pipeline.errors import StageError
 from pipeline.federation.examples import Example, save_examples
 from pipeline.federation.runs import RunFolder
 from pipeline.params import parse_config
+from pipeline.results.colours import GREY
 from pipeline.results.curves import CURVES, Panel, run_curves
 from pipeline.results.finished import Evaluation, FinishedRun, read_run
-from pipeline.results.pages import GREY, Key, figure_uri
+from pipeline.results.gallery import GalleryImage
+from pipeline.results.pages import Key, figure_uri
 from pipeline.results.report import MAX_EXAMPLES, render_report, write_report
 
 NETWORKS = """\
@@ -46,8 +48,9 @@ def summary(dice: float = 0.5, hd95: float = 10.0, **changes: Any) -> dict[str, 
         "n": 12,
         "dice_ci95": [dice - 0.1, dice + 0.1],
         "hd95_ci95": [hd95 - 1, hd95 + 1],
-        "hd95_defined": hd95 - 2,
-        "assd_defined": None,
+        "nsd": dice / 4,
+        "classes": {"foreground": {}},
+        "groups": {"n": 12},
         **changes,
     }
 
@@ -74,10 +77,13 @@ FULL = {
 }
 
 
+OWNED = {"splits": {"train": 7, "test": 3}, "groups": 5, "masks": 3, "sites": ["north", "south"]}
+
+
 def run(name: str = "one", method: str = "sam_fed", **changes: Any) -> FinishedRun:
     """A run without rounds unless ``history`` is given."""
     pooled = changes.pop("pooled", summary())
-    mean = {key: pooled[key] for key in ("dice", "iou", "hd95", "assd")}
+    mean = {key: pooled[key] for key in ("dice", "iou", "hd95", "assd", "nsd")}
     tested = changes.pop("tested", {"site_a": summary(0.125)})
     history = changes.pop("history", [])
     took_part = {client for entry in history for client in entry["clients"]}
@@ -92,6 +98,8 @@ def run(name: str = "one", method: str = "sam_fed", **changes: Any) -> FinishedR
             2,
             {"pooled": pooled, "clients": tested, "client_mean": mean},
             {"px": 2.0, "mm": 2.0},
+            changes.pop("data", {"server": OWNED, **dict.fromkeys(tested, OWNED)}),
+            changes.pop("teacher", None),
         ),
         "partition": "a" * 64,
         "images": (),
@@ -181,35 +189,150 @@ def test_a_run_that_is_not_whole_names_the_stage(
 # --------------------------------------------------------------------------- tables
 
 
+SIX = tuple(("site_a", f"i{number}", f"p{number}") for number in range(6))
+
+
+def scored(name: str, *dice: float, **changes: Any) -> FinishedRun:
+    """A run with these Dice of ``SIX`` images, each of its own patient; HD95 is 10 throughout."""
+    rows = [(each, each / 2, 10.0, 5.0, 0.5, *3 * (np.nan,)) for each in dice]
+    pooled = summary(float(np.mean(dice)), n=6)
+    return run(name, pooled=pooled, images=SIX, scores=np.array(rows), **changes)
+
+
 def test_headline_table() -> None:
-    runs = [
-        run("base", "supervised", pooled=summary(0.5, 20.0)),
-        run("ours", pooled=summary(0.75, 10.0)),
-    ]
-    header, base, ours = Page(render(*runs)).cells(0)
-    assert header[:5] == ["Run", "Dice", "IoU", "HD95, px", "ASSD, px"]
+    runs = [run("base", "supervised", pooled=summary(0.5, 20.0)), run("ours")]
+    header, base, _ = Page(render(*runs)).cells(0)
+    assert header == ["Run", "Dice", "IoU", "HD95, px", "ASSD, px", "NSD, 2 px", "Images"]
     assert base == [
         "base supervised, seed 7, 2 rounds, 64 px",
-        *("0.500 0.400 to 0.600", "0.250", "20.0 19.0 to 21.0", "10.0", "18.0", "–", "12"),
+        *("0.500 0.400 to 0.600", "0.250", "20.0 19.0 to 21.0", "10.0", "0.125", "12"),
     ]
-    assert ours[1:5] == ["0.750 0.650 to 0.850", "0.375", "10.0 9.0 to 11.0", "5.0"]
 
 
-def test_best_values_are_bold_ties_too_and_never_alone() -> None:
-    def bold(*runs: FinishedRun) -> list[str]:
-        return re.findall(r"<strong>([^<]*)</strong>", render(*runs))
-
-    first, second = run("a", pooled=summary(0.5, 20.0)), run("b", pooled=summary(0.75, 10.0))
-    assert bold(first, second) == ["0.750", "0.375", "10.0", "5.0", "8.0"]
-    assert bold(second, run("c", pooled=summary(0.7501, 30.0))).count("0.750") == 2
-    assert bold(first) == []
+def bold(*runs: FinishedRun) -> list[str]:
+    return re.findall(r"<strong>([^<]*)</strong>", render(*runs))
 
 
-def test_distances_at_different_image_sizes_are_not_compared() -> None:
-    html = render(run("a"), run("b", params="data: {image_size: 256}\n"))
-    assert "The runs use different image sizes." in html
-    assert "<strong>10.0</strong>" not in html
-    assert "<strong>0.500</strong>" in html
+def test_the_best_value_is_bold_only_where_the_paired_test_holds() -> None:
+    """Six patients of one sign: p = 2 / 2^6 = 0.031; a tie has p = 1, and so has HD95 here."""
+    good, bad = scored("good", *[0.8] * 6), scored("bad", *[0.6] * 6)
+    assert bold(bad, good) == ["0.800", "0.400"]
+    _, first, second = Page(render(bad, good)).cells(0)
+    assert first[1].endswith("p = 0.031")
+    assert second[1].endswith("best")
+    assert (first[3], second[3]) == ("10.0 9.0 to 11.0 best", "10.0 9.0 to 11.0 p = 1.000")
+    close = scored("close", *[0.9, 0.9, 0.9, 0.5, 0.9, 0.9])  # better on the mean, not everywhere
+    assert bold(good, close) == []
+    assert bold(bad, good, close) == []  # the best differs from one of the two alone
+    assert bold(good) == []
+
+
+def test_runs_that_cannot_be_compared_have_no_test() -> None:
+    """Another image size: distances are in other pixels; the page says why nothing is bold."""
+    params = "data: {image_size: 256}\n"
+    html = render(scored("a", *[0.8] * 6), scored("b", *[0.6] * 6, params=params))
+    assert "data.image_size is 64 and 256" in html
+    assert "<strong>0.800</strong>" not in html
+    assert "p = 0.0" not in html
+
+
+def test_every_class_has_its_line_and_its_name() -> None:
+    classes = {"liver": {**summary(0.5), "n": 9}, "<tumour>": {"n": 0, **dict.fromkeys(("dice",))}}
+    groups = {**summary(0.6), "n": 4, "dice_sd": 0.125}
+    groups["classes"] = {name: {"n": 3, "dice": 0.375, "dice_sd": None} for name in classes}
+    more = {"class_mean": summary(0.5), "groups": groups, "empty_images": 2}
+    pooled = summary(0.7, classes=classes, absent_as_right={"dice": 0.875}, **more)
+    params = "data: {image_size: 64, num_classes: 2, class_names: [liver, <tumour>]}\n"
+    mask = np.array([[0, 1], [2, 2]], np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+    html = render(run(pooled=pooled, params=params), examples=[example(truth=mask)])
+    rows, patients = map(Page(html).cells, (1, 2))
+    assert [(row[0], row[-1]) for row in rows[1:]] == [
+        ("liver", "9"),
+        ("<tumour>", "0"),
+        ("Mean over classes", "–"),
+    ]
+    assert [(row[0], row[1], row[-1]) for row in patients[1:]] == [
+        ("one Dice SD 0.125", "0.600 0.500 to 0.700", "4"),
+        ("one, liver Dice SD –", "0.375", "3"),
+        ("one, <tumour> Dice SD –", "0.375", "3"),
+    ]
+    assert rows[2][1:6] == ["–"] * 5
+    assert "would be a Dice of 0.875" in " ".join(html.split())
+    assert "</i>&lt;tumour&gt;</span>" in html  # the legend
+
+
+def test_distances_in_mm_where_every_run_knows_them() -> None:
+    in_mm = run("a", pooled=summary(hd95_mm=1.25, assd_mm=0.5, nsd_mm=0.75))
+    header, row = Page(render(in_mm)).cells(0)
+    assert header[6:9] == ["HD95, mm", "ASSD, mm", "NSD, 2 mm"]
+    assert row[6:9] == ["1.2", "0.5", "0.750"]
+    assert len(Page(render(in_mm, run("b"))).cells(0)[0]) == 7
+
+
+def test_a_client_with_one_patient_has_no_interval_and_a_warning() -> None:
+    html = render(run(tested={"one": summary(0.125, dice_ci95=None, hd95_ci95=None)}))
+    assert Page(html).cells(1)[1][1] == "0.125"
+    assert "so without an interval: one" in html.split('id="results"')[0]
+
+
+@pytest.mark.parametrize(("dice", "warned"), [((0.2, 0.3, 0.2), True), ((0.2, 0.3, 0.26), False)])
+def test_falling_validation_dice_is_a_warning(dice: tuple[float, ...], warned: bool) -> None:
+    history = [round_of(number, **FULL) for number in range(1, len(dice) + 1)]
+    for entry, value in zip(history, dice, strict=True):
+        entry["val"]["dice"] = value
+    html = render(run(history=history))
+    assert ("validation Dice fell from 0.300 in round 2 to 0.200 in round 3" in html) is warned
+
+
+def test_data_and_teacher() -> None:
+    teacher = {
+        "variant": "vit_b",
+        "prompt": "none",
+        "train_images": 24,
+        "calibration_images": 6,
+        "calibration_dice": 0.9375,
+        "dice": 0.875,
+        "dice_ci95": [0.5, 1.0],
+        "ece": 0.0625,
+        "empty": 0.25,
+    }
+    html = render(run("a", teacher=teacher), run("b", teacher=teacher), run("c"))
+    rows = next(rows for rows in map(Page(html).cells, range(9)) if rows[0][0] == "Owner")
+    assert rows[1] == ["server", "north, south", "7", "–", "3", "3", "5"]
+    text = " ".join(html.split())
+    assert "adapted on 24 images of the server: Dice <b>0.938</b> on 6 images" in text
+    assert "calibration error 0.062, 25 % empty masks. Learnt from by a, b." in text
+
+
+def pictured(rank: str = "worst", client: str = "site_a", dice: float = 0.25) -> GalleryImage:
+    shown = example()
+    image = (shown.image, shown.truth, shown.prediction)
+    return GalleryImage(client, f"img<{rank}>", rank, dice, 12.5, *image)
+
+
+def test_test_images_are_named_and_can_be_switched() -> None:
+    gallery = (pictured(), pictured("best", dice=0.75))
+    html = render(run("a", gallery=gallery), run("b", gallery=gallery[:1]))
+    page = Page(html)
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    assert (
+        sum(
+            label.startswith("Worst test image of site_a, img<worst>: Dice 0.25")
+            for label in labels
+        )
+        == 2
+    )
+    assert "<b>best</b> img&lt;best&gt;<br>Dice 0.750, HD95 12.5 px" in html
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    switches = [value for name, value in page.attributes if name == "for"]
+    assert switches == ["prediction1", "truth1", "prediction2", "truth2"]
+    assert set(switches) <= set(ids)
+    # the outline alone is white; the prediction is a tint with its outline
+    prediction, truth = pictures(html)[:2]
+    assert truth.getpixel((4 * 22, 4 * 22)) == (255, 255, 255, 255)
+    assert truth.getpixel((6 * 22, 6 * 22)) == (0, 0, 0, 0)
+    assert prediction.getpixel((6 * 22, 6 * 22)) == (0, 229, 255, 70)
 
 
 def test_client_table_of_each_run() -> None:
@@ -239,7 +362,7 @@ def test_table_of_clients() -> None:
     slow = {"images": 9, **COSTS, "seconds": 6.0, **said, "pseudo_label_dice": None}
     history[2]["clients"] = {"site_b": slow}
     html = render(run(history=history, tested={"site_a": summary(), "site_c": summary()}))
-    top, head, *rows = Page(html).cells(2)
+    top, head, *rows = Page(html).cells(3)
     assert top == ["Client", "Images", "Rounds of 3", "a round, on average", "in its last round"]
     assert head == [
         *("Seconds", "MB up", "MB down", "Drift, %"),
@@ -259,7 +382,7 @@ def test_table_of_clients() -> None:
 
 
 def test_columns_without_data_are_left_out_of_the_table_of_clients() -> None:
-    top, head, row = Page(render(run(history=[round_of(1, drift=0.01)]))).cells(2)
+    top, head, row = Page(render(run(history=[round_of(1, drift=0.01)]))).cells(3)
     assert top == ["Client", "Images", "Rounds of 1", "a round, on average"]
     assert head == ["Drift, %"]
     assert row == ["site_a", "78", "1", "1.00"]
@@ -274,7 +397,7 @@ def test_what_sets_a_run_apart_is_said() -> None:
     setting = "2 of 3 clients a round, clients’ own networks"
     assert Page(html).cells(0)[1][0].endswith(f"64 px, {setting}")
     assert f"Setting: {setting}. The server's own network: unet, tu-lcnet_050, depth 4." in html
-    assert [row[0] for row in Page(html).cells(2)[2:]] == [
+    assert [row[0] for row in Page(html).cells(3)[2:]] == [
         "site_a unet, tu-resnet10t, depth 4",
         "site_b segformer, tu-regnetx_002, depth 5",
         "site_c unet, tu-resnet10t, depth 4",
@@ -352,7 +475,7 @@ def test_figures_keep_the_colours_of_their_legends() -> None:
 
 def test_panels_without_data_are_left_out() -> None:
     html = render(run("base", history=[round_of(1), round_of(2)]))
-    learning = html.split("<h2>Learning")[1].split("<h2>Warnings")[0]
+    learning = html.split('<h2 id="learning"')[1].split('<h2 id="calibration"')[0]
     assert re.findall("<b>([^<]*)</b>", learning) == ["Loss"]
     assert "whole loss" in learning
     assert "distillation" not in learning
@@ -417,7 +540,7 @@ def test_a_history_with_gaps() -> None:
     html = render(run(history=[first, second, third]))
     assert "were not validated during training" in html
     assert len(re.findall("<figure>", html)) == 3
-    assert [row[:3] for row in Page(html).cells(2)[2:]] == [
+    assert [row[:3] for row in Page(html).cells(3)[2:]] == [
         ["site_a", "78", "2"],
         ["site_b", "10", "1"],
     ]
@@ -461,7 +584,8 @@ def test_missing_panels_are_dashes() -> None:
 def test_classes_have_their_own_colours() -> None:
     mask = np.zeros((16, 16), dtype=np.uint8)
     mask[:8], mask[8:] = 1, 3
-    html = render(run(), examples=[example(truth=mask, sam=None)])
+    three = run(params="data: {image_size: 64, num_classes: 3}\n")
+    html = render(three, examples=[example(truth=mask, sam=None)])
     assert all(f"class {k}" in html for k in (1, 2, 3))
     truth = pictures(html)[1]
     assert truth.getpixel((50, 50)) == (0, 229, 255, 70)
