@@ -242,6 +242,7 @@ def precompute_sam(
     workers=Option(min=1, help="Run clients in so many processes here."),
     resume=Option("--resume", help="Only continue; never begin anew."),
     restart=Option("--restart", help="Begin anew; an earlier run is moved aside."),
+    tensorboard=Option(metavar="FOLDER", help="Also write the rounds to FOLDER/NAME."),
 )
 def federate(
     config: "Config",
@@ -251,6 +252,7 @@ def federate(
     workers: int | None = None,
     resume: bool = False,
     restart: bool = False,
+    tensorboard: Path | None = None,
 ) -> Result:
     """Stage two: federated rounds on the cached labels."""
     if resume and restart:
@@ -258,13 +260,15 @@ def federate(
     from pipeline.cluster import choose_cluster
     from pipeline.federation.cluster import reach
     from pipeline.federation.server import federate
+    from pipeline.federation.tracking import following
     from pipeline.params import with_settings
 
     config = with_settings(config, "--name", federate={"name": name})
     mode = "resume" if resume else "restart" if restart else "auto"
     device = config.federate.device
     cluster = choose_cluster(scheduler=scheduler, workers=workers, device=device)
-    return federate(config, mode=mode, progress=progress, connect=reach(cluster))
+    with following(tensorboard, config.federate.name) as track:
+        return federate(config, mode=mode, progress=progress, connect=reach(cluster), track=track)
 
 
 @command(

@@ -104,7 +104,7 @@ def test_history_tells_what_agreement_did(shared_pipeline: Config, run: RunFolde
 
 
 def test_stopping_after_a_round_changes_nothing(labelled: Config, run: RunFolder) -> None:
-    rounds: list[int] = []
+    rounds, told = list[int](), list[dict[str, object]]()
 
     def stop(what: str, done: int, total: int, note: str = "") -> None:
         if what.endswith("rounds"):
@@ -114,7 +114,8 @@ def test_stopping_after_a_round_changes_nothing(labelled: Config, run: RunFolder
 
     with pytest.raises(KeyboardInterrupt):
         federate(labelled, progress=stop)
-    resumed = federate(labelled, mode="resume", progress=stop)
+    resumed = federate(labelled, mode="resume", progress=stop, track=told.append)
+    assert told == resumed.history()  # round 1 too
     assert rounds == [0, 1, 1, 2]  # round 1 was not computed again
     assert resumed.model_path.read_bytes() == run.model_path.read_bytes()
     history = resumed.path / "history.jsonl"

@@ -11,6 +11,7 @@ from pipeline.config import Config
 from pipeline.federation.messages import ClientEntry
 from pipeline.methods import METHODS
 
+LEAST_LINK_SECONDS = 10.0  # a round; a shorter wait is no reason to change anything
 FEWEST_TO_COMPARE = 3  # clients: a median of two says nothing of either
 
 Entry = dict[str, Any]
@@ -28,7 +29,7 @@ def quality_warnings(config: Config, entries: Sequence[ClientEntry]) -> list[str
 
 
 def client_warnings(config: Config, name: str, entry: Entry) -> list[str]:
-    """Warn of poor agreement, few kept pixels, and a link that takes longer than computing."""
+    """Warn of poor agreement and of few kept pixels."""
     found = []
     if METHODS[config.federate.method].uses_agreement:
         for key, limit, meaning in (
@@ -38,17 +39,29 @@ def client_warnings(config: Config, name: str, entry: Entry) -> list[str]:
             value = entry.get(key)
             if value is not None and value < limit:
                 found.append(f"{name}: {meaning} is {value:.2f}, below {limit:.2f}")
-    megabytes = (entry["bytes_up"] + entry["bytes_down"]) / 1e6
+    return found
+
+
+def link_warnings(config: Config, clients: dict[str, Entry]) -> list[str]:
+    """Say, once a run, that a link would keep clients waiting longer than computing does.
+
+    It says nothing of seconds for which nobody would change a setting.
+    """
+    link, slow = config.federate.link_mbit, dict[str, float]()
+    for name, entry in clients.items():
+        seconds = (entry["bytes_up"] + entry["bytes_down"]) * 8e-6 / link
+        if seconds > max(entry["seconds"], LEAST_LINK_SECONDS):
+            slow[name] = seconds
+    if not slow:
+        return []
+    name = max(slow, key=slow.__getitem__)
     packs = config.heterogeneous or config.federate.compression != "none"
     advice = "raise federate.local_steps" + ("" if packs else ", or set federate.compression")
-    link = config.federate.link_mbit
-    on_the_link = megabytes * 8 / link
-    if on_the_link > entry["seconds"]:
-        found.append(
-            f"{name}: {megabytes:.1f} MB a round take {on_the_link:.1f} s on a link of {link:g} "
-            f"Mbit/s, computing takes {entry['seconds']:.1f} s; {advice}"
-        )
-    return found
+    return [
+        f"on a link of {link:g} Mbit/s (federate.link_mbit) {len(slow)} of {len(clients)} clients "
+        f"would wait longer than they compute, e.g. {name} {slow[name]:.0f} s a round, computing "
+        f"{clients[name]['seconds']:.0f} s; {advice}"
+    ]
 
 
 def round_warnings(config: Config, clients: dict[str, Entry]) -> list[str]:

@@ -23,6 +23,7 @@ from pipeline.federation.description import (
 )
 from pipeline.federation.diagnostics import (
     client_warnings,
+    link_warnings,
     quality_warnings,
     round_note,
     round_warnings,
@@ -35,6 +36,7 @@ from pipeline.federation.pretraining import first_model
 from pipeline.federation.rounds import Engine, Round, Strategy, TooFewError, asked
 from pipeline.federation.runs import Checkpoint, RunFolder
 from pipeline.federation.schedule import Rates, check_participants, participants
+from pipeline.federation.tracking import Track
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.progress import Progress
 from pipeline.runtime import resolve_device, torch_threads
@@ -57,6 +59,7 @@ def federate(
     mode: str = "auto",
     progress: Progress | None = None,
     connect: Connect = in_process,
+    track: Track | None = None,
 ) -> RunFolder:
     """Run all rounds of ``config.federate.method`` and write ``cache/runs/<name>/``.
 
@@ -66,6 +69,7 @@ def federate(
     Args:
         mode: ``auto`` (continue or begin), ``resume`` (only continue) or ``restart``.
         connect: how the run's clients are reached.
+        track: is told each round of the run, also those of an earlier start.
 
     Raises:
         StageError: an earlier stage is missing. LockedStoreError: the run is being made already.
@@ -92,7 +96,7 @@ def federate(
         notice = run.begin(config, inputs.fingerprint, mode=mode, archive=cache / "archive/runs")
         if notice:
             log.warning(notice)
-        Server(config, inputs, workplace, strategy, engine, run, progress).run_all()
+        Server(config, inputs, workplace, strategy, engine, run, progress).run_all(track)
     return run
 
 
@@ -108,7 +112,7 @@ class Server:
     run: RunFolder
     progress: Progress | None = None
 
-    def run_all(self) -> None:
+    def run_all(self, track: Track | None = None) -> None:
         """Run the rounds that are left, and keep what the run leaves behind."""
         settings, checkpoint = self.config.federate, self._last()
         if checkpoint is None:
@@ -116,6 +120,9 @@ class Server:
             self.run.save_checkpoint(checkpoint)
         rounds = f"{settings.method}: rounds"
         self._show(rounds, checkpoint.round, settings.rounds)
+        if track is not None:
+            for entry in self.run.history()[: checkpoint.round]:
+                track(entry)
         for number in range(checkpoint.round + 1, settings.rounds + 1):
             began = time.perf_counter()
             checkpoint, entry = self._play(checkpoint)
@@ -126,6 +133,8 @@ class Server:
             for warning in entry["warnings"]:
                 log.warning("round %d: %s", number, warning)
             self._show(rounds, number, settings.rounds, round_note(entry))
+            if track is not None:
+                track(entry)
         self._conclude(checkpoint)
 
     def _show(self, what: str, done: int, total: int, note: str = "") -> None:
@@ -189,6 +198,8 @@ class Server:
         for client in this.left:
             this.warnings += client_warnings(config, client, this.reports[client])
         this.warnings += round_warnings(config, this.reports)
+        if number == 1:
+            this.warnings += link_warnings(config, this.reports)
         rounds = before.client_rounds | dict.fromkeys(this.left, number)
         after = replace(before, round=number, weights=weights, moments=this.moments)
         return replace(after, client_rounds=rounds), this.entry()

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.federation.diagnostics import (
     client_warnings,
+    link_warnings,
     quality_warnings,
     round_note,
     round_warnings,
@@ -46,14 +47,22 @@ def test_poor_agreement_and_few_pixels_name_the_client() -> None:
 
 
 def test_a_link_slower_than_computing_by_hand() -> None:
-    """2 MB are 16 Mbit: 16 s at 1 Mbit/s, 1.6 s at 10."""
-    assert client_warnings(settings(link_mbit=1.0), "a", entry()) == [
-        "a: 2.0 MB a round take 16.0 s on a link of 1 Mbit/s, computing takes 10.0 s; "
-        "raise federate.local_steps, or set federate.compression"
+    """2 MB are 16 Mbit: 16 s at 1 Mbit/s; 20 MB 160 s. One line names the slowest of them."""
+    clients = {"a": entry(), "b": entry(bytes_up=19_000_000), "c": entry(seconds=17.0)}
+    assert link_warnings(settings(link_mbit=1.0), clients) == [
+        "on a link of 1 Mbit/s (federate.link_mbit) 2 of 3 clients would wait longer than they "
+        "compute, e.g. b 160 s a round, computing 10 s; raise federate.local_steps, or set "
+        "federate.compression"
     ]
-    packed = client_warnings(settings(link_mbit=1.0, compression="int8"), "a", entry())
-    assert packed[0].endswith("takes 10.0 s; raise federate.local_steps")
-    assert client_warnings(settings(link_mbit=10.0), "a", entry()) == []
+    packed = link_warnings(settings(link_mbit=1.0, compression="int8"), clients)
+    assert packed[0].endswith("; raise federate.local_steps")
+    assert link_warnings(settings(link_mbit=16.0), clients) == []
+
+
+def test_a_link_that_nobody_waits_for_is_not_mentioned() -> None:
+    """24.4 MB take 2.0 s, computing 1.4 s: a toy run."""
+    toy = entry(bytes_up=12_200_000, bytes_down=12_200_000, seconds=1.4)
+    assert link_warnings(settings(), {"a": toy}) == []
 
 
 def test_a_client_that_drifts_is_named() -> None:
