@@ -538,7 +538,7 @@ def export_(
     dry_run=Option("--dry-run", help="Only list."),
 )
 def prune(config: "Config", yes: bool = False, dry_run: bool = False) -> Result:
-    """Remove label stores that were moved aside, and what killed runs left behind."""
+    """Remove label stores moved aside, fetched archives, and what killed runs left behind."""
     from pipeline.labelling.maintenance import prune, removable
 
     found = removable(config)

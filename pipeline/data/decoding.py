@@ -32,6 +32,7 @@ Image.MAX_IMAGE_PIXELS = None  # our own limit above is an error, Pillow's a war
 Values = NDArray[Any]
 
 _ORIENTATION = 0x0112  # the same tag in EXIF and in TIFF
+_SUBFILE, _REDUCED = 254, 1  # the tag of a page's kind, and the bit of a smaller copy
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR = 256, 257, 258, 262, 277, 284
 _TIFF_STARTS = {b"II*\0": 8, b"MM\0*": 8, b"II+\0": 16, b"MM\0+": 16}  # and their header's bytes
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -138,7 +139,8 @@ def _read(path: Path) -> bytes:
 
 def _decode(path: Path, content: bytes, digest: str) -> Raster:
     pages = _tiff_pages(content)
-    _check_pages(path, len(pages))
+    # beside the picture itself there may be small copies of it
+    _check_pages(path, len(pages[:1] + [p for p in pages[1:] if not p.get(_SUBFILE, 0) & _REDUCED]))
     tags: Mapping[int, Any] = pages[0] if pages else {}
     orientation = int(tags.get(_ORIENTATION, 1))  # Pillow forgets it when it turns a TIFF
     if tags.get(_SAMPLES, 1) > 1 and max(tags.get(_BITS, (8,))) > 8:

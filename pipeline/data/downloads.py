@@ -50,6 +50,11 @@ class RemoteFile:
     confirmed: bool = True
 
 
+def archive_lock(folder: Path) -> Path:
+    """Return the lock of who receives or reads the archives in ``downloads/<name>`` of a cache."""
+    return folder.parents[1] / "locks" / f"fetch-{folder.name}.lock"
+
+
 def require_pooch() -> Any:
     """Return pooch, which is in the extra ``fetch``.
 

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from pipeline.data.catalogue import SOURCES, Source
 from pipeline.data.downloads import (
     PAUSES_SECONDS,
     RemoteFile,
+    archive_lock,
     download,
     partial_bytes,
     remote_bytes,
 )
 from pipeline.data.importers.importing import ImportResult, import_data
-from pipeline.data.importers.table import NO_ADDRESS
+from pipeline.data.importers.table import KINDS
+from pipeline.data.importers.volumes import simple_itk
+from pipeline.disk import writer_lock
 from pipeline.errors import ConfigError, DataError, SamfedError
 from pipeline.progress import Progress
 
@@ -156,6 +160,8 @@ def offer(
         folder = out = out or Path("weights")
     else:
         folder, out = cache / "downloads" / name, out or Path("data") / name
+        if KINDS[source.kind].volumes:
+            simple_itk()  # or gigabytes would be received that cannot be read
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DataError(f"{out}: is there already; move it away or give another --out")
     files = tuple(replace(file, bytes=remote_bytes(file)) for file in source.files)
@@ -189,11 +195,12 @@ def fetch(
     for file in offer.files:
         if not file.confirmed:
             _log.warning("%s: its sha256 is unverified, from one source alone", file.name)
-    paths = [download(file, offer.folder, progress=progress, pauses=pauses) for file in offer.files]
-    kind = offer.source.kind
-    if kind is None:
-        return FetchedWeights(paths[0], offer.source)
-    result = import_data(kind, offer.folder, offer.out, progress=progress)
+    kind, folder = offer.source.kind, offer.folder
+    with nullcontext() if kind is None else writer_lock(archive_lock(folder)):
+        paths = [download(file, folder, progress=progress, pauses=pauses) for file in offer.files]
+        if kind is None:
+            return FetchedWeights(paths[0], offer.source)
+        result = import_data(kind, offer.folder, offer.out, progress=progress)
     _log.info("the archives stay in %s; remove them if you need the room", offer.folder)
     return result
 
@@ -207,15 +214,12 @@ def _describe(file: RemoteFile) -> str:
 def _by_hand(name: str, source: Source) -> str:
     """Say where a person gets what has no stable address, and what to do with it."""
     where = f"{name}: has no stable address; get {source.title} from {source.page}"
-    if source.page == NO_ADDRESS:
-        where = f"{name}: {NO_ADDRESS}; once you have {source.title} from its publisher"
     if source.kind is None:
         return (
             f"{where} and set sam.variant to {source.variant} and sam.checkpoint to the path of "
             f"{source.file_name}"
         )
-    joint = "," if source.page == NO_ADDRESS else ", then"
-    return f"{where}{joint} run `samfed import {source.kind} FOLDER_OR_ARCHIVE data/{name}`"
+    return f"{where}, then run `samfed import {source.kind} FOLDER_OR_ARCHIVE data/{name}`"
 
 
 def _nearest(folder: Path) -> Path:

@@ -30,6 +30,7 @@ _FEW, _END_OF_FEW = 8, 0.01  # so few values may be classes: the ends are narrow
 _MIDDLE = 0.1  # of the pixels: at most so many lie between the ends
 _STRAY = 0.05  # of those between: at most so many lie on no edge
 _EDGE_PX = 5  # an edge has both ends within a square of this side
+_OWN_VALUES = "values"  # of a mask that is grey itself
 _LEAST_MAXIMUM = 64  # integers up to a smaller maximum are class indices, no shades of grey
 _DARK, _BRIGHT = (
     32,
@@ -123,7 +124,7 @@ def _shape(raster: Raster) -> tuple[Values, tuple[str, ...]]:
 
 def _shape_in_colour(raster: Raster, colour: Values) -> tuple[Values, tuple[str, ...]]:
     if raster.palette is None:
-        return _shape_in_grey(_one_channel(colour, 1), "values")
+        return _shape_in_grey(_one_channel(colour, 1), _OWN_VALUES)
     used = np.unique(raster.values)
     colours = np.unique(raster.palette[used, :3], axis=0)
     if len(used) > len(colours) == 1:
@@ -143,17 +144,17 @@ def _shape_in_colour(raster: Raster, colour: Values) -> tuple[Values, tuple[str,
 
 
 def _shape_in_grey(values: Values, name: str) -> tuple[Values, tuple[str, ...]]:
-    levels = np.unique(values)
+    levels, expected = np.unique(values), _expected(1, grey=name == _OWN_VALUES)
     if len(levels) == 1 or (len(levels) == 2 and levels[0] == 0):
         return values != 0, ()
     top = levels[-1]
     if levels[0] < 0 or (top < _LEAST_MAXIMUM and values.dtype.kind in "iu"):
         several = " (several classes? then set data.num_classes)" if levels[0] >= 0 else ""
-        raise ValueError(f"{name} {_listed(levels)}{several}; {_expected(1)}")
+        raise ValueError(f"{name} {_listed(levels)}{several}; {expected}")
     end = _END_OF_FEW if len(levels) <= _FEW else _END
     low, high = values <= top * end, values >= top * (1 - end)
     if len(levels) <= _FEW and levels[0] == 0 and _has_area(values, low & (values > 0)):
-        raise ValueError(f"{name} {_listed(levels)} (several classes?); {_expected(1)}")
+        raise ValueError(f"{name} {_listed(levels)} (several classes?); {expected}")
     middle = ~(low | high)
     if middle.any():
         edge = ndimage.maximum_filter(low, _EDGE_PX) & ndimage.maximum_filter(high, _EDGE_PX)
@@ -162,7 +163,7 @@ def _shape_in_grey(values: Values, name: str) -> tuple[Values, tuple[str, ...]]:
             raise ValueError(
                 f"{name} {_listed(levels)}, {middle.mean():.1%} of the pixels between the ends and "
                 f"{stray:.0%} of these on no edge: no mask but shades or several classes; "
-                f"{_expected(1)}"
+                f"{expected}"
             )
     return values > top / 2, (THRESHOLD,)
 
@@ -188,7 +189,8 @@ def _classes(raster: Raster, num_classes: int) -> tuple[Values, tuple[str, ...]]
         raise ValueError(f"one value, and a shape in alpha; {_expected(num_classes)}")
     levels = np.unique(values)
     if levels[0] < 0 or levels[-1] > num_classes or (levels != np.rint(levels)).any():
-        raise ValueError(f"found values {_listed(levels)}; {_expected(num_classes)}")
+        expected = _expected(num_classes, grey=raster.palette is None)
+        raise ValueError(f"found values {_listed(levels)}; {expected}")
     return values, decisions
 
 
@@ -213,13 +215,13 @@ def _palette_classes(
 # --------------------------------------------------------------------------- both
 
 
-def _expected(num_classes: int) -> str:
+def _expected(num_classes: int, *, grey: bool = False) -> str:
+    """Say what is expected, and what to do; a mask that is ``grey`` need not become so."""
     if num_classes == 1:
-        return "expected one channel of two values, 0 for background; save the mask as grey PNG"
-    return (
-        f"expected class indices 0..{num_classes} (data.num_classes) in one channel; save the mask "
-        "as grey PNG"
-    )
+        advice = "threshold the mask" if grey else "save the mask as grey PNG"
+        return f"expected one channel of two values, 0 for background; {advice}"
+    advice = "renumber its values, or change that" if grey else "save the mask as grey PNG"
+    return f"expected class indices 0..{num_classes} (data.num_classes) in one channel; {advice}"
 
 
 def _is_constant(values: Values) -> bool:

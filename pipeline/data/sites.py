@@ -7,6 +7,7 @@ that is not clear gets one line that names the table's line.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import logging
@@ -164,10 +165,19 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             f"{path}: cannot be read ({error.strerror}); check its permissions and its disk"
         ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: damaged table ({error}); {advice}") from error
+        raise DataError(f"{path}: not in UTF-8, {_encoding(error)}; {advice}") from error
     except csv.Error as error:
         fault = "a quote is not closed" if "unexpected end" in str(error) else str(error)
         raise DataError(f"{path} line {line}: damaged table ({fault}); {advice}") from error
+
+
+def _encoding(error: UnicodeDecodeError) -> str:
+    """Say what a table that is not in UTF-8 looks like instead."""
+    text = error.object
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "it begins as UTF-16 does"
+    line = text.count(b"\n", 0, error.start) + 1
+    return f"line {line} has the byte 0x{text[error.start]:02x}, a letter in Latin-1"
 
 
 def _known_id(text: str, images: Collection[str], endings: Collection[str]) -> str:

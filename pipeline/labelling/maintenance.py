@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.data.downloads import archive_lock
 from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import leftovers, tree_bytes, writer_lock
 from pipeline.errors import (
@@ -284,7 +285,7 @@ class Pruning:
 
 
 def removable(config: Config) -> Pruning:
-    """Find label stores that were moved aside, and what killed runs left behind.
+    """Find label stores that were moved aside, archives, and what killed runs left behind.
 
     Earlier runs, in ``cache/archive/runs``, are results and stay. What looks left behind of a store
     may belong to a run that is still going: ``prune`` finds its lock held. Single files are listed
@@ -295,6 +296,9 @@ def removable(config: Config) -> Pruning:
         Removable(path, why, tree_bytes(path), store_lock(cache, owner))
         for path, owner, why in _removable_folders(cache)
     ]
+    why = "archives that `samfed fetch` received"
+    for path in sorted(cache.glob("downloads/*/")):
+        folders.append(Removable(path, why, tree_bytes(path), archive_lock(path)))
     named = {each.path for each in folders}
     files = [path for path in leftovers(cache) if not named.intersection(path.parents)]
     return Pruning(folders + [Removable(path, _KILLED, tree_bytes(path), None) for path in files])

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from pipeline.data.decoding import decode
+from pipeline.data.drawing import draw_partition
 from pipeline.data.folder import ANY_MASK, InputFolder, scan, suggest_mask_pattern
 from pipeline.data.importers.sources import recognise
 from pipeline.data.masks import interpret
@@ -27,7 +28,7 @@ from pipeline.params import parse_config
 WEIGHTS = Path("weights")  # where `samfed fetch` puts them, and where they are looked for
 _LOOKED_AT = 64  # images, and masks, that are decoded
 _CLASSES = 63  # larger values are shades of grey, no classes
-_SIZES_PX = (32, 64, 128, 256, 384)
+_SIZES_PX = (96, 128, 256, 384)  # above the generated images', which `prepare` warns of
 _CPU_PX = 128  # what a CPU trains in minutes
 _SERVER_IMAGES = 100
 _CLIENTS = 4
@@ -91,18 +92,31 @@ def init(folder: Path, out: Path, *, force: bool = False) -> InitResult:
     pattern, found = _scan(folder)
     looks = [_look(folder / files.image) for files in _some(list(found.images.values()))]
     size, classes = _size([side for side, _ in looks]), _classes(folder, found)
-    choices = (
-        *_data(folder, out, pattern, (classes, size)),
-        *_partition(found),
-        *_model(out),
-        *_teacher(out),
-    )
-    result = InitResult(
-        out, f"{found.text()}; {' and '.join(sorted({k for _, k in looks}))}", choices
-    )
-    parse_config(yaml.safe_load(result.content()), source="samfed init")
-    write_bytes(out, result.content().encode())
-    return result
+    kinds = " and ".join(sorted({kind for _, kind in looks}))
+    data = tuple(_data(folder, out, pattern, (classes, size)))
+    others = (*_model(out), *_teacher(out))
+    for partition in _partitions(found):
+        result = InitResult(out, f"{found.text()}; {kinds}", (*data, *partition, *others))
+        try:
+            _try(result, found)
+        except ConfigError as error:
+            refusal = error
+        else:
+            write_bytes(out, result.content().encode())
+            return result
+    raise DataError(f"{folder}: no partition fits these images; {refusal}") from refusal
+
+
+def _try(result: InitResult, found: InputFolder) -> None:
+    """Draw the partition that the settings ask for.
+
+    Raises:
+        ConfigError: these images do not allow it.
+    """
+    config = parse_config(yaml.safe_load(result.content()), source="samfed init")
+    masked = [image_id for image_id, files in found.images.items() if files.mask is not None]
+    area = dict.fromkeys(masked, 0.0)
+    draw_partition(found.images, config.partition, seed=config.seed, foreground=area)
 
 
 def _scan(folder: Path) -> tuple[str, InputFolder]:
@@ -177,26 +191,44 @@ def _classes(folder: Path, found: InputFolder) -> Choice:
     return Choice("data", "num_classes", 1, why)
 
 
-def _partition(found: InputFolder) -> Iterator[Choice]:
-    """Choose clients by site, and the server's set at the site with most masks."""
+def _partitions(found: InputFolder) -> Iterator[list[Choice]]:
+    """Yield what to try: each site a client, then fewer and fewer clients drawn at random."""
+    images = found.images.values()
+    available = sum(files.mask is not None for files in images)
+    one = len({files.site for files in images}) == 1
+    if not one:
+        yield list(_by_site(found))
+    groups = len({files.group for files in images}) * (1 - _half(available) / len(images))
+    most = max(1, min(_CLIENTS, int(groups) // _GROUPS_PER_CLIENT))
+    why = "there is one site" if one else "a site is too small to be a client by itself"
+    for clients in range(most, 0, -1):
+        yield [
+            Choice("partition", "scheme", "iid", f"{why}; clients are drawn at random"),
+            Choice("partition", "clients", clients, f"about {groups:.0f} groups are left for them"),
+            Choice("partition", "server_site", None, "drawn from all images"),
+            *_server(available),
+        ]
+
+
+def _by_site(found: InputFolder) -> Iterator[Choice]:
+    """Choose a client for each site, and the server's set at the site with most masks."""
     images = found.images.values()
     sites = Counter(files.site for files in images)
     masks = Counter(files.site for files in images if files.mask is not None)
     site, available = masks.most_common(1)[0]
-    count = max(1, min(_SERVER_IMAGES, available // 2))
-    if len(sites) > 1:
-        named = ", ".join(
-            f"{name} {count} ({masks[name]})" for name, count in sorted(sites.items())
-        )
-        yield Choice("partition", "scheme", "site", f"images (masks) by site: {named}")
-        yield Choice("partition", "server_site", site, f"it has the most masks, {available}")
-    else:
-        yield Choice("partition", "scheme", "iid", "there is one site; clients are drawn at random")
-        groups = len({files.group for files in images}) * (1 - count / len(images))
-        clients = max(1, min(_CLIENTS, int(groups) // _GROUPS_PER_CLIENT))
-        why = f"for want of sites; about {groups:.0f} groups are left for them"
-        yield Choice("partition", "clients", clients, why)
-        yield Choice("partition", "server_site", None, "there is one site")
+    named = ", ".join(f"{name} {count} ({masks[name]})" for name, count in sorted(sites.items()))
+    yield Choice("partition", "scheme", "site", f"images (masks) by site: {named}")
+    yield Choice("partition", "server_site", site, f"it has the most masks, {available}")
+    yield from _server(available)
+
+
+def _half(available: int) -> int:
+    return max(1, min(_SERVER_IMAGES, available // 2))
+
+
+def _server(available: int) -> Iterator[Choice]:
+    """Choose how large the server's set is, of so many images with masks."""
+    count = _half(available)
     why = f"half of {available} with masks there, at most {_SERVER_IMAGES}; the rest is tested on"
     yield Choice("partition", "server_images", count, why)
     why = "a third at most, so that the teacher has images to learn from"

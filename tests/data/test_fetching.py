@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 import stat
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +21,6 @@ from PIL import Image
 import cli
 from pipeline.data.catalogue import SOURCES, WEIGHTS, Source
 from pipeline.data.fetching import Offer, fetch, offer
-from pipeline.data.importers.table import NO_ADDRESS
 from pipeline.errors import ConfigError, DataError, SamfedError
 from pipeline.params import load_config
 
@@ -42,7 +42,9 @@ def weights_offer(site: Site, folder: Path) -> Offer:
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_table_is_whole(name: str) -> None:
     source = SOURCES[name]
-    assert source.page.startswith("http") or source.page == NO_ADDRESS
+    assert source.page.startswith("http")
+    named = [file.url for file in source.files if source.page.endswith(file.name)]
+    assert named in ([], [source.page])  # an address is the same in both tables
     assert (source.kind is None) == (name in WEIGHTS)
     assert (source.variant is None) == (name not in WEIGHTS)
     for file in source.files:
@@ -194,6 +196,13 @@ def test_a_data_set_needs_room_for_its_images_too(site: Site, tmp_path: Path) ->
     assert site.asked == []
 
 
+def test_what_reads_volumes_is_there_before_they_are_received(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    assert "pip install 'samfed[medical]'" in fails(2, "fetch", "acdc", "--yes")
+
+
 LINK = zipfile.ZipInfo("Kvasir-SEG/images/a.jpg")
 LINK.external_attr = (stat.S_IFLNK | 0o777) << 16
 
@@ -210,7 +219,8 @@ def test_a_hostile_archive_writes_nothing(
     with pytest.raises(DataError, match=r"member .* is ") as caught:
         fetch(kvasir_offer(site, tmp_path, archive(*names, member)))
     assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["set.zip"]
+    written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == {"set.zip", "fetch-set.lock"}
 
 
 def test_errors_of_offers_have_their_kind(tmp_path: Path) -> None:

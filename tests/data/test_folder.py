@@ -10,20 +10,11 @@ import pytest
 from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from PIL import Image
+from pictures import RGB, save
 
 from pipeline.data.folder import MASK_SUFFIXES, scan, suggest_mask_pattern
 from pipeline.data.sites import NO_GROUP, read_sites
 from pipeline.errors import ConfigError, DataError
-
-RGB = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3
-
-
-def save(path: Path, values: NDArray[np.generic]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(values).save(path)
-    return path
 
 
 @pytest.fixture
@@ -336,9 +327,13 @@ def test_a_wrong_sites_table(root: Path, text: str, expected: str) -> None:
 
 def test_a_sites_table_that_is_no_utf8(root: Path) -> None:
     write_sites(root, "image_id,site\na,K\u00f6ln\nb,x\n", "latin-1")
-    text = scan_refusal(root, "sites.csv")
-    assert text.startswith(": damaged table ('utf-8' codec can't decode byte 0xf6")
-    assert text.endswith("; save it as CSV in UTF-8")
+    assert scan_refusal(root, "sites.csv") == (
+        ": not in UTF-8, line 2 has the byte 0xf6, a letter in Latin-1; save it as CSV in UTF-8"
+    )
+    write_sites(root, "image_id,site\na,x\nb,x\n", "utf-16")
+    assert scan_refusal(root, "sites.csv") == (
+        ": not in UTF-8, it begins as UTF-16 does; save it as CSV in UTF-8"
+    )
 
 
 def test_a_damaged_sites_table(root: Path) -> None:

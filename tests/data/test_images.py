@@ -13,7 +13,8 @@ import imagecodecs
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from pictures import RGB, save
+from PIL import Image, TiffImagePlugin
 
 from pipeline.data import decoding
 from pipeline.data.images import (
@@ -25,14 +26,7 @@ from pipeline.data.images import (
 from pipeline.disk import file_sha256
 from pipeline.errors import DataError
 
-RGB = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3
 ORIENTATION = 0x0112
-
-
-def save(path: Path, values: NDArray[np.generic], **options: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(values).save(path, **options)  # type: ignore[arg-type]
-    return path
 
 
 def read(path: Path) -> NDArray[np.uint8]:
@@ -46,15 +40,6 @@ def refusal(path: Path) -> str:
     assert text.startswith(f"{path}: ")
     assert "\n" not in text
     return text
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Two images, the first with a mask."""
-    for name in ("a", "b"):
-        save(tmp_path / "images" / f"{name}.png", RGB)
-    save(tmp_path / "masks" / "a.png", np.eye(6, 4, dtype=np.uint8))
-    return tmp_path
 
 
 # --------------------------------------------------------------------------- formats
@@ -225,6 +210,24 @@ def test_several_pages_or_frames_are_refused(tmp_path: Path, suffix: str) -> Non
     )
 
 
+def test_a_tiffs_smaller_copies_are_no_pages(tmp_path: Path) -> None:
+    """As NewSubfileType (tag 254) marks them; unmarked they count, and so does the first page."""
+    path = tmp_path / "x.tif"
+
+    def write(*kinds: int) -> None:
+        with TiffImagePlugin.AppendingTiffWriter(str(path), new=True) as file:
+            for place, kind in enumerate(kinds):
+                page = Image.fromarray(RGB if place == 0 else RGB[::2, ::2])
+                page.save(file, "TIFF", tiffinfo={254: kind})
+                file.newFrame()
+
+    write(0, 1, 1)
+    np.testing.assert_array_equal(read(path), RGB)
+    for kinds in ((0, 1, 0), (1, 0)):
+        write(*kinds)
+        assert "2 pages or frames" in refusal(path)
+
+
 def test_further_pictures_in_a_jpeg_are_previews(tmp_path: Path) -> None:
     main, preview = (Image.fromarray(np.full((16, 16, 3), v, np.uint8)) for v in (200, 10))
     main.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[preview])
@@ -343,21 +346,21 @@ def test_a_failing_disk_is_not_called_damage(
     )
 
 
-def test_changed_since_prepare(root: Path) -> None:
-    path = root / "images" / "a.png"
+def test_changed_since_prepare(tmp_path: Path) -> None:
+    path = save(tmp_path / "images" / "a.png", RGB)
     digest = file_sha256(path)
-    np.testing.assert_array_equal(load_image(root, "images/a.png", sha256=digest), RGB)
+    np.testing.assert_array_equal(load_image(tmp_path, "images/a.png", sha256=digest), RGB)
     save(path, RGB + 1)
     with pytest.raises(DataError) as caught:
-        load_image(root, "images/a.png", sha256=digest)
+        load_image(tmp_path, "images/a.png", sha256=digest)
     assert str(caught.value) == (
         f"{path}: changed since `samfed prepare`; run `samfed prepare` again"
     )
 
 
-def test_gone_since_prepare(root: Path) -> None:
+def test_gone_since_prepare(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such file; run `samfed prepare` again"):
-        load_image(root, "images/c.png", sha256="0" * 64)
+        load_image(tmp_path, "images/c.png", sha256="0" * 64)
 
 
 def test_resizing(tmp_path: Path) -> None:

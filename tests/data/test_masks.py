@@ -18,6 +18,11 @@ SIZE = 64
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE]
 DISC = (ROWS - 32) ** 2 + (COLUMNS - 30) ** 2 < 16**2  # 19.6 % of the image
 ONE = "; expected one channel of two values, 0 for background; save the mask as grey PNG"
+ONE_OF_GREY = "; expected one channel of two values, 0 for background; threshold the mask"
+TWO_OF_GREY = (
+    "; expected class indices 0..2 (data.num_classes) in one channel; renumber its values, or "
+    "change that"
+)
 TWO = "; expected class indices 0..2 (data.num_classes) in one channel; save the mask as grey PNG"
 
 
@@ -226,7 +231,7 @@ def test_grey_that_is_no_mask_is_refused(
 ) -> None:
     text = refusal(grey(values), tmp_path)
     assert text.startswith(found)
-    assert text.endswith(ONE)
+    assert text.endswith(ONE_OF_GREY)
 
 
 def test_colour_is_refused(tmp_path: Path) -> None:
@@ -297,8 +302,8 @@ def test_a_palette_in_an_arbitrary_order_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "expected"),
     [
-        (grey(CLASSES * np.uint8(100)), f"found values 0, 100, 200{TWO}"),
-        (grey(CLASSES + np.uint8(1)), f"found values 1, 2, 3{TWO}"),
+        (grey(CLASSES * np.uint8(100)), f"found values 0, 100, 200{TWO_OF_GREY}"),
+        (grey(CLASSES + np.uint8(1)), f"found values 1, 2, 3{TWO_OF_GREY}"),
         (palette(CLASSES + np.uint8(1), BLACK, RED, WHITE, RED), f"found values 1, 2, 3{TWO}"),
         (grey(CLASSES).convert("CMYK"), f"CMYK colours{TWO}"),
     ],

@@ -473,14 +473,18 @@ def test_prune(config: Config, whole: dict[str, bytes]) -> None:
     half = aside.with_name(".4567.zarr.building")
     for folder in (building, retired, lost, half):
         folder.mkdir()
+    archives = cache / "downloads" / "busi"
+    archives.mkdir(parents=True)
     found = removable(config)
     assert {(each.path, each.why) for each in found.found} == {
         (aside, "moved aside"),
+        (archives, "archives that `samfed fetch` received"),
         *((path, "left by a killed run") for path in (half, building, retired)),
     }
-    with writer_lock(cache / "locks" / "sam-site.lock"), pytest.raises(LockedStoreError):
-        prune(config, found)
-    assert aside.exists()
+    for name in ("sam-site", "fetch-busi"):
+        with writer_lock(cache / "locks" / f"{name}.lock"), pytest.raises(LockedStoreError):
+            prune(config, found)
+        assert aside.exists()
     assert prune(config, found).removed == len(found.found)
     assert removable(config) == Pruning([])
     assert content(cache / "sam") == whole

@@ -28,7 +28,7 @@ def test_what_it_writes_is_read_and_prepare_runs_on_it(folder: Path) -> None:
     assert said["file"] == "params.yaml"
     assert "colour" in said["found"]
     assert config.data.root == Path(folder.name)
-    assert (config.data.num_classes, config.data.image_size) == (1, 32)
+    assert (config.data.num_classes, config.data.image_size) == (1, 96)
     assert (config.partition.scheme, config.sam.variant) == ("site", "vit_t")
     assert set(answer("prepare")) >= {"server", "site_a", "site_b", "site_c", "site_d"}
 
@@ -41,6 +41,28 @@ def test_clients_are_few_enough_for_the_patients(folder: Path) -> None:
     answer("init", folder)
     assert load_config(Path("params.yaml")).partition.clients == 2
     assert set(answer("prepare")) >= {"server", "client_00", "client_01"}
+
+
+@pytest.mark.parametrize("small", ["a", "b"])
+def test_a_site_that_is_left_with_a_single_group_is_no_client(folder: Path, small: str) -> None:
+    """One patient cannot be split into parts. At a, the server's site, it is too big for that."""
+    rows = []
+    for i, path in enumerate(sorted((folder / "images").iterdir())):
+        site = "b" if i % 3 == 0 else "a"
+        big = site == small and (i % 2 or site == "b")
+        rows.append(f"{path.stem},{site},{'big' if big else i}")
+    (folder / "sites.csv").write_text("\n".join(["image_id,site,group", *rows]) + "\n")
+    answer("init", folder)
+    config = load_config(Path("params.yaml"))
+    assert (config.partition.scheme, config.partition.server_site) == ("iid", None)
+    assert "server" in answer("prepare")
+
+
+def test_too_few_images_for_any_partition(folder: Path) -> None:
+    rows = [f"{path.stem},a,only" for path in (folder / "images").iterdir()]
+    (folder / "sites.csv").write_text("\n".join(["image_id,site,group", *rows]) + "\n")
+    assert fails(3, "init", folder).startswith(f"{folder}: no partition fits these images; ")
+    assert not Path("params.yaml").exists()
 
 
 def test_a_file_that_is_there_is_kept(folder: Path) -> None:

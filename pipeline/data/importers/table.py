@@ -124,8 +124,6 @@ def _pairs(images: str, masks: str, name: str = r"\d+") -> tuple[Layout, ...]:
 _ISIC = (Layout(r"(?P<id>ISIC_\d{7})\.jpe?g", r"(?P<id>ISIC_\d{7})_segmentation\.png"),)
 _ISIC_OTHERS = r"ISIC_\d{7}_(?:superpixels|attribute_\w+)\.png"
 _ISIC_ADDRESS = "https://challenge.isic-archive.com/data/"
-#: Where nobody offers the files under an address that stays.
-NO_ADDRESS = "no stable address known"
 _PRANET_ADDRESS = "https://github.com/DengPingFan/PraNet"  # links to a shared drive
 
 KINDS: dict[str, Kind] = {
@@ -177,7 +175,7 @@ KINDS: dict[str, Kind] = {
         others=r"IMD\d{3}_roi/.*\.bmp",
         citation="Mendonça et al., PH2: a dermoscopic image database for research and "
         "benchmarking, EMBC 2013",
-        address=NO_ADDRESS,
+        address="https://www.fc.up.pt/addi/ph2%20database.html",
     ),
     "pranet-test": Kind(
         title="PraNet's TestDataset: polyps of five data sets",
@@ -220,7 +218,7 @@ KINDS: dict[str, Kind] = {
         others=rf"gt(?:lumen|specular|void)/\d+{_PICTURE}",
         citation="Bernal et al., WM-DOVA maps for accurate polyp highlighting in colonoscopy, "
         "Computerized Medical Imaging and Graphics 43, 2015",
-        address=NO_ADDRESS,
+        address="https://polyp.grand-challenge.org/CVCClinicDB/",
         licence="research and education, not commercial; see the publisher",
     ),
     "cvc-colondb": Kind(
@@ -240,7 +238,7 @@ KINDS: dict[str, Kind] = {
         site="etis",
         citation="Silva et al., Toward embedded detection of polyps in WCE images for early "
         "diagnosis of colorectal cancer, IJCARS 9, 2014",
-        address=NO_ADDRESS,
+        address="https://polyp.grand-challenge.org/EtisLarib/",
     ),
     "cvc-300": Kind(
         title="CVC-300: polyps",
@@ -301,7 +299,7 @@ KINDS: dict[str, Kind] = {
         others=rf"(?:heart|(?:left|right)[ _]clavicle)/[^/]+{_PICTURE}",
         citation="Shiraishi et al., Development of a digital image database for chest radiographs "
         "with and without a lung nodule, AJR 174, 2000",
-        address="https://imgcom.jsrt.or.jp/imgcom/wp-content/uploads/2018/11/Segmentation01.zip",
+        address="http://imgcom.jsrt.or.jp/imgcom/wp-content/uploads/2018/11/Segmentation01.zip",
     ),
     "acdc": Kind(
         title="ACDC: cardiac MRI (1 right ventricle, 2 myocardium, 3 left ventricle)",
