@@ -468,6 +468,28 @@ def import___(config: "Config", file: Path) -> Result:
     return import_public(config, file)
 
 
+@command(
+    site_app,
+    superlink=Option(metavar="HOST:PORT", help="Server to look for."),
+    root_certificates=Option(
+        metavar="FILE", help="Authority that signed the server's certificate."
+    ),
+    key=Option(metavar="FILE", help="This site's private key."),
+    insecure=Option("--insecure", help="Without TLS: whoever is between reads and changes all."),
+)
+def doctor_(
+    config: "Config",
+    superlink: str | None = None,
+    root_certificates: Path | None = None,
+    key: Path | None = None,
+    insecure: bool = False,
+) -> Result:
+    """Say whether this site can take part: images, labels, keys, server; exit code 1 if not."""
+    from pipeline.setup.site import Reach, examine_site
+
+    return examine_site(config, Reach(superlink, root_certificates, key, insecure))
+
+
 @command(site_app, run=Argument(metavar="[RUN]", help="Run (default: federate.name)."))
 def audit(config: "Config", run: str | None = None) -> Result:
     """Show what left this site in a run: a line for each answer, with the bytes of every field."""

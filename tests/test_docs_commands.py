@@ -49,6 +49,7 @@ NOT_RUN = {
     "samfed precompute-sam --scheduler *": "needs dask's workers; tests/labelling/ runs it",
     "samfed federate --scheduler *": "needs dask's workers; tests/federation/ runs it",
     "samfed prepare --s*": "needs a cache of its own; tests/federation/test_sites.py runs it",
+    "samfed site doctor *": "needs a server; tests/setup/test_site_doctor.py runs it",
     "samfed * import *.samfed *": "needs a site's cache; tests/federation/test_sites.py runs it",
     "samfed export-onnx ": "takes a quarter of a minute; tests/sam/test_onnx.py runs it",
     "samfed precompute-sam --backend onnx ": "needs that model; tests/sam/test_onnx.py runs it",

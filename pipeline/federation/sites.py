@@ -14,6 +14,7 @@ import``), and takes its private state. Nothing else is read, and no network is 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from pipeline.disk import file_sha256
 from pipeline.errors import DataError, IdentityError, SamfedError, StageError
 from pipeline.federation.inputs import ClientContext, PublicRows
 from pipeline.stores.label_store import LabelStore
+
+log = logging.getLogger("samfed.site")
 
 
 def at_site(told: ClientContext, own: Config) -> ClientContext:
@@ -85,9 +88,11 @@ def _check_public(told: ClientContext, manifest: Partition, cache: Path) -> None
     shared = {entry.image_sha256 for entry in public.images.values()}
     both = [i for i, entry in manifest.images.items() if entry.image_sha256 in shared]
     if both:
+        # no image's name: the server is told of this
+        log.warning("in the server's set too: %s", ", ".join(both))
         raise DataError(
-            f"{told.name}: {len(both)} of its images are in the server's set, e.g. '{both[0]}'; "
-            "take them out of its folder, and run `samfed prepare --site` again"
+            f"{told.name}: {len(both)} of its images are in the server's set too; take those that "
+            "its log names out of its folder, and run `samfed prepare --site` again"
         )
 
 

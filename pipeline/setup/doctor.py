@@ -7,8 +7,9 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ _SCARCE_BYTES, _TOO_FEW_BYTES = 5 * 10**9, 10**8
 _SLOW_MB_S = 20
 
 Kind = Literal["ok", "warning", "problem"]
+Lines = Iterator[tuple[Kind, str]]
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,15 @@ class DoctorResult:
 
 def examine(config: Config) -> DoctorResult:
     """Look at versions, devices, disk, locks, data, networks and checkpoints; change nothing."""
+    return examined({what: partial(check, config) for what, check in CHECKS.items()})
+
+
+def examined(checks: Mapping[str, Callable[[], Lines]]) -> DoctorResult:
+    """Return what checks find, by their names; one that fails is a problem."""
     findings = []
-    for what, check in _CHECKS.items():
+    for what, check in checks.items():
         try:
-            findings += [Finding(kind, what, text) for kind, text in check(config)]
+            findings += [Finding(kind, what, text) for kind, text in check()]
         except SamfedError as error:
             findings.append(Finding("problem", what, str(error)))
         except OSError as error:
@@ -85,8 +92,6 @@ def examine(config: Config) -> DoctorResult:
             findings.append(Finding("problem", what, text))
     return DoctorResult(tuple(findings))
 
-
-Lines = Iterator[tuple[Kind, str]]
 
 # --------------------------------------------------------------------------- the machine
 
@@ -216,7 +221,7 @@ def _traps(config: Config) -> Lines:
         yield "ok", "no trap found"
 
 
-_CHECKS: dict[str, Callable[[Config], Lines]] = {
+CHECKS: dict[str, Callable[[Config], Lines]] = {
     "versions": _versions,
     "device": _devices,
     "onnx": _onnx,

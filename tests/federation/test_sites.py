@@ -249,7 +249,9 @@ def test_a_site_that_does_not_fit_says_what_differs(apart: Apart, north: Config)
     assert refusal(apart, north) == f"{manifest}: not found; run `samfed public import` first"
 
 
-def test_images_that_the_server_shares_train_at_no_site(apart: Apart, tmp_path: Path) -> None:
+def test_images_that_the_server_shares_train_at_no_site(
+    apart: Apart, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Nobody trains on the calibration part, nor is tested on what the others trained on."""
     root = tmp_path / "images"
     shutil.copytree(apart.folder / "north" / "images", root)
@@ -261,9 +263,10 @@ def test_images_that_the_server_shares_train_at_no_site(apart: Apart, tmp_path: 
     import_teacher(own, apart.sent["teacher"])
     import_public(own, apart.sent["public"])
     assert refusal(apart, own) == (
-        "north: 1 of its images are in the server's set, e.g. 'copy'; take them out of its folder, "
-        "and run `samfed prepare --site` again"
+        "north: 1 of its images are in the server's set too; take those that its log names out of "
+        "its folder, and run `samfed prepare --site` again"
     )
+    assert "in the server's set too: copy" in caplog.messages
 
 
 def test_labels_of_another_teacher_are_named(apart: Apart, north: Config) -> None:
