@@ -10,10 +10,12 @@ from engines import Watched, changed
 
 from pipeline.config import Config
 from pipeline.disk import file_sha256
+from pipeline.errors import StageError
 from pipeline.federation.description import Pixels, fit_temperature
 from pipeline.federation.messages import AnyRequest, DescribeRequest, Reply
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.server import federate
+from pipeline.inference.loading import Choice, load_model
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -73,3 +75,7 @@ def test_a_client_describes_its_own_model(labelled: Config) -> None:
         "site_b": "site_b",
     }
     assert specs["site_a"].network != specs["site_b"].network
+    model = load_model(labelled, Choice(str(run.path), "site_a", device="cpu"))
+    assert model.digest == specs["site_a"].digest
+    with pytest.raises(StageError, match=r"have their own: --client site_a \| site_b"):
+        load_model(labelled, Choice(str(run.path)))
