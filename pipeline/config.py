@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.disk import file_sha256, is_folder_name
+from pipeline.disk import is_folder_name
 from pipeline.methods import METHODS, Method, methods_for
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]  # no array of torch or ONNX Runtime is longer
@@ -214,6 +214,7 @@ class NetworkConfig(Section):
     # U-Net: one per depth; segformer: one; fpn, linknet and deeplabv3plus do not use them
     decoder_channels: tuple[Count, ...] = (48, 32, 24, 16)
     encoder_weights: Path | None = None  # local .safetensors with the encoder's timm weights
+    normalisation: Literal["batch", "group"] = "batch"  # group: no statistics of the images
 
 
 class ModelConfig(NetworkConfig):
@@ -300,6 +301,23 @@ class EvaluateConfig(Section):
     tolerance_mm: PositiveFloat = 2.0  # the same in mm, where spacing is known
 
 
+class PrivacyConfig(Section):
+    """Differential privacy of whole clients (docs/method.md)."""
+
+    decides = _RUN
+
+    # server: noise in the sum of updates; client: in each of them, against the server too
+    mode: Literal["none", "server", "client"] = "none"
+    clip_norm: PositiveFloat = 1.0  # C, the longest update
+    noise_multiplier: PositiveFloat = 1.0  # z: the noise's standard deviation is z C
+    delta: Annotated[float, Field(gt=0.0, lt=1.0), _AUDIT] = 1e-5  # that epsilon is told at
+
+    @property
+    def on(self) -> bool:
+        """Whether there is any."""
+        return self.mode != "none"
+
+
 class Config(Section):
     """All of ``params.yaml``."""
 
@@ -313,6 +331,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     agreement: AgreementConfig = AgreementConfig()
     federate: FederateConfig = FederateConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -353,34 +372,3 @@ def mark_of(section: type[Section], key: str) -> Decides:
     """Return what a setting decides: the mark of its field, or else of its section."""
     marks = [m for m in section.model_fields[key].metadata if isinstance(m, Decides)]
     return marks[0] if marks else section.decides
-
-
-def deciding_settings(
-    config: Config, what: Literal["run", "first_model", "experiment"]
-) -> dict[str, Any]:
-    """Return the settings marked as deciding ``what``, JSON-ready, as ``section.key`` -> value.
-
-    Networks are no part of a first model's settings: ``network_settings`` describes the one it has.
-    Weights on disk count by their content for a run, and by their file's name for an experiment.
-    """
-    found: dict[str, Any] = {}
-    for section, value in config:
-        part, prefix = (value, f"{section}.") if isinstance(value, Section) else (config, "")
-        for key in type(part).model_fields if prefix else [section]:
-            if getattr(mark_of(type(part), key), what):
-                found[prefix + key] = _plain(getattr(part, key), by_name=what == "experiment")
-    return found
-
-
-def network_settings(network: NetworkConfig, *, by_name: bool = False) -> dict[str, Any]:
-    """Return what decides a network, JSON-ready; weights by content (or by their file's name)."""
-    keys = NetworkConfig.model_fields
-    return {key: _plain(getattr(network, key), by_name=by_name) for key in keys}
-
-
-def _plain(value: Any, *, by_name: bool) -> Any:
-    if isinstance(value, Path):
-        return value.name if by_name or not value.is_file() else file_sha256(value)
-    if isinstance(value, NetworkConfig):
-        return network_settings(value, by_name=by_name)
-    return [_plain(each, by_name=by_name) for each in value] if isinstance(value, tuple) else value

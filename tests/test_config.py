@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import Config, deciding_settings
+from pipeline.config import Config
+from pipeline.deciding import deciding_settings
 from pipeline.errors import ConfigError
 from pipeline.params import RENAMED, load_config, parse_config, with_settings
 from pipeline.segmentation.networks import build_model
@@ -83,7 +84,7 @@ def test_an_unknown_key_of_a_clients_network_lists_the_known_ones(tmp_path: Path
     assert message(path) == (
         f"{path}: unknown key 'model.clients.1.encoder_name' (nearest: model.clients.1.encoder); "
         "expected one of "
-        "architecture, encoder, encoder_depth, decoder_channels, encoder_weights"
+        "architecture, encoder, encoder_depth, decoder_channels, encoder_weights, normalisation"
     )
 
 
@@ -116,7 +117,7 @@ def test_unknown_section_lists_the_sections(tmp_path: Path) -> None:
     path = write(tmp_path, "federat: {rounds: 4}\n")
     assert message(path) == (
         f"{path}: unknown key 'federat' (nearest: federate); expected one of seed, data, cache, "
-        "synth, partition, sam, precompute, model, agreement, federate, evaluate"
+        "synth, partition, sam, precompute, model, agreement, federate, privacy, evaluate"
     )
 
 
@@ -434,6 +435,7 @@ ROUNDS = [
     "model.encoder_depth",
     "model.decoder_channels",
     "model.encoder_weights",
+    "model.normalisation",
     "model.clients",
     "agreement.rule",
     "agreement.threshold",
@@ -455,6 +457,9 @@ ROUNDS = [
     "federate.proximal_weight",
     "federate.compression",
     "federate.sites",
+    "privacy.mode",
+    "privacy.clip_norm",
+    "privacy.noise_multiplier",
     "federate.local_steps",
     "federate.unlabelled_batch",
     "federate.unlabelled_weight",
@@ -467,7 +472,7 @@ ROUNDS = [
     "federate.fusion_warmup_rounds",
 ]
 REPETITION = ["seed", "federate.threads", "federate.device"]  # of one experiment
-AUDIT = ["federate.audit"]
+AUDIT = ["federate.audit", "privacy.delta"]
 TEACHER = [f"sam.{key}" for key in Config().sam.model_dump()]  # rounds depend on its labels
 NOTHING = [
     "data.class_names",

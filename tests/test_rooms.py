@@ -17,6 +17,7 @@ GROUND = {
     "__main__",
     "cluster",
     "config",
+    "deciding",
     "console",
     "disk",
     "errors",

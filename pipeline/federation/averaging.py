@@ -8,6 +8,7 @@ meanwhile.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -20,6 +21,7 @@ from pipeline.federation.diagnostics import FEWEST_TO_COMPARE
 from pipeline.federation.local_update import train_on_server
 from pipeline.federation.messages import FitRequest, Reply
 from pipeline.federation.panels import public_examples
+from pipeline.federation.privacy import Noise, noise_key, private_mean
 from pipeline.federation.rounds import Round, Strategy
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.schedule import server_seed
@@ -86,12 +88,15 @@ class Averaging(Strategy):
             times = change / self._norm
             return f"it changes the model by {times:.0%}, more than {MAX_CHANGE:.0%}"
         self._norms[reply.client] = update_norm(update, self._trained)
-        self._updates.add(reply.client, update, images)
+        # a number of images would be a client's own claim of how much it counts
+        self._updates.add(reply.client, update, 1 if self._config.privacy.on else images)
         return None
 
     def review(self, this: Round) -> None:
         """Reject what goes far beyond the median's norm; ask for as many as the rule needs."""
-        usual = median(self._norms.values()) if len(self._norms) >= FEWEST_TO_COMPARE else math.inf
+        # under privacy one client must not decide what others count; clipping bounds them all
+        compares = len(self._norms) >= FEWEST_TO_COMPARE and not self._config.privacy.on
+        usual = median(self._norms.values()) if compares else math.inf
         for client, norm in self._norms.items():
             if norm > MAX_MEDIANS * usual:
                 reason = f"its norm is {norm / usual:.0f} times the median of the round's"
@@ -102,9 +107,7 @@ class Averaging(Strategy):
     def finish(self, this: Round) -> State:
         """Combine the updates that are left, and take the server's step."""
         settings = self._config.federate
-        weights, chosen = aggregate(
-            self._updates, self._rule, byzantine=settings.byzantine, trained=self._trained
-        )
+        weights, chosen = self._combined(len(this.clients))
         for client in self._updates.weights if len(chosen) < len(self._updates) else ():
             this.reports[client]["chosen"] = client in chosen
         self._updates.close()
@@ -135,6 +138,17 @@ class Averaging(Strategy):
         examples = public_examples(model, public, calibration, config=self._config)
         run.save_examples(examples)
         return calibration
+
+    def _combined(self, asked: int) -> tuple[State, Sequence[str]]:
+        """Return the combined updates, and whose they are."""
+        updates, privacy = self._updates, self._config.privacy
+        if privacy.mode != "server":
+            hostile = self._config.federate.byzantine
+            return aggregate(updates, self._rule, byzantine=hostile, trained=self._trained)
+        noise = Noise(noise_key(self._config.cache.root), "the sum")
+        trained = self._trained
+        weights = private_mean(updates, asked=asked, trained=trained, settings=privacy, noise=noise)
+        return weights, list(updates.weights)
 
     @property
     def _rule(self) -> AggregationName:

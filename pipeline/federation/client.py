@@ -33,6 +33,7 @@ from pipeline.federation.messages import (
 )
 from pipeline.federation.panels import client_examples, public_examples
 from pipeline.federation.pretraining import first_model
+from pipeline.federation.privacy import Noise, noise_key, private_update
 from pipeline.federation.runs import RoundFiles, RunFolder
 from pipeline.federation.schedule import client_seed
 from pipeline.federation.targets import measure_calibration
@@ -88,8 +89,9 @@ class Client:
         # between distillation and local update
         self._distilled = RoundFiles(self._private, kept=1, stem="distilled")
         counts = len(self._data.images), len(context.val)
+        quality = None if self._config.privacy.on else flip_dice(context)
         #: What the server knows of it.
-        self.entry = ClientEntry(context.name, *counts, flip_dice=flip_dice(context))
+        self.entry = ClientEntry(context.name, *counts, flip_dice=quality)
         self._note("entry", 0, vars(self.entry))
 
     def answer(self, request: AnyRequest) -> Reply:
@@ -105,6 +107,8 @@ class Client:
         except SamfedError as error:  # of which the server is told
             self._note(kind, number, {"error": str(error)})
             raise
+        if self._config.privacy.on:  # what is measured on its images is no part of the promise
+            reply = replace(reply, metrics={}, features=None)
         reply = replace(reply, seconds=time.perf_counter() - began)
         self._note(kind, number, vars(reply))
         return reply
@@ -148,15 +152,29 @@ class Client:
         fault = check_update(result.weights, start) or not_finite(tensors_of(result.state))
         after: State | Packed = result.weights
         if fault is None:
-            residual = before.residual
+            sent, residual = self._noised(result.weights, start, model), before.residual
+            after = sent
             if weights is not None and settings.compression != "none":
-                after, residual = pack_update(result.weights, start, residual, settings.compression)
+                after, residual = pack_update(sent, start, residual, settings.compression)
             self._keep(request, result, residual)
         return request.reply(
             metrics=result.metrics,
             fault=fault or "",
             images=len(self._data.images),
             weights=None if weights is None else after,
+        )
+
+    def _noised(self, update: State, before: State, model: nn.Module) -> State:
+        """Return an update as it may leave: with noise, where the settings want it here."""
+        settings = self._config.privacy
+        if settings.mode != "client":
+            return update
+        return private_update(
+            update,
+            before,
+            trained=[name for name, _ in model.named_parameters()],
+            settings=settings,
+            noise=Noise(noise_key(self._config.cache.root), self._context.name),
         )
 
     def _predict(self, request: PredictRequest) -> Reply:

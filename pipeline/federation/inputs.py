@@ -18,8 +18,9 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from pipeline.config import Config, deciding_settings
+from pipeline.config import Config
 from pipeline.data.partition import PARTITION_FILE, ClientPart, Partition, load_partition
+from pipeline.deciding import deciding_settings
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, SamfedError, StageError
 from pipeline.federation.views import ClientData, PublicSet, as_tensor

@@ -6,7 +6,8 @@ import hashlib
 import json
 from collections.abc import Iterator
 
-from pipeline.config import Config, NetworkConfig, deciding_settings, network_settings
+from pipeline.config import Config, NetworkConfig
+from pipeline.deciding import deciding_settings, network_settings
 from pipeline.federation.inputs import RESULT_VERSION
 from pipeline.federation.local_update import cosine, train_on_server
 from pipeline.federation.views import PublicSet

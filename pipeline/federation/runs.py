@@ -233,15 +233,18 @@ class RunFolder:
         return history
 
     def as_json(self) -> dict[str, Any]:
-        """Return the run's folder, its last round and the validation Dice there."""
+        """Return the run's folder, its last round, its validation Dice and its privacy if any."""
         last = self.history()[-1]
-        return {"run": str(self.path), "rounds": last["round"], "val_dice": last["val"]["dice"]}
+        known = {"run": str(self.path), "rounds": last["round"], "val_dice": last["val"]["dice"]}
+        return {**known, **last.get("privacy", {})}
 
     def text(self) -> str:
         """Return the same as one line for a person."""
         found = self.as_json()
         dice = "" if found["val_dice"] is None else f", validation Dice {found['val_dice']:.3f}"
-        return f"{found['rounds']} rounds{dice}; {self.path}"
+        promise = "epsilon {epsilon:.3g} at delta {delta:g} for each client"
+        privacy = f", {promise.format(**found)}" if "epsilon" in found else ""
+        return f"{found['rounds']} rounds{dice}{privacy}; {self.path}"
 
     def save_model(self, weights: State, spec: ModelSpec, client: str | None = None) -> None:
         """Write a final model, global or a client's own, and its spec beside it, last.

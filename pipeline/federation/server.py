@@ -33,6 +33,7 @@ from pipeline.federation.exchange import Exchange
 from pipeline.federation.inputs import RunInputs, load_inputs
 from pipeline.federation.messages import DescribeRequest, EvaluateRequest, Reply
 from pipeline.federation.pretraining import first_model
+from pipeline.federation.privacy import check_privacy, guarantee
 from pipeline.federation.rounds import Engine, Round, Strategy, TooFewError, asked
 from pipeline.federation.runs import Checkpoint, RunFolder
 from pipeline.federation.schedule import Rates, check_participants, participants
@@ -80,6 +81,7 @@ def federate(
     networks = build_networks(config, resolve_device(config.federate.device))
     inputs = load_inputs(config)
     check_participants(config, len(inputs.contexts))
+    check_privacy(config)
     workplace = Workplace(config, inputs.public, networks)
     cache, name = config.cache.root, config.federate.name
     run = RunFolder(cache / "runs" / name)
@@ -127,6 +129,7 @@ class Server:
             began = time.perf_counter()
             checkpoint, entry = self._play(checkpoint)
             entry["val"] = self._validate(checkpoint)
+            entry |= {"privacy": self._guarantee(number)} if self.config.privacy.on else {}
             entry["seconds"] = round(time.perf_counter() - began, 3)
             self.run.append_history(entry)
             self.run.save_checkpoint(checkpoint)
@@ -136,6 +139,9 @@ class Server:
             if track is not None:
                 track(entry)
         self._conclude(checkpoint)
+
+    def _guarantee(self, rounds: int) -> dict[str, float]:
+        return guarantee(self.config, [entry.name for entry in self.engine.entries], rounds)
 
     def _show(self, what: str, done: int, total: int, note: str = "") -> None:
         if self.progress is not None:
@@ -212,7 +218,8 @@ class Server:
 
     def _validate(self, after: Checkpoint) -> dict[str, Any]:
         """Return the mean Dice over all validation images, and each client's."""
-        names = [entry.name for entry in self.engine.entries if entry.val_images]
+        asks = not self.config.privacy.on  # else nobody tells any score
+        names = [entry.name for entry in self.engine.entries if entry.val_images and asks]
         scores: dict[str, float] = {}
         images = total = 0.0
         weights = self.strategy.broadcast(after.weights)
@@ -258,25 +265,27 @@ class Server:
             else:
                 distances.append(distance)
         images = sum(entry.images for entry in entries)
+        training = training_of(config, public, images=images, clients=len(entries))
         spec = describe(
             model,
             public,
             given.with_threshold(threshold_of(distances)),
             config=config,
             network=config.model,
-            training=training_of(config, public, images=images, clients=len(entries)),
+            training=training.model_copy(update=self._guarantee(after.round)),
         )
         self.run.save_model(after.weights, spec)
 
     def _ask_about(
         self, after: Checkpoint, names: Iterable[str], statistics: Tensor | None = None
     ) -> Iterator[Reply]:
-        """Ask clients how their images look to the final model."""
+        """Ask clients how their images look to the final model; under privacy they do not tell."""
         requests = [
             DescribeRequest(
                 **after.address(name, after.round), weights=after.weights, statistics=statistics
             )
             for name in names
+            if not self.config.privacy.on
         ]
         for _, reply in asked(self.engine, requests):
             yield reply

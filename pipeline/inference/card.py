@@ -37,7 +37,7 @@ With segmentation-models-pytorch:
 
     import safetensors.torch, segmentation_models_pytorch as smp
     model = smp.create_model("{architecture}", "{encoder}", None, **{arguments})
-    model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+    {group_norm}model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
     # RGB images (B, 3, {size}, {size}) in -1..1 in; softmax(model(images) / {temperature}) out
 
 ## Intended use and limits
@@ -48,6 +48,10 @@ above {threshold:.3g} looks unlike theirs, as about one in twenty of the widest 
 mask is not to be trusted. The scores below hold for the sites tested there alone. A confidence is a
 probability by pixel, not of the mask as a whole.
 """
+_GROUP_NORM = """\
+from pipeline.segmentation.networks import with_group_norm  # of samfed
+    model = with_group_norm(model)
+    """
 _HEAD = """\
 ## Scores
 
@@ -66,6 +70,7 @@ def model_card(spec: ModelSpec, run: RunFolder | None) -> str:
         architecture=spec.network.architecture,
         encoder=spec.network.encoder,
         arguments=smp_arguments(spec.network, num_classes=spec.num_classes),
+        group_norm=_GROUP_NORM if spec.network.normalisation == "group" else "",
         size=spec.image_size,
         temperature=spec.temperature,
         threshold=spec.likeness.threshold,
@@ -89,6 +94,11 @@ def _origin(spec: ModelSpec, run: RunFolder | None) -> Iterator[str]:
         f"images of {made.clients} client{'s' if made.clients > 1 else ''}, which never left them\n"
         f"* method `{made.method}`, {made.rounds} rounds, seed {made.seed}"
     )
+    if made.epsilon is not None:
+        yield (
+            f"* differential privacy of each client: epsilon {made.epsilon:.3g} at delta "
+            f"{made.delta:g}"
+        )
     teacher = None if run is None else _teacher(run)
     if teacher is not None:
         yield f"* teacher {teacher.variant}, prompt {teacher.prompt}"

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config, deciding_settings
+from pipeline.config import Config
+from pipeline.deciding import deciding_settings
 from pipeline.disk import is_folder_name, write_bytes
 from pipeline.errors import ConfigError, IdentityError, StageError
 from pipeline.federation.runs import RunFolder

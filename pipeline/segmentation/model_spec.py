@@ -59,6 +59,8 @@ class Training(_Part):
     clients: int
     images: int  # of all clients, unlabelled; of a client's own model its own
     public_images: int  # of D_p, labelled, the calibration part included
+    epsilon: float | None = None  # of differential privacy for each client, at ``delta``
+    delta: float | None = None
 
 
 class ModelSpec(_Part):

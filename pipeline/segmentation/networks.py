@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,48 @@ def build_model(settings: Config, *, seed: int, network: NetworkConfig | None = 
             ) from error
     if config.encoder_weights is not None:
         _load_encoder(model, config.encoder_weights)
+    if config.normalisation == "group":
+        model = with_group_norm(model)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _check_output(model, settings, config)
     return model
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm (Wu & He, 2018) in a batch norm's place, with its weights and its activation.
+
+    As many groups as divide the channels, 32 at most, of four channels or more: single channels
+    would vanish where a map has shrunk to one pixel.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        channels = norm.num_features
+        groups = math.gcd(channels, 32)
+        while groups > 1 and channels // groups < 4:
+            groups //= 2
+        super().__init__(groups, channels, eps=norm.eps)
+        self.load_state_dict({"weight": norm.weight, "bias": norm.bias})
+        # timm's batch norm layers drop and activate too
+        then: list[Any] = [norm.drop, norm.act] if hasattr(norm, "act") else []
+        self.then = nn.ModuleList(then)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise each image (B, C, H, W) by itself."""
+        images = super().forward(images)
+        for layer in self.then:
+            images = layer(images)
+        return images
+
+
+def with_group_norm(network: nn.Module) -> nn.Module:
+    """Return a network of which every batch norm layer is a group norm layer of the same weights.
+
+    Parameters keep their names; batch norm's statistics are gone.
+    """
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            network.set_submodule(name, GroupNorm(module))
+    return network
 
 
 def smp_arguments(config: NetworkConfig, *, num_classes: int) -> dict[str, Any]:
