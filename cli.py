@@ -2,6 +2,7 @@
 
 # Annotations are evaluated here, unlike elsewhere: typer makes options of them.
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -98,8 +99,10 @@ def fetch(
     offered = offer(name, out=out, cache=config.cache.root)
     if not yes and not can_ask():
         raise ConfigError(f"fetch: cannot ask here; give --yes to accept {offered.terms}")
-    typer.echo(offered.text(), err=True)
-    if not yes:
+    if yes:
+        logging.getLogger("samfed").info(offered.text())
+    else:
+        typer.echo(offered.text(), err=True)
         typer.confirm("Accept the licence and download?", abort=True, err=True)
     return fetch(offered, progress=progress)
 
@@ -202,11 +205,11 @@ def evaluate_sam(config: "Config", progress: Progress, out: Path | None = None) 
 
 
 @command(app, out="File to write (default: onnx/teacher.onnx in the cache).")
-def export_onnx(config: "Config", out: Path | None = None) -> Result:
+def export_onnx(config: "Config", progress: Progress, out: Path | None = None) -> Result:
     """Write the adapted teacher as one ONNX model, for `precompute-sam --backend onnx`."""
     from pipeline.sam.export import export_teacher
 
-    return export_teacher(config, out)
+    return export_teacher(config, out, progress=progress)
 
 
 @command(

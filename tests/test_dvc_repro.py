@@ -64,7 +64,6 @@ def test_the_tables_are_a_project_of_their_own(tmp_path: Path) -> None:
     made = run("dvc", "--cd", "benchmarks", "repro", "labels@polyp")
     assert "Running stage 'labels@polyp'" in made
     assert (tmp_path / "cache/polyp/evaluate-sam.json").is_file()
-    assert "didn't change" in run("dvc", "--cd", "benchmarks", "repro", "labels@polyp")
     named = re.findall(r"^(\S.*):$", run("dvc", "status"), re.MULTILINE)
     assert set(named) == set(STAGES)
 

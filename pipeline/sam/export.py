@@ -23,6 +23,7 @@ from pipeline import __version__
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.disk import file_sha256, flush, write_bytes, writer_lock
+from pipeline.progress import Progress
 from pipeline.sam.frame import inside_image, to_client_frame
 from pipeline.sam.onnx import (
     INPUTS,
@@ -39,6 +40,7 @@ from pipeline.stores.sealed_onnx import sealed
 OPSET = 23
 #: Weights of more bytes go into a file of their own; protobuf ends at 2 GiB, and is held in memory.
 EXTERNAL_ABOVE = 1 << 29
+EXPORTING = "exporting the teacher"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,11 @@ class TeacherNetwork(nn.Module):
 
 
 def export_teacher(
-    settings: Config, out: Path | None = None, *, external_above: int = EXTERNAL_ABOVE
+    settings: Config,
+    out: Path | None = None,
+    *,
+    external_above: int = EXTERNAL_ABOVE,
+    progress: Progress | None = None,
 ) -> Export:
     """Write the adapted teacher to ``out``; to where stage one looks for it if None.
 
@@ -110,12 +116,15 @@ def export_teacher(
     cache, label_size = settings.cache.root, settings.data.image_size
     precision = onnx_precision(settings.precompute.precision)
     path = model_path(cache) if out is None else out
+    show = progress or (lambda *_: None)
+    show(EXPORTING, 0, 2)
     with writer_lock(cache / "locks" / "export-onnx.lock"):
         plain = settings.precompute.model_copy(update={"device": "cpu", "precision": "fp32"})
         plainly = settings.model_copy(update={"precompute": plain})
         teacher = load_teacher(plainly, load_partition(cache / "partition.json"))
         network = TeacherNetwork(teacher.sam, label_size=label_size, fp16=precision == "fp16")
         model = trace(network, input_size=teacher.card.input_size)
+        show(EXPORTING, 1, 2)
         opset = model.opset_imports[""]
         identity = teacher.card.identity(label_size=label_size, precision=precision)
         properties = {
@@ -126,6 +135,7 @@ def export_teacher(
             "samfed.version": __version__,
         }
         weights = write_model(path, model, properties, external_above=external_above)
+        show(EXPORTING, 2, 2)
     files = [path] if weights is None else [path, weights]
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     beside = None if weights is None else str(weights)
