@@ -238,7 +238,7 @@ def check_locked(cache: Path, path: Path, meter: Meter) -> list[Fault] | str:
     Returns:
         the faults, or what to say if another process writes to it.
     """
-    of_labels = path.parent == cache / "sam"
+    of_labels, after = path.parent == cache / "sam", meter.done + tree_bytes(path)
     lock = store_lock(cache, path.stem) if of_labels else cache / "locks" / "prepare.lock"
     try:
         # whoever may not write to the cache cannot lock it either
@@ -246,6 +246,8 @@ def check_locked(cache: Path, path: Path, meter: Meter) -> list[Fault] | str:
             return check_store(path, meter.advance)
     except LockedStoreError as error:
         return f"{path}: not read; {error}"
+    finally:  # also what is not read chunk by chunk
+        meter.advance(after - meter.done)
 
 
 def reading(stores: Sequence[Path], progress: Progress | None) -> Meter:
