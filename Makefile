@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format docs clean
+.PHONY: demo federation-demo test check format docs clean
 
 # Reinstalled only when what is to be installed changes.
 .venv/installed: pyproject.toml constraints.txt
@@ -14,6 +14,10 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/samfed demo
+
+# a SuperLink and three sites on this machine; OMP: four processes share the cores
+federation-demo: .venv/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tools/federation_demo.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

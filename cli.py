@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 SCHEDULER = Option(metavar="ADDRESS", help="Label on the workers of this dask scheduler (or file).")
 WORKERS = Option(min=1, help="Label in so many processes here: one per GPU, or sharing the cores.")
+SUPERLINK = Option(metavar="HOST:PORT", help="Flower's SuperLink.")
+ROOT_CERTIFICATES = Option(
+    metavar="FILE", help="Authority that signed the SuperLink's certificate."
+)
+KEY = Option(metavar="FILE", help="This site's private key, whose public one is registered.")
+INSECURE = Option("--insecure", help="Without TLS: whoever is between reads and changes all.")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 cache_app = typer.Typer(help="Look into, check, mend and clear the stores.", no_args_is_help=True)
@@ -241,8 +247,12 @@ def precompute_sam(
 @command(
     app,
     name="Run (default: federate.name).",
+    engine="here, dask or flower (default: what the other options ask for).",
     scheduler=Option(metavar="ADDRESS", help="Run clients on the workers of this dask scheduler."),
     workers=Option(min=1, help="Run clients in so many processes here."),
+    superlink=SUPERLINK,
+    root_certificates=ROOT_CERTIFICATES,
+    insecure=INSECURE,
     resume=Option("--resume", help="Only continue; never begin anew."),
     restart=Option("--restart", help="Begin anew; an earlier run is moved aside."),
     tensorboard=Option(metavar="FOLDER", help="Also write the rounds to FOLDER/NAME."),
@@ -251,8 +261,12 @@ def federate(
     config: "Config",
     progress: Progress,
     name: str | None = None,
+    engine: str | None = None,
     scheduler: str | None = None,
     workers: int | None = None,
+    superlink: str | None = None,
+    root_certificates: Path | None = None,
+    insecure: bool = False,
     resume: bool = False,
     restart: bool = False,
     tensorboard: Path | None = None,
@@ -260,18 +274,15 @@ def federate(
     """Stage two: federated rounds on the cached labels."""
     if resume and restart:
         raise ConfigError("--resume and --restart: give one of them")
-    from pipeline.cluster import choose_cluster
-    from pipeline.federation.cluster import reach
-    from pipeline.federation.server import federate
+    from pipeline.federation.places import Places
     from pipeline.federation.tracking import following
     from pipeline.params import with_settings
 
     config = with_settings(config, "--name", federate={"name": name})
     mode = "resume" if resume else "restart" if restart else "auto"
-    device = config.federate.device
-    cluster = choose_cluster(scheduler=scheduler, workers=workers, device=device)
+    places = Places(engine, scheduler, workers, superlink, root_certificates, insecure)
     with following(tensorboard, config.federate.name) as track:
-        return federate(config, mode=mode, progress=progress, connect=reach(cluster), track=track)
+        return places.federate(config, mode=mode, progress=progress, track=track)
 
 
 @command(
@@ -473,12 +484,10 @@ def import___(config: "Config", file: Path) -> Result:
 
 @command(
     site_app,
-    superlink=Option(metavar="HOST:PORT", help="Server to look for."),
-    root_certificates=Option(
-        metavar="FILE", help="Authority that signed the server's certificate."
-    ),
-    key=Option(metavar="FILE", help="This site's private key."),
-    insecure=Option("--insecure", help="Without TLS: whoever is between reads and changes all."),
+    superlink=SUPERLINK,
+    root_certificates=ROOT_CERTIFICATES,
+    key=KEY,
+    insecure=INSECURE,
 )
 def doctor_(
     config: "Config",
@@ -491,6 +500,29 @@ def doctor_(
     from pipeline.setup.site import Reach, examine_site
 
     return examine_site(config, Reach(superlink, root_certificates, key, insecure))
+
+
+@command(
+    site_app,
+    name="Client that this site is.",
+    superlink=SUPERLINK,
+    root_certificates=ROOT_CERTIFICATES,
+    key=KEY,
+    insecure=INSECURE,
+)
+def run(
+    config: "Config",
+    name: str,
+    superlink: str,
+    root_certificates: Path | None = None,
+    key: Path | None = None,
+    insecure: bool = False,
+) -> Result:
+    """Take part in stage two as one client, from this site's own cache, until it is stopped."""
+    from pipeline.federation.places import Places
+
+    places = Places(superlink=superlink, root_certificates=root_certificates, insecure=insecure)
+    places.serve(config, name, key)
 
 
 @command(site_app, run=Argument(metavar="[RUN]", help="Run (default: federate.name)."))

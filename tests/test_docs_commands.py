@@ -48,6 +48,7 @@ NOT_RUN = {
     "samfed * --workers *": "starts processes that import torch; tests/labelling/ runs it",
     "samfed precompute-sam --scheduler *": "needs dask's workers; tests/labelling/ runs it",
     "samfed federate --scheduler *": "needs dask's workers; tests/federation/ runs it",
+    "samfed * --superlink *": "needs a SuperLink; tests/federation/test_flower.py runs it",
     "samfed prepare --s*": "needs a cache of its own; tests/federation/test_sites.py runs it",
     "samfed site doctor *": "needs a server; tests/setup/test_site_doctor.py runs it",
     "samfed * import *.samfed *": "needs a site's cache; tests/federation/test_sites.py runs it",

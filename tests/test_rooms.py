@@ -107,6 +107,7 @@ def test_libraries_stay_in_their_room() -> None:
         "SimpleITK": {"data"},
         "pydicom": {"data"},
         "distributed": {"cluster"},
+        "flwr": {"federation"},
     }
     for package, allowed in owners.items():
         users = {

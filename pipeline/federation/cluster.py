@@ -10,42 +10,29 @@ from __future__ import annotations
 
 import math
 import shutil
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
-from pipeline import __version__
-from pipeline.cluster import Cluster, Future, NoResultError, Workers, absolute, check_worker
-from pipeline.config import Config
+from pipeline.cluster import Cluster, Future, NoResultError, Workers, absolute
 from pipeline.disk import naming
 from pipeline.errors import SamfedError
-from pipeline.federation.client import Client
 from pipeline.federation.engines import Connect, in_process
-from pipeline.federation.inputs import RESULT_VERSION, ClientContext, load_public
+from pipeline.federation.hosting import Run, answer, body_of, forget, same_body
+from pipeline.federation.inputs import ClientContext
 from pipeline.federation.messages import AnyRequest, ClientEntry, Reply
 from pipeline.federation.rounds import Engine
-from pipeline.federation.workplace import Workplace, build_networks
-from pipeline.runtime import resolve_device, torch_threads
+from pipeline.federation.workplace import Workplace
 from pipeline.stores.plain_data import from_bytes, to_bytes
 
 _AHEAD = 4  # requests that a worker has before their replies are asked for
 _LOSSES = 3  # of the worker that a request is with, before the request is taken for the reason
-_ADDRESS = {"client", "state_round"}  # the fields of a request that differ from client to client
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every task of a run says, so that a worker can refuse it or find what it loaded."""
-
-    token: str = field(default_factory=lambda: uuid4().hex)
-    version: str = f"{__version__} (results of version {RESULT_VERSION})"
 
 
 def reach(workers: Workers | None) -> Connect:
@@ -219,22 +206,13 @@ class DaskEngine:
 
     def _body(self, request: AnyRequest) -> tuple[str, int]:
         """Return the file of what requests to many clients have in common."""
-        if self._sent is None or not _same_body(self._sent[0], request):
-            content = to_bytes(replace(request, client="", state_round=0))
+        if self._sent is None or not same_body(self._sent[0], request):
+            content = body_of(request)
             self._sent = request, self._bodies / uuid4().hex
             self._bodies.mkdir(parents=True, exist_ok=True)
             with naming(self._sent[1]):  # not durable: a run that stops asks anew
                 self._sent[1].write_bytes(content)
         return str(self._sent[1]), request.state_round
-
-
-def _same_body(one: AnyRequest, other: AnyRequest) -> bool:
-    """Return whether two requests say the same but for their address; tensors count by identity."""
-    names = {each.name for each in fields(one)} - _ADDRESS
-    pairs = [(getattr(one, name), getattr(other, name)) for name in names if hasattr(other, name)]
-    return type(one) is type(other) and all(
-        a is b or (isinstance(a, int | str) and a == b) for a, b in pairs
-    )
 
 
 def _for_workers(context: ClientContext, cluster: Cluster) -> ClientContext:
@@ -249,31 +227,6 @@ def _for_workers(context: ClientContext, cluster: Cluster) -> ClientContext:
 # --------------------------------------------------------------------------- on a worker
 
 
-class _Site:
-    """The clients of one run on this worker, and what they share."""
-
-    def __init__(self, run: Run, context: ClientContext) -> None:
-        config = context.config
-        check_worker(run.version, Run().version, [config.cache.root / "images"])
-        networks = build_networks(config, resolve_device(config.federate.device))
-        self.workplace = Workplace(config, load_public(context), networks)
-        self.clients: dict[bytes, tuple[Client, Config]] = {}
-        self._body: tuple[bytes, AnyRequest] | None = None
-
-    def client(self, content: bytes) -> tuple[Client, Config]:
-        """Return the client of this context; its data is loaded once."""
-        if content not in self.clients:
-            context = ClientContext.from_json(content)
-            self.clients[content] = Client(context, self.workplace), context.config
-        return self.clients[content]
-
-    def request(self, body: bytes) -> AnyRequest:
-        """Return what a body says; the last one is kept, as many clients get the same."""
-        if self._body is None or self._body[0] is not body:
-            self._body = body, from_bytes(body, AnyRequest)
-        return self._body[1]
-
-
 def answer_file(run: Run, context: bytes, body: str | None, state_round: int) -> bytes:
     """Return ``answer`` to the body in a file."""
     return answer(run, context, None if body is None else _read(body), state_round)
@@ -282,32 +235,3 @@ def answer_file(run: Run, context: bytes, body: str | None, state_round: int) ->
 @lru_cache(maxsize=1)
 def _read(path: str) -> bytes:
     return Path(path).read_bytes()
-
-
-_turn = threading.Lock()  # clients of one process take turns
-_sites: dict[Run, _Site] = {}  # the last run's
-
-
-def answer(run: Run, context: bytes, body: bytes | None, state_round: int) -> bytes:
-    """Return a client's reply, or its entry where there is no body.
-
-    Raises:
-        SamfedError: this worker runs another samfed, or does not see the coordinator's files.
-    """
-    with _turn:
-        if run not in _sites:
-            _sites.clear()
-            _sites[run] = _Site(run, ClientContext.from_json(context))
-        site = _sites[run]
-        client, config = site.client(context)
-        if body is None:
-            return to_bytes(client.entry)
-        request = replace(site.request(body), client=client.entry.name, state_round=state_round)
-        with torch_threads(config.federate.threads):
-            return to_bytes(client.answer(request))
-
-
-def forget(run: Run) -> None:
-    """Drop what this worker has loaded for a run."""
-    with _turn:
-        _sites.pop(run, None)

@@ -18,7 +18,7 @@ from engines import Watched, changed, models
 from pipeline.cluster import Cluster, connect
 from pipeline.config import Config
 from pipeline.errors import SamfedError
-from pipeline.federation import cluster as on_dask
+from pipeline.federation import hosting
 from pipeline.federation.client import Client
 from pipeline.federation.cluster import DaskEngine, reach
 from pipeline.federation.inputs import load_inputs
@@ -150,7 +150,7 @@ def test_a_clients_data_is_loaded_once_and_what_is_shared_travels_once(
             read.append(path)
         return real(path)
 
-    monkeypatch.setattr(on_dask, "Client", Loaded)
+    monkeypatch.setattr(hosting, "Client", Loaded)
     monkeypatch.setattr(Path, "read_bytes", reading)
     config = changed(labelled, "once", rounds=3)
     run = federate(config, connect=reach(nullcontext(Cluster(threads))))
@@ -189,7 +189,7 @@ def test_replies_come_in_the_order_of_requests_from_workers_that_change(
 def test_a_worker_of_another_version_is_refused(
     labelled: Config, threads: distributed.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = on_dask.Run(version="0.0.1 (results of version 0)")
+    old = hosting.Run(version="0.0.1 (results of version 0)")
     monkeypatch.setattr(DaskEngine, "new_run", staticmethod(lambda: old))
     with pytest.raises(SamfedError, match=r"expected 0.0.1 \(results of version 0\); install it"):
         federate(changed(labelled, "version"), connect=reach(nullcontext(Cluster(threads))))

@@ -1,0 +1,259 @@
+"""The server's side: requests go to the nodes of a SuperLink, and replies come back in order.
+
+Not ``Grid.send_and_receive``, which sleeps three seconds between two looks, and waits for ever for
+a node that was started again: its first process took the request with it. A node that does not
+answer is asked whether it is at work, and gets the request again where it is not. The same request
+gives the same reply.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from uuid import uuid4
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+from pipeline.errors import SamfedError
+from pipeline.federation.flower.letters import Letter, pack_body
+from pipeline.federation.flower.site import told
+from pipeline.federation.hosting import Run, body_of, same_body
+from pipeline.federation.inputs import ClientContext
+from pipeline.federation.messages import AnyRequest, ClientEntry, Reply
+from pipeline.federation.rounds import Engine
+from pipeline.federation.workplace import Workplace
+from pipeline.stores.plain_data import from_bytes
+
+log = logging.getLogger("samfed.flower")
+
+JOIN_SECONDS = 300.0  # for every client's node to be there before the first round
+LATE_SECONDS = 20.0  # for a node beside them to say who it is
+LOOK_SECONDS = 5.0  # without a reply, before a node is asked whether it is at work
+AWAY_SECONDS = 600.0  # a node may be away in a round, before the round goes on without it
+_POLL_SECONDS = (0.05, 0.5)  # between two looks: at first, and where it takes long
+_AWAY = {
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+}
+_LOSSES = 3  # of one request at its node, before the request is taken for the reason
+
+
+@contextmanager
+def over_grid(
+    grid: Grid, contexts: Sequence[ClientContext], workplace: Workplace
+) -> Iterator[Engine]:
+    """Reach clients through a SuperLink; pass it with its grid as ``federate(..., connect=)``."""
+    yield FlowerEngine(grid, contexts)
+
+
+@dataclass
+class _Task:
+    """A letter on its way."""
+
+    name: str  # the client's
+    letter: Letter
+    body: ConfigRecord | None
+    message: str = ""  # Flower's id of what was sent last
+    sent: float = field(default_factory=time.monotonic)  # when it was, first
+    looked: float = field(default_factory=time.monotonic)  # when the site was last heard of
+    question: str = ""  # whether it is at work; empty if that is not asked
+    lost: bool = False  # it says that it is not
+    away: float | None = None  # since when its node is
+    losses: int = 0
+
+
+class FlowerEngine:
+    """Runs each client at its own site; replies come in the order of the requests.
+
+    A site that fails, or is away for long, gives a reply with a fault, so that the round goes on.
+    """
+
+    def __init__(self, grid: Grid, contexts: Sequence[ClientContext]) -> None:
+        """Find every client's node, and let it load its data.
+
+        Raises:
+            SamfedError: a client has no node or two, or its site does not fit; it names the site.
+        """
+        self._grid, self._run = grid, Run()
+        self._sent: tuple[AnyRequest, ConfigRecord] | None = None  # the last body
+        self._limit = contexts[0].config.federate.round_timeout_s or math.inf  # seconds
+        self._nodes = self._find([context.name for context in contexts])
+        self._told = {each.name: told(each) for each in contexts}
+        tasks = [self._send(_Task(name, self._letter("entry", name), None)) for name in self._told]
+        answers = [self._answer(task, math.inf) for task in tasks]
+        self.entries: Sequence[ClientEntry] = [
+            from_bytes(_usable(task.name, letter).body, ClientEntry)
+            for task, letter in zip(tasks, answers, strict=True)
+            if letter is not None
+        ]
+
+    def run(self, requests: Iterable[AnyRequest]) -> Iterator[Reply]:
+        """Yield the reply to each request, in the order of the requests."""
+        pairs = [(request, self._send(self._task(request))) for request in requests]
+        for request, task in pairs:
+            letter = self._answer(task, self._limit)
+            if letter is None:
+                yield request.unanswered(self._limit)
+                continue
+            try:
+                yield from_bytes(_usable(task.name, letter).body, Reply)
+            except SamfedError as error:
+                yield request.reply(fault=str(error).removeprefix(f"{task.name}: "))
+            except ValueError as error:
+                yield request.reply(fault=f"its reply is {error}")
+
+    # --------------------------------------------------------------------------- who is there
+
+    def _find(self, names: Sequence[str]) -> dict[str, int]:
+        """Return each client's node, once all are there."""
+        asked: dict[str, int] = {}  # nodes by the question that they have not answered
+        known: dict[int, str] = {}
+        began = time.monotonic()
+        waited = False
+        while True:
+            new = set(self._grid.get_node_ids()) - known.keys() - set(asked.values())
+            asked |= {self._push(node, Letter("who").pack()): node for node in sorted(new)}
+            for message in self._grid.pull_messages(list(asked)):
+                node = asked.pop(message.metadata.reply_to_message_id)
+                if not message.has_error():
+                    known[node] = self._introduced(Letter.unpack(message.content), known, names)
+            missing = [name for name in names if name not in known.values()]
+            seconds = time.monotonic() - began
+            if not missing and (not asked or seconds > LATE_SECONDS):
+                return {name: node for node, name in known.items() if name in names}
+            if seconds > JOIN_SECONDS:
+                raise SamfedError(
+                    f"{', '.join(missing)}: no node within {JOIN_SECONDS:g} s; found "
+                    f"{', '.join(sorted(known.values())) or 'none'}; start one at each site with "
+                    "`samfed site run`, or see why it does not reach the SuperLink"
+                )
+            if missing and seconds > LOOK_SECONDS and not waited:
+                log.warning("waiting up to %g s for %s", JOIN_SECONDS, ", ".join(missing))
+                waited = True
+            time.sleep(_POLL_SECONDS[0])
+
+    def _introduced(self, letter: Letter, known: dict[int, str], names: Sequence[str]) -> str:
+        """Return the client's name that a node gives, if it may take part.
+
+        Raises:
+            SamfedError: another node has that name, or it runs another samfed.
+        """
+        if letter.client in known.values():
+            raise SamfedError(
+                f"{letter.client}: found two nodes of this name, expected one; stop one of them, "
+                "or give it another --name"
+            )
+        if letter.client not in names:
+            log.warning("%s: no client of this run; its node is not asked", letter.client)
+        elif letter.version != self._run.version:
+            raise SamfedError(
+                f"{letter.client}: found samfed {letter.version}, expected {self._run.version} as "
+                "at the server; install it there"
+            )
+        return letter.client
+
+    # --------------------------------------------------------------------------- letters
+
+    def _task(self, request: AnyRequest) -> _Task:
+        if self._sent is None or not same_body(self._sent[0], request):
+            self._sent = request, pack_body(body_of(request))
+        letter = self._letter("ask", request.client)
+        letter = replace(letter, state_round=request.state_round, about=uuid4().hex)
+        return _Task(request.client, letter, self._sent[1])
+
+    def _letter(self, kind: str, name: str) -> Letter:
+        run = self._run
+        return Letter(kind, run=run.token, version=run.version, told=self._told[name])
+
+    def _send(self, task: _Task) -> _Task:
+        task.message = self._push(self._nodes[task.name], task.letter.pack(task.body))
+        return task
+
+    def _push(self, node: int, content: RecordDict) -> str:
+        message = Message(content, dst_node_id=node, message_type="query")
+        (sent,) = self._grid.push_messages([message])
+        if not sent:
+            raise SamfedError(f"node {node}: the SuperLink does not take a message for it")
+        return sent
+
+    def _pull(self, message: str) -> Message | None:
+        """Return the answer to a message, if it is there."""
+        found = list(self._grid.pull_messages([message]))
+        return found[0] if found else None
+
+    def _answer(self, task: _Task, limit: float) -> Letter | None:
+        """Return the site's answer, or one with an error; None where it had ``limit`` seconds."""
+        began, (first, last) = time.monotonic(), _POLL_SECONDS
+        while True:
+            message = self._pull(task.message)
+            letter = self._doubt(task) if message is None else self._opened(task, message)
+            if letter is not None or time.monotonic() - task.sent > limit:
+                return letter
+            time.sleep(min(last, first + (time.monotonic() - began) / 10))
+
+    def _doubt(self, task: _Task) -> Letter | None:
+        """Ask a site that has not answered whether it is at work; send again what it lost."""
+        if task.lost:  # it was not at work on it, and no answer came before it said so
+            return self._send_again(task)
+        if task.away is not None:
+            log.warning("%s: its node is back", task.name)
+            task.away, task.looked = None, 0.0
+        if task.question:
+            told = self._pull(task.question)
+            if told is not None:
+                task.question, task.looked = "", time.monotonic()
+                task.lost = not told.has_error() and not Letter.unpack(told.content).at_work
+        elif time.monotonic() - task.looked > LOOK_SECONDS:
+            question = Letter("busy", about=task.letter.about)
+            task.question = self._push(self._nodes[task.name], question.pack())
+        return None
+
+    def _opened(self, task: _Task, message: Message) -> Letter | None:
+        """Return what a message says; None where the SuperLink says that the node is away."""
+        if not message.has_error():
+            return Letter.unpack(message.content)
+        error = message.error
+        if error.code not in _AWAY:
+            reason = (error.reason or "no reason given").splitlines()[0]
+            return _failure(task, f"its ClientApp failed ({reason}); see the SuperNode's log there")
+        if self._nodes[task.name] in self._grid.get_node_ids():
+            return self._send_again(task)
+        if task.away is None:
+            task.away = time.monotonic()
+            log.warning("%s: its node is away; waiting up to %g s", task.name, AWAY_SECONDS)
+        if time.monotonic() - task.away > AWAY_SECONDS:
+            return _failure(task, f"its node was away for more than {AWAY_SECONDS:g} s")
+        return None
+
+    def _send_again(self, task: _Task) -> Letter | None:
+        task.losses += 1
+        if task.losses > _LOSSES:
+            return _failure(task, f"its node lost the request {task.losses} times; see its log")
+        log.warning("%s: its node lost a request, which is sent again", task.name)
+        task.lost, task.question, task.away, task.looked = False, "", None, time.monotonic()
+        self._send(task)
+        return None
+
+
+def _failure(task: _Task, reason: str) -> Letter:
+    return replace(task.letter, client=task.name, error=reason)
+
+
+def _usable(name: str, letter: Letter) -> Letter:
+    """Return a letter that brings an answer.
+
+    Raises:
+        SamfedError: it brings none, or is another client's; the site is named.
+    """
+    if letter.client != name:
+        raise SamfedError(f"{name}: found an answer by '{letter.client}', expected its own")
+    if letter.error:
+        raise SamfedError(f"{name}: {letter.error}")
+    return letter
