@@ -219,7 +219,7 @@ class Sites:
         return [self._waiting.pop(name) for name in names if name in self._waiting]
 
 
-def answering(sites: dict[str, Config], name: str) -> Answer:
+def answering(sites: dict[str, Config], name: str) -> Callable[[Letter], Letter]:
     """Return a site that answers."""
     site = Site(name, sites[name])
     return lambda letter: reply_to(letter, site, lambda about: False)
@@ -311,3 +311,21 @@ def test_a_site_that_fails_is_a_fault_and_the_round_goes_on(
     assert "found an answer by 'site_b', expected its own" in faults[1]
     assert "its reply is damaged" in faults[2]
     assert "its ClientApp failed (it broke)" in faults[3]
+
+
+def test_a_site_that_works_too_long_is_left_out(
+    server: Config, sites: dict[str, Config], quick: None
+) -> None:
+    limited = changed(server, "limited", round_timeout_s=0.3)
+    site = answering(sites, "site_a")
+
+    def busy(letter: Letter) -> Letter | Error | None:
+        if letter.kind == "busy":
+            return replace(site(letter), at_work=True)
+        return None if letter.kind == "ask" else site(letter)
+
+    grid = Sites([busy])
+    engine = FlowerEngine(grid, load_inputs(limited).contexts[:1])  # type: ignore[arg-type]
+    (reply,) = engine.run([scoring(limited)])
+    assert reply.timed_out
+    assert [kind for _, kind in grid.asked].count("ask") == 1
