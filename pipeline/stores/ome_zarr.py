@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError
@@ -64,8 +65,9 @@ def write_ome_zarr(
             writer="zarr",
         )
         builder = LabelsBuilder(folder / "labels", chunks=(1, size, size), writer="zarr")
-        builder.add_label(LABEL, _label(colours), ((count, size, size), "uint8"))
+        builder.add_label(LABEL, _label(), ((count, size, size), "uint8"))
         _, labels = builder.prepare()
+        _set_colours(folder / "labels" / LABEL, colours)
         for start in range(0, count, step):
             rows = range(start, min(start + step, count))
             span = slice(rows.start, rows.stop)
@@ -101,10 +103,19 @@ def _image() -> Any:
     )
 
 
-def _label(colours: Mapping[int, tuple[int, ...]]) -> Any:
+def _label() -> Any:
     from yaozarrs import v05
 
-    colors = [{"label-value": k, "rgba": [*rgb, 255]} for k, rgb in colours.items()]
-    known = {"colors": colors, "source": {"image": "../../"}}
+    known = {"source": {"image": "../../"}}
     fields = {"multiscales": [_multiscale(LABEL, "tyx")], "image-label": known}
     return v05.LabelImage.model_validate(fields)
+
+
+def _set_colours(path: Path, colours: Mapping[int, tuple[int, ...]]) -> None:
+    """Add the classes' colours; yaozarrs would write 1.0 for class 1, which viewers pass over."""
+    group = zarr.open_group(path, mode="r+")
+    content: Any = group.attrs["ome"]
+    content["image-label"]["colors"] = [
+        {"label-value": index, "rgba": [*colour, 255]} for index, colour in colours.items()
+    ]
+    group.attrs["ome"] = content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -124,6 +125,8 @@ def test_an_independent_reader_opens_the_export(
         assert image.labels is not None
         assert image.labels.attributes.ome.labels == ["sam"]
         assert ome_zarr_models.open_ome_zarr(group["labels/sam"]).ome_zarr_version == "0.5"
+        (colour,) = group["labels/sam"].attrs["ome"]["image-label"]["colors"]
+        assert json.dumps(colour) == '{"label-value": 1, "rgba": [0, 229, 255, 255]}'
         pixels = images.read(rows).images
         assert np.array_equal(group["0"][:, :3], pixels.transpose(0, 3, 1, 2))
         for found_values, name in (
