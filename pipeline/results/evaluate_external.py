@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from pipeline.config import Config
 from pipeline.data.folder import scan
 from pipeline.data.images import read_image, resize_mask
 from pipeline.data.masks import read_mask
-from pipeline.data.partition import ImageFiles
+from pipeline.data.partition import ImageFiles, load_partition
 from pipeline.data.reading import map_ahead
 from pipeline.disk import is_folder_name, write_bytes, write_json
 from pipeline.errors import ConfigError, DataError
@@ -29,6 +30,8 @@ from pipeline.results.external import FOLDER, External
 from pipeline.results.scores import Score, image_table, scales, summarise_scores
 from pipeline.segmentation.metrics import image_metrics
 from pipeline.segmentation.reliability import Reliability
+
+log = logging.getLogger("samfed.evaluation")
 
 _BATCH = 16
 
@@ -80,35 +83,35 @@ def evaluate_external(
         name: of the test; the folder's name if None.
 
     Raises:
-        DataError: the folder holds no labelled image, or one cannot be used. ConfigError: the name
-        can be no file's, or the model is no run's. Others as ``load_model``.
+        DataError: no labelled image, or one that cannot be used. ConfigError: the name can be no
+        file's, or the model is no run's. Others as ``load_model``.
     """
     run, used = _run(config, choice)
     name, kind = name or data.resolve().name, _kind(choice)
     stem = name if kind == "global" else f"{name}-{kind}"
-    if not is_folder_name(stem):
-        raise ConfigError(f"--as {name!r}: expected what a file can be called")
+    _check_name(stem)
     (test, left_out), model = _test(config, used, data), load_model(config, choice)
-    scores, reliability, digest, unlike = list[Score](), Reliability(), hashlib.sha256(), 0
-    names, settings = used.data.classes, used.evaluate
+    scores, reliability, digests, unlike = list[Score](), Reliability(), list[str](), 0
+    names, how = used.data.classes, used.evaluate
     for found in _evaluated(model, test):
         scores.append(found.score)
         reliability.add(found.confidence.ravel(), found.right.ravel())
-        digest.update(f"{found.item.image_id} {found.item.digest}\n".encode())
+        digests.append(f"{found.item.image_id} {found.item.digest}")
         unlike += found.unlike
         if progress is not None:
             progress("evaluating", len(scores), len(test.labelled))
+    _name_own(config, digests)
     result = External(
         name=name,
         model=kind,
         digest=model.digest,
-        data_sha256=digest.hexdigest(),
+        data_sha256=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
         without_mask=left_out,
         unlike=None if choice.teacher else unlike / len(scores),
         ece=reliability.error(),
         reliability=reliability.bins(),
         test=summarise_scores(scores, seed=used.seed, names=names),
-        tolerance={"px": settings.tolerance_px, "mm": settings.tolerance_mm},
+        tolerance={"px": how.tolerance_px, "mm": how.tolerance_mm},
     )
     write_bytes(run.path / FOLDER / f"{stem}.csv", image_table(scores, names).encode())
     write_json(run.path / FOLDER / f"{stem}.json", result.as_json())
@@ -123,6 +126,29 @@ def _test(config: Config, used: Config, data: Path) -> tuple[_Test, int]:
         count = len(folder.images)
         raise DataError(f"{data}: none of {count} images has a mask; there is no truth")
     return _Test(data, labelled, folder.spacing, used), len(folder.images) - len(labelled)
+
+
+def _name_own(config: Config, digests: Sequence[str]) -> None:
+    """Warn of images that the partition of the cache holds: a test on them is not external."""
+    path = config.cache.root / "partition.json"
+    if path.is_file():
+        known = {entry.image_sha256 for entry in load_partition(path).images.values()}
+        parts = [line.rsplit(" ", 2) for line in digests]  # id and both files' sha256
+        own = [image_id for image_id, image, _ in parts if image in known]
+        if own:
+            log.warning(
+                "%d of %d images, as %s, are in %s too: if the run was made on it, this test is "
+                "not external",
+                len(own),
+                len(digests),
+                own[0],
+                path,
+            )
+
+
+def _check_name(name: str) -> None:
+    if not is_folder_name(name):
+        raise ConfigError(f"--as {name!r}: expected what a file can be called")
 
 
 def _kind(choice: Choice) -> str:

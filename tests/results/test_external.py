@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import answer, call, fails, write_params
+from PIL import Image
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
@@ -52,7 +53,7 @@ def test_the_internal_test_images_score_as_they_did(
     table = call("compare", "--params", params).stdout
     assert f"| `sam_fed` | hospital | global | {found['test']['pooled']['n']} | " in table
     page = Path(answer("report", "--params", params)["report"]).read_text()
-    assert "<td>sam_fed: hospital</td>" in page
+    assert "sam_fed: hospital<" in page
 
 
 def test_the_teacher_and_another_name(finished: Config, params: Path, hospital: Path) -> None:
@@ -61,6 +62,17 @@ def test_the_teacher_and_another_name(finished: Config, params: Path, hospital: 
     assert result.stdout.startswith("north, teacher: Dice 0.")
     path = finished.cache.root / "runs" / "sam_fed" / "external" / "north-teacher.json"
     assert json.loads(path.read_text())["unlike"] is None
+
+
+def test_images_of_the_runs_own_data_are_named(params: Path, hospital: Path) -> None:
+    result = call("evaluate", "--params", params, "--data", hospital)
+    count = len(list((hospital / "images").iterdir()))
+    assert f"{count} of {count} images, as " in result.stderr
+    for path in (hospital / "images").iterdir():
+        with Image.open(path) as image:
+            image.rotate(180).save(path)
+    result = call("evaluate", "--params", params, "--data", hospital)
+    assert "not external" not in result.stderr
 
 
 def test_images_without_masks_are_left_out(params: Path, hospital: Path) -> None:
