@@ -23,7 +23,7 @@ import torch
 from scipy.special import ndtri
 
 from pipeline.config import Config, PrivacyConfig
-from pipeline.disk import naming
+from pipeline.disk import flush, naming
 from pipeline.errors import ConfigError, CorruptStoreError
 from pipeline.federation.schedule import participants
 from pipeline.federation.updates import Updates
@@ -96,6 +96,7 @@ def noise_key(cache: Path) -> bytes:
             with suppress(FileExistsError):  # another process was first
                 os.link(temporary, path)
             temporary.unlink()
+            flush(cache)
     key = path.read_bytes()
     if len(key) != _KEY_BYTES:
         raise CorruptStoreError(
