@@ -79,11 +79,14 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_help_explains_what_a_command_is_given_by_position() -> None:
-    for name in COMMANDS:
-        for parameter in APP.commands[name].params:
+    for name in (*COMMANDS, *MEMBERS):
+        words, found = name.split(), APP
+        for word in words:
+            found = found.commands[word]
+        for parameter in found.params:
             if parameter.param_type_name == "argument":
-                shown = re.sub(r"[\s│]+", " ", call(name, "--help").stdout)
-                assert parameter.help
+                shown = re.sub(r"[\s│]+", " ", call(*words, "--help").stdout)
+                assert parameter.help, (name, parameter.name)
                 assert parameter.help in shown, (name, parameter.name)
 
 
