@@ -58,9 +58,9 @@ def _bytes(value: Any) -> int:
     return sum(each.nbytes for each in tensors) if tensors else len(to_json(value))
 
 
-def sent_file(config: Config, client: str) -> Path:
-    """Return where what a client sends in the run of ``config`` is noted."""
-    return config.cache.root / "sent" / config.federate.name / f"{client}.jsonl"
+def sent_file(cache: Path, run: str, client: str) -> Path:
+    """Return where what a client sends in a run is noted."""
+    return cache / "sent" / run / f"{client}.jsonl"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from pipeline.errors import SamfedError, StageError
+from pipeline.errors import StageError
 from pipeline.federation.aggregation import check_update
 from pipeline.federation.agreement import AgreementState
 from pipeline.federation.audit import note_sent, sent_file
@@ -104,7 +104,7 @@ class Client:
         kind = type(request).__name__.removesuffix("Request").lower()
         try:
             reply = self._answer(request)
-        except SamfedError as error:  # of which the server is told
+        except Exception as error:  # of which the server is told
             self._note(kind, number, {"error": str(error)})
             raise
         if self._config.privacy.on:  # what is measured on its images is no part of the promise
@@ -115,7 +115,8 @@ class Client:
 
     def _note(self, kind: str, number: int, answer: dict[str, Any]) -> None:
         """Write down what is about to leave."""
-        note_sent(sent_file(self._config, self._context.name), kind, number, answer)
+        cache, run = self._config.cache.root, self._config.federate.name
+        note_sent(sent_file(cache, run, self._context.name), kind, number, answer)
 
     def _answer(self, request: AnyRequest) -> Reply:
         match request:

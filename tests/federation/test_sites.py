@@ -158,12 +158,10 @@ def test_sites_apart_give_the_bytes_of_one_cache(apart: Apart, tmp_path: Path) -
         shutil.copy(apart.config(site).cache.root / "public.json", local[site].cache.root)
     engine = Sites({site: local[site] for site in SITES})
     for own_networks in (False, True):
-        name = f"own_{own_networks}"
-        here = federate(changed(whole, name, own=own_networks))
+        name, settings = f"own_{own_networks}", {"own": own_networks, "rounds": 1 + own_networks}
+        here = federate(changed(whole, name, **settings))
         with no_network():
-            there = federate(
-                changed(local["server"], name, own=own_networks), connect=engine.connect
-            )
+            there = federate(changed(local["server"], name, **settings), connect=engine.connect)
         found = models(there)
         for site in SITES:
             private = local[site].cache.root / "runs" / name

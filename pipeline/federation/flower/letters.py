@@ -20,7 +20,7 @@ class Letter:
     for the reply to a request, ``busy`` whether it is at work on the request ``about``.
     """
 
-    kind: str
+    kind: str  # who, entry, ask or busy
     run: str = ""  # which run it is about
     told: str = ""  # JSON of what the client is told of the run
     state_round: int = 0  # of the request; its body names neither this nor the client

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import SamfedError, StageError, first_line
+from pipeline.federation.audit import note_sent, sent_file
 from pipeline.federation.flower.letters import Letter
 from pipeline.federation.hosting import VERSION, Run, answer
 from pipeline.federation.inputs import ClientContext
@@ -64,7 +65,12 @@ class Site:
         context = ClientContext.from_json(letter.told.encode())
         if context.name != self.name:
             raise SamfedError(f"it is asked as {context.name}; see the server's log")
-        return at_site(context, self.config)
+        try:
+            return at_site(context, self.config)
+        except SamfedError as error:  # the server is told why
+            file = sent_file(self.config.cache.root, context.config.federate.name, self.name)
+            note_sent(file, "entry", 0, {"error": str(error)})
+            raise
 
 
 def reply_to(letter: Letter, site: Site, at_work: Callable[[str], bool]) -> Letter:
