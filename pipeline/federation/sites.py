@@ -75,6 +75,10 @@ def _check_settings(told: ClientContext, own: Config) -> None:
         if found != expected:
             advice = "set it, and run `samfed prepare --site` again"
             raise _differs(told, f"data.{key}", found, expected, advice)
+    for key in type(own.privacy).model_fields if own.privacy.on else ():
+        found, expected = getattr(own.privacy, key), getattr(told.config.privacy, key)
+        if found != expected:  # a site that asks for privacy takes part in no run with another one
+            raise _differs(told, f"privacy.{key}", found, expected, "agree on one")
 
 
 def _check_public(told: ClientContext, manifest: Partition, cache: Path) -> None:

@@ -231,6 +231,10 @@ def test_a_site_that_does_not_fit_says_what_differs(apart: Apart, north: Config)
         "north: data.image_size: found 64 at the site, expected 32 as at the server; set it, and "
         "run `samfed prepare --site` again"
     )
+    assert refusal(apart, replaced(north, "privacy", mode="client")) == (
+        "north: privacy.mode: found client at the site, expected none as at the server; agree on "
+        "one"
+    )
     manifest = north.cache.root / "public.json"
     public = load_partition(manifest)
     fewer = public.server.model_copy(update={"train": public.server.train[:-1]})
