@@ -98,7 +98,13 @@ def evaluate_teacher(
                 teachers[name] = measured[name].summary
     examples = list(_examples(config, partition, measured, ranked_by=configured))
     result = TeacherEvaluation(configured, teachers, (out or cache) / "evaluate-sam.html")
-    page = render_evaluation(teachers, examples, variant=own.card.variant, configured=configured)
+    page = render_evaluation(
+        teachers,
+        examples,
+        variant=own.card.variant,
+        configured=configured,
+        classes=config.data.classes,
+    )
     write_bytes(result.page, page.encode())
     write_json(result.page.with_suffix(".json"), result.as_json())
     return result
@@ -187,13 +193,14 @@ def render_evaluation(
     *,
     variant: str,
     configured: str,
+    classes: Sequence[str] = ("foreground",),
 ) -> str:
     """Return the page as HTML text; the same input gives the same bytes.
 
     Args:
         teachers: by name what ``evaluate_teacher`` measured, or why it did not (``missing``).
         variant: of SAM.
-        configured: the teacher that ``sam.prompt`` asks for.
+        configured: the teacher that ``sam.prompt`` asks for. classes: names of the classes 1..K.
     """
     named = zip(teachers, COLOURS, strict=False)
     keys = [Key(name, colour) for name, colour in named if "missing" not in teachers[name]]
@@ -208,5 +215,5 @@ def render_evaluation(
             {"caption": caption} | example_panels(image, masks)
             for caption, image, masks in examples
         ],
-        class_keys=class_keys(mask for _, _, masks in examples for mask in masks.values()),
+        class_keys=class_keys((m for _, _, masks in examples for m in masks.values()), classes),
     )

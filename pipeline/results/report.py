@@ -183,15 +183,18 @@ def _standings(runs: Sequence[FinishedRun]) -> dict[str, Standing]:
 
 
 def _columns(runs: Sequence[FinishedRun]) -> dict[str, str]:
-    """Return the scores that the tables have and their headings; mm where all runs know it."""
-    tolerances = {tuple(run.evaluation.tolerance.values()) for run in runs}
-    px, mm = next(iter(tolerances)) if len(tolerances) == 1 else ("", "")
-    found = {"dice": "Dice", "iou": "IoU", "hd95": "HD95, px", "assd": "ASSD, px"}
-    found["nsd"] = f"NSD, {px:g} px" if px else "NSD"
-    if all(run.evaluation.test["pooled"].get("hd95_mm") is not None for run in runs):
-        found |= {"hd95_mm": "HD95, mm", "assd_mm": "ASSD, mm"}
-        found["nsd_mm"] = f"NSD, {mm:g} mm" if mm else "NSD, mm"
-    return found
+    """Return the scores that the tables have and their headings; in mm where all runs know it."""
+    in_mm = all(run.evaluation.test["pooled"].get("hd95_mm") is not None for run in runs)
+    unit, suffix = ("mm", "_mm") if in_mm else ("px", "")
+    tolerances = {run.evaluation.tolerance[unit] for run in runs}
+    within = f", {tolerances.pop():g} {unit}" if len(tolerances) == 1 else ""
+    return {
+        "dice": "Dice",
+        "iou": "IoU",
+        f"hd95{suffix}": f"HD95, {unit}",
+        f"assd{suffix}": f"ASSD, {unit}",
+        f"nsd{suffix}": f"NSD{within}",
+    }
 
 
 def _teachers(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from pipeline.segmentation.metrics import (
 )
 from pipeline.segmentation.statistics import group_tables, mean_of, summarise
 
-MEANS = ("dice", "iou", "hd95", "assd", "nsd")  # what every table has, whatever was scored
+MEANS = CLASS_SCORES  # of clients too
 
 
 class Score(NamedTuple):

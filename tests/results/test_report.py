@@ -19,7 +19,7 @@ from pipeline.errors import StageError
 from pipeline.federation.examples import Example, save_examples
 from pipeline.federation.runs import RunFolder
 from pipeline.params import parse_config
-from pipeline.results.colours import GREY
+from pipeline.results.colours import DARK, GREY, LIGHT
 from pipeline.results.curves import CURVES, Panel, run_curves
 from pipeline.results.finished import Evaluation, FinishedRun, read_run
 from pipeline.results.gallery import GalleryImage
@@ -261,12 +261,12 @@ def test_every_class_has_its_line_and_its_name() -> None:
     assert "</i>&lt;tumour&gt;</span>" in html  # the legend
 
 
-def test_distances_in_mm_where_every_run_knows_them() -> None:
+def test_distances_are_in_mm_where_every_run_knows_them() -> None:
     in_mm = run("a", pooled=summary(hd95_mm=1.25, assd_mm=0.5, nsd_mm=0.75))
     header, row = Page(render(in_mm)).cells(0)
-    assert header[6:9] == ["HD95, mm", "ASSD, mm", "NSD, 2 mm"]
-    assert row[6:9] == ["1.2", "0.5", "0.750"]
-    assert len(Page(render(in_mm, run("b"))).cells(0)[0]) == 7
+    assert header[3:6] == ["HD95, mm", "ASSD, mm", "NSD, 2 mm"]
+    assert row[3:6] == ["1.2", "0.5", "0.750"]
+    assert Page(render(in_mm, run("b"))).cells(0)[0][3] == "HD95, px"
 
 
 def test_a_client_with_one_patient_has_no_interval_and_a_warning() -> None:
@@ -445,6 +445,37 @@ def test_stands_alone_without_network_or_script() -> None:
     ids = {value for name, value in page.attributes if name == "id"}
     assert links
     assert all(v.startswith("data:image/png;base64,") or v[1:] in ids for v in links)
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of #rrggbb."""
+    values = [value / 255 for value in ImageColor.getrgb(colour)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_text_can_be_read_in_both_themes(theme: dict[str, str]) -> None:
+    for text in ("ink", "soft", "accent"):
+        for ground in ("page", "shade", "warn"):
+            dark, light = sorted(luminance(theme[name]) for name in (text, ground))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
+
+
+def test_what_a_screen_reader_and_a_keyboard_need() -> None:
+    """Named pictures, headings of rows and columns, tables that can be scrolled without a mouse."""
+    html = render(trained(), run("b", gallery=(pictured(),)), examples=[example()])
+    for tag, needed in (("img", "alt="), ("svg", "aria-label="), ("th", "scope=")):
+        found = re.findall(rf"<{tag}\b[^>]*>", html)
+        assert found
+        assert all(needed in each for each in found), tag
+    scrolled = re.findall(r'<div class="scroll"[^>]*>', html)
+    assert all('tabindex="0"' in each and 'role="region"' in each for each in scrolled)
+    page = Page(html)
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    links = [value[1:] for name, value in page.attributes if name == "href" and value[0] == "#"]
+    assert set(links) <= set(ids)
 
 
 def test_same_input_same_bytes_and_no_version_in_figures() -> None:
