@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ from conftest import call, digest, write_params
 from dask_processes import Workers, thread_workers
 from engines import Watched, changed, models
 
-from pipeline.cluster import Cluster, connect
+from pipeline.cluster import Cluster, check_worker, connect
 from pipeline.config import Config
 from pipeline.errors import SamfedError
 from pipeline.federation import hosting
@@ -193,3 +194,12 @@ def test_a_worker_of_another_version_is_refused(
     monkeypatch.setattr(DaskEngine, "new_run", staticmethod(lambda: old))
     with pytest.raises(SamfedError, match=r"expected 0.0.1 \(results of version 0\); install it"):
         federate(changed(labelled, "version"), connect=reach(nullcontext(Cluster(threads))))
+
+
+def test_a_worker_that_does_not_see_the_coordinators_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SamfedError) as caught:
+        check_worker("1", "1", [tmp_path, tmp_path / "images"])
+    assert str(caught.value) == (
+        f"worker on {socket.gethostname()}: {tmp_path / 'images'} is not there; put data.root and "
+        "cache.root on a file system that every worker sees under the same path"
+    )
