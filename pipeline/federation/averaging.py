@@ -49,12 +49,14 @@ class Averaging(Strategy):
         self._norm = 0.0  # of the broadcast weights
         self._trained: State = {}  # the broadcast weights without batch norm's statistics
         self._norms: dict[str, float] = {}  # of what each client did to these
+        self._images: dict[str, int] = {}  # of each client
         self._updates: Updates
 
     def begin(self, this: Round) -> None:
         """Measure the calibration, as each client would: all hold D_p and the same weights."""
         sent = this.before.weights
         self._sent, self._norms = self.broadcast(sent), {}
+        self._images = {entry.name: entry.images for entry in this.engine.entries}
         received = self._workplace.unpacked(self._config.model, self._sent)
         self._calibration = self._measure(received)
         self._norm = update_norm(sent, {name: value * 0 for name, value in sent.items()})
@@ -80,7 +82,7 @@ class Averaging(Strategy):
             except ValueError as error:
                 return str(error)
         reason = check_update(update, sent)
-        images = {entry.name: entry.images for entry in this.engine.entries}[reply.client]
+        images = self._images[reply.client]
         if reason is not None or reply.images != images:
             return reason or f"it counts {reply.images} images, expected {images}"
         change = update_norm(update, sent)
