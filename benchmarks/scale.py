@@ -7,9 +7,8 @@ Every client has eight training and two validation images of 32 px (generated on
 takes two steps a round (``--steps``), so that work grows with the number of clients alone. Each
 setting runs in a process of its own: clients with one network, then with two networks in turn that
 exchange predictions, then, if asked for, clients with one network on dask's workers. CPU seconds
-are those of this process on one thread, steady beside other work; for workers the clock's count.
-What a round costs outside the clients is the clock's time less what their answers (training and
-scoring) took of it, divided by the number of workers.
+are those of all processes (on one thread each), steady beside other work; "outside" are those of
+the coordinator, without the clients that run in it.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -105,69 +105,89 @@ def data_of(context: ClientContext) -> tuple[int, int]:
     return len(data.images), size
 
 
-class Timed:
-    """An engine whose clients' seconds are summed."""
+class Watched:
+    """An engine in this process: the CPU seconds that its clients take are summed."""
 
     def __init__(self, inner: Engine) -> None:
         self._inner, self.entries, self.seconds = inner, inner.entries, 0.0
 
     def run(self, requests: Iterable[AnyRequest]) -> Iterator[Reply]:
         """Yield the replies."""
-        for reply in self._inner.run(requests):
-            self.seconds += reply.seconds
+        replies = iter(self._inner.run(requests))
+        while True:
+            began = time.process_time()
+            reply = next(replies, None)
+            self.seconds += time.process_time() - began
+            if reply is None:
+                return
             yield reply
 
 
-@contextmanager
-def most_memory(workers: Workers, found: list[float]) -> Iterator[Cluster]:
-    """Note the workers' peak memory in MiB when all is done."""
-    with workers as cluster:
-        yield cluster
-        found += cluster.client.run(memory_mib, "VmHWM").values()
+class Meter:
+    """What the processes of a run take: CPU seconds a round, and memory."""
+
+    def __init__(self) -> None:
+        self.cluster: Cluster | None = None
+        self.engine: Watched | None = None
+        self.load_s = 0.0
+        self.every: list[float] = []  # CPU seconds of all processes after each round
+        self.outside: list[float] = []  # those of this process, without its clients'
+        self.worker_mib = 0.0
+
+    def workers(self, work: Callable[..., float], *given: str) -> list[float]:
+        """Call something in every worker."""
+        return [] if self.cluster is None else [*self.cluster.client.run(work, *given).values()]
+
+    @contextmanager
+    def note(self, workers: Workers) -> Iterator[Cluster]:
+        """Keep the workers at hand."""
+        with workers as self.cluster:
+            yield self.cluster
+
+    @contextmanager
+    def connect(
+        self, workers: Workers | None, contexts: Sequence[ClientContext], workplace: Workplace
+    ) -> Iterator[Engine]:
+        """Reach the clients; note how long it takes to load them."""
+        began = time.perf_counter()
+        reached = None if workers is None else self.note(workers)
+        with reach(reached)(contexts, workplace) as engine:
+            self.load_s = time.perf_counter() - began
+            self.engine = Watched(engine)
+            yield engine if workers else self.engine
+
+    def round_is_over(self, what: str, done: int, total: int, note: str = "", /) -> None:
+        """Read the clocks after a round."""
+        if "rounds" in what and done and self.engine is not None:
+            here = time.process_time()
+            self.every.append(here + sum(self.workers(time.process_time)))
+            self.outside.append(here - self.engine.seconds)
+            self.worker_mib = max(self.workers(memory_mib, "VmHWM"), default=0.0)
 
 
 def run_child(config: Config, workers: int) -> dict[str, Any]:
     """Run one setting in this process, or on workers that it starts."""
-    result: dict[str, Any] = {"imported_mib": memory_mib("VmRSS")}
-    marks, own, peaks = list[float](), list[float](), list[float]()
+    imported, meter = memory_mib("VmRSS"), Meter()
     cluster = choose_cluster(scheduler=None, workers=workers or None, device="cpu")
-
-    @contextmanager
-    def load_and_measure(
-        contexts: Sequence[ClientContext], workplace: Workplace
-    ) -> Iterator[Engine]:
-        began = time.perf_counter()
-        reached = None if cluster is None else most_memory(cluster, peaks)
-        with reach(reached)(contexts, workplace) as engine:
-            result["load_s"] = time.perf_counter() - began
-            timed.append(Timed(engine))
-            yield timed[0]
-
-    timed: list[Timed] = []
-
-    def finished(what: str, done: int, total: int, note: str = "", /) -> None:
-        if "rounds" in what:
-            marks.append(time.process_time())
-            own.append(timed[0].seconds)
-
-    run = federate(config, progress=finished, connect=load_and_measure)
+    connect = partial(meter.connect, cluster)
+    run = federate(config, progress=meter.round_is_over, connect=connect)
     peak = memory_mib("VmHWM")
-    rounds, answers = ([b - a for a, b in pairwise(each)] for each in (marks, own))
-    saved = max(run.path.glob("checkpoints/*"))
-    wall = [entry["seconds"] for entry in run.history()[1:]]
+    every, outside = (
+        statistics.median(after - before for before, after in pairwise(clock))
+        for clock in (meter.every, meter.outside)
+    )
     owned = [data_of(context) for context in load_inputs(config).contexts]
     return {
-        **result,
+        "imported_mib": imported,
+        "load_s": meter.load_s,
         "images": sum(images for images, _ in owned),
         "data_mib": sum(size for _, size in owned) / 2**20,
-        "round_s": statistics.median(rounds),
-        "wall_s": statistics.median(wall),
-        "outside_s": statistics.median(
-            all_ - mine / max(1, workers) for all_, mine in zip(wall, answers, strict=True)
-        ),
+        "round_s": every,
+        "outside_s": outside,
+        "wall_s": statistics.median(entry["seconds"] for entry in run.history()[1:]),
         "peak_mib": peak,
-        "worker_mib": max(peaks, default=0.0),
-        "checkpoint_mib": saved.stat().st_size / 2**20,
+        "worker_mib": meter.worker_mib,
+        "checkpoint_mib": max(run.path.glob("checkpoints/*")).stat().st_size / 2**20,
     }
 
 
@@ -201,6 +221,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 command += ["--workers", str(workers if kind == KINDS[2] else 0)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
                 rows.append({"kind": kind, "clients": clients, **json.loads(done.stdout)})
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
@@ -222,7 +243,7 @@ def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    head = ["clients", "CPU s", "clock s", "outside s", "outside", "peak MiB"]
+    head = ["clients", "CPU s", "outside s", "outside", "clock s", "peak MiB"]
     head += ["worker MiB", "data MiB", "load s"]
     for kind in KINDS:
         mine = [row for row in rows if row["kind"] == kind]
@@ -231,8 +252,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{kind}\n" + " ".join(f"{name:>11}" for name in head))
         for row in mine:
             print(
-                f"{row['clients']:11} {row['round_s']:11.2f} {row['wall_s']:11.2f} "
-                f"{row['outside_s']:11.3f} {row['outside_s'] / row['wall_s']:11.1%} "
+                f"{row['clients']:11} {row['round_s']:11.2f} {row['outside_s']:11.3f} "
+                f"{row['outside_s'] / row['round_s']:11.1%} {row['wall_s']:11.2f} "
                 f"{row['peak_mib']:11.1f} {row['worker_mib']:11.1f} {row['data_mib']:11.2f} "
                 f"{row['load_s']:11.2f}"
             )
