@@ -52,14 +52,17 @@ def check_update(update: State, broadcast: State) -> str | None:
     return None
 
 
-def update_norm(update: State, broadcast: State) -> float:
-    """Return the Euclidean norm of what ``update`` changes in the broadcast's float entries."""
-    changes = (
-        update[name].double() - old.double()
+def update_norms(update: State, broadcast: State, part: Collection[str]) -> tuple[float, float]:
+    """Return the Euclidean norm of what ``update`` changes in the broadcast's float entries.
+
+    Once in all of them, and once in those of ``part``.
+    """
+    squares = {
+        name: float((update[name].double() - old.double()).square().sum())
         for name, old in broadcast.items()
         if old.is_floating_point()
-    )
-    return math.sqrt(sum(float(change.square().sum()) for change in changes))
+    }
+    return math.sqrt(sum(squares.values())), math.sqrt(sum(squares[name] for name in part))
 
 
 def aggregate(

@@ -14,7 +14,7 @@ from statistics import median
 
 from pipeline import methods
 from pipeline.config import AggregationName, Config
-from pipeline.federation.aggregation import aggregate, check_update, fewest_updates, update_norm
+from pipeline.federation.aggregation import aggregate, check_update, fewest_updates, update_norms
 from pipeline.federation.agreement import Calibration
 from pipeline.federation.compression import WEIGHT_STEPS, Packed, pack, unpack_update
 from pipeline.federation.diagnostics import FEWEST_TO_COMPARE
@@ -59,7 +59,7 @@ class Averaging(Strategy):
         self._images = {entry.name: entry.images for entry in this.engine.entries}
         received = self._workplace.unpacked(self._config.model, self._sent)
         self._calibration = self._measure(received)
-        self._norm = update_norm(sent, {name: value * 0 for name, value in sent.items()})
+        self._norm, _ = update_norms(sent, {name: each * 0 for name, each in sent.items()}, ())
         network = self._workplace.frozen(self._config.model, received)
         self._trained = {name: sent[name] for name, _ in network.named_parameters()}
         self._updates = Updates(self._folder, sent)
@@ -85,11 +85,11 @@ class Averaging(Strategy):
         images = self._images[reply.client]
         if reason is not None or reply.images != images:
             return reason or f"it counts {reply.images} images, expected {images}"
-        change = update_norm(update, sent)
+        change, trained = update_norms(update, sent, self._trained)
         if change > MAX_CHANGE * self._norm:
             times = change / self._norm
             return f"it changes the model by {times:.0%}, more than {MAX_CHANGE:.0%}"
-        self._norms[reply.client] = update_norm(update, self._trained)
+        self._norms[reply.client] = trained
         # a number of images would be a client's own claim of how much it counts
         self._updates.add(reply.client, update, 1 if self._config.privacy.on else images)
         return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import AggregationName
-from pipeline.federation.aggregation import aggregate, check_update, update_norm
+from pipeline.federation.aggregation import aggregate, check_update, update_norms
 from pipeline.federation.updates import Updates
 from pipeline.segmentation.networks import State
 
@@ -137,10 +137,11 @@ def test_the_norm_of_an_update_is_of_its_change() -> None:
     """3, 4 and 12 make 13; counters do not count, and 1e30 squared is no infinity."""
     before, after = state(1.0, 2.0, 7), state(1.0, 14.0, 90)
     after["conv.weight"] = torch.tensor([[4.0, 6.0]])
-    assert update_norm(after, before) == 13
-    assert update_norm(before, before) == 0
+    assert update_norms(after, before, ["conv.weight"]) == (13, 5)
+    assert update_norms(before, before, ()) == (0, 0)
     huge: Tensor = torch.full((4,), 1e30)
-    assert math.isclose(update_norm({"x": huge}, {"x": torch.zeros(4)}), 2e30, rel_tol=1e-6)
+    norm, _ = update_norms({"x": huge}, {"x": torch.zeros(4)}, ())
+    assert math.isclose(norm, 2e30, rel_tol=1e-6)
 
 
 def test_the_median_by_hand(combine: Combine) -> None:
