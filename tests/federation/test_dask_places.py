@@ -97,10 +97,9 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(on_dask.time, "monotonic", lambda: machines.now)
         settings = {"federate": {"round_timeout_s": limit}, "cache": {"root": str(tmp_path)}}
         config = Config.model_validate(settings)
-        nothing: Any = {"partition": "", "identity": None, "train": (), "val": (), "test": ()}
-        rows = PublicRows((), (), ())
+        rows = PublicRows("", (), (), ())
         found = [
-            ClientContext(name=name, index=index, config=config, public=rows, **nothing)
+            ClientContext(name, index, config, None, None, rows, (), (), ())
             for index, name in enumerate(NAMES)
         ]
         return DaskEngine(machines, found)  # type: ignore[arg-type]
