@@ -68,7 +68,7 @@ def commands(text: str) -> Iterator[str]:
         match.start(1): " ".join(match[1].split())
         for match in re.finditer(rf"`((?:{PROGRAMS}) [^`]+)`", text)
     }
-    for match in re.finditer(rf"^ {{4,}}(?:do )?((?:{PROGRAMS}) .*)$", text, re.MULTILINE):
+    for match in re.finditer(rf"^ {{4,}}(?:do )?((?:{PROGRAMS}) (?!.*──).*)$", text, re.MULTILINE):
         found[match.start(1)] = whole(text, match.start(1))
     for _, line in sorted(found.items()):
         yield from (" ".join(part.split()) for part in line.split(" && "))
@@ -126,6 +126,7 @@ def test_commands_are_found() -> None:
         "    samfed a --set 'x=[1,\n      2]' # why\n"
         "    do samfed b \\\n      --seed $seed; done\n"
         "    samfed c && dvc repro  # both\n\nmake do with it\n"
+        "    samfed d ──► a picture\n"
     )
     assert list(commands(page)) == [
         "samfed cache unlock --yes",
