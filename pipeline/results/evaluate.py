@@ -170,6 +170,8 @@ def _score(
 
 
 def _why_untested(partition: Partition) -> str:
+    if not partition.clients:
+        return ", as all are at sites of their own"
     ids = [i for part in partition.clients.values() for _, each in part for i in each]
     bare = all(partition.images[i].mask is None for i in ids)
     return ", as their images have no masks" if bare else " (partition.test_fraction)"

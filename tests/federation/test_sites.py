@@ -28,6 +28,7 @@ from pipeline.federation.server import federate
 from pipeline.federation.sites import at_site
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.labelling.precompute import precompute
+from pipeline.results.evaluate import evaluate
 from pipeline.runtime import resolve_device
 from pipeline.sam.finetune import finetune
 from pipeline.sam.transfer import export_teacher, import_teacher
@@ -144,7 +145,9 @@ class Sites:
         return Client(context, Workplace(context.config, load_public(context), networks))
 
 
-def test_sites_apart_give_the_bytes_of_one_cache(apart: Apart, tmp_path: Path) -> None:
+def test_sites_apart_give_the_bytes_of_one_cache(
+    apart: Apart, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Stage one, and stage two with equal networks and with own ones."""
     whole = central(apart, tmp_path / "central")
     for site in SITES:
@@ -172,6 +175,10 @@ def test_sites_apart_give_the_bytes_of_one_cache(apart: Apart, tmp_path: Path) -
         assert found == models(here) != {}
         scores = [[entry["val"] for entry in run.history()] for run in (here, there)]
         assert scores[0] == scores[1]
+    evaluate(local["server"], there)
+    assert "no client has a test part, as all are at sites of their own; nothing is scored" in (
+        caplog.messages
+    )
     for site, other in zip(SITES, reversed(SITES), strict=True):
         names_nobody_else(local[site].cache.root, other)
         assert not list((local["server"].cache.root / "runs").rglob(f"{site}*"))

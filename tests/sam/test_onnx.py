@@ -22,7 +22,7 @@ import onnxruntime as ort
 import pytest
 import safetensors.torch
 import torch
-from conftest import Project, answer, build_once, fails, listing
+from conftest import Project, answer, build_once, digest, fails, listing
 from dask_processes import thread_workers
 from numpy.typing import NDArray
 from teachers import on_workers
@@ -590,3 +590,15 @@ def test_bad_options_of_the_commands(project: Project) -> None:
     with writer_lock(lock):
         line = fails(5, "export-onnx", *project.options)
     assert line.startswith(f"{lock}: process ")
+
+
+def test_the_model_goes_to_a_site_with_the_teacher(exported: Exported, tmp_path: Path) -> None:
+    file, site = tmp_path / "teacher.samfed", Project(tmp_path)
+    answer("teacher", "export", file, "--onnx", *exported.options)
+    answer("prepare", "--site", "north", "--data", exported.images, *site.options)
+    answer("teacher", "import", file, *site.options)
+    assert digest(site.cache / "onnx") == digest(exported.cache / "onnx")
+    here = (*site.options, "--set", f"data.root={exported.images}")
+    done = answer("precompute-sam", "--backend", "onnx", *here)
+    count = len(load_partition(site.cache / "partition.json").clients["north"].train)
+    assert (done["labelled"], done["failed"]) == (count, [])

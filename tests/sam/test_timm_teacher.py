@@ -25,6 +25,7 @@ from pipeline.labelling.precompute import precompute
 from pipeline.results.evaluate_teacher import evaluate_teacher
 from pipeline.sam.finetune import finetune, make_teacher
 from pipeline.sam.teacher import ADAPTER_FILE, Teacher, load_teacher
+from pipeline.sam.transfer import export_teacher, import_teacher
 from pipeline.stores.label_store import LabelStore, PseudoLabels
 from pipeline.stores.teacher_card import label_precision, load_card
 
@@ -184,3 +185,15 @@ def test_fine_tuning_twice_gives_the_same_bytes(
     assert finetune(again) == adapted.card
     second = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "teacher").iterdir()}
     assert second == first
+
+
+def test_a_site_needs_no_backbone(adapted: Adapted, tmp_path: Path) -> None:
+    """The exported teacher is whole, whatever it began with."""
+    file, root = tmp_path / "teacher.samfed", adapted.config.data.root
+    export_teacher(adapted.config, file)
+    site = timm_config(root, tmp_path / "cache", "random", tmp_path)
+    prepare(site, owner="north")
+    import_teacher(site, file)
+    found = load_teacher(site, load_partition(site.cache.root / "partition.json"))
+    for name, value in adapted.load().sam.state_dict().items():
+        assert torch.equal(found.sam.state_dict()[name], value), name
