@@ -107,7 +107,8 @@ def settings(folder: Path, *, rounds: int) -> Config:
     raw = {
         "data": {"root": str(folder / "data")},
         "cache": {"root": str(folder / "cache")},
-        "federate": {"rounds": rounds, "sites": sites},
+        "sam": {"epochs": 15},
+        "federate": {"rounds": rounds, "sites": sites, "pretrain_steps": 100},
     }
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
     return parse_config(raw, source="federation-demo")

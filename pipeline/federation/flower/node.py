@@ -31,7 +31,7 @@ from pipeline.federation.flower.site import Site, reply_to
 log = logging.getLogger("samfed.site")
 
 JOIN_SECONDS = 30.0  # for the SuperLink to answer at all
-_SOON_SECONDS = 0.1  # between two looks for messages while a run goes on
+_SOON_SECONDS = 0.2  # between two looks for messages while a run goes on
 _LATER_SECONDS = 1.0  # the same where none came for a while
 _WHILE_SECONDS = 60.0
 _AWAY_SECONDS = 5.0  # between two tries where the SuperLink does not answer
