@@ -32,7 +32,8 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert (tmp_path / "reference/settings.html").is_file()
+    settings = (tmp_path / "reference/settings.html").read_text()
+    assert '<a href="../method.html">method.md</a>' in settings  # its source says docs/method.md
     assert "fonts.g" not in (tmp_path / "index.html").read_text()  # nothing comes from elsewhere
 
 

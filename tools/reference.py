@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from typer.cli import get_docs_for_click
 
 import cli
@@ -65,6 +67,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, content in pages().items():
         files.append(File.generated(config, name, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, **_: object) -> str:
+    """Make links of pages that a text calls by their place in the repository; MkDocs' name too."""
+    folder = str(PurePosixPath(page.file.src_uri).parent)
+
+    def link(found: re.Match[str]) -> str:
+        return f"[{found[1]}]({posixpath.relpath(found[1], folder)})"
+
+    lines = markdown.splitlines()
+    return "\n".join(
+        line if line.startswith("    ") else re.sub(r"`?docs/([\w/]+\.md)`?", link, line)
+        for line in lines
+    )
 
 
 def pages() -> dict[str, str]:
