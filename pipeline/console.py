@@ -105,6 +105,11 @@ def command(group: typer.Typer, /, *, params_file: bool = True, **helps: Any) ->
     return register
 
 
+def can_ask() -> bool:
+    """Return whether somebody is there to answer a question."""
+    return sys.stdin.isatty()
+
+
 def _default_params() -> Path | None:
     """Return the settings file of the current folder; without one, say that the defaults serve."""
     path = Path("params.yaml")

@@ -462,7 +462,7 @@ def test_cache_prune_asks_first(project: Project, monkeypatch: pytest.MonkeyPatc
     assert fails(2, *prune) == cannot
     assert fails(2, *prune, "--json") == cannot
     assert call(*prune, "--dry-run").stdout == f"{line}\n"
-    monkeypatch.setattr(cli, "can_ask", lambda: True)
+    monkeypatch.setattr("pipeline.console.can_ask", lambda: True)
     for said, code in (("n\n", 1), ("y\n", 0)):
         assert aside.is_dir()
         result = call(*prune, stdin=said)

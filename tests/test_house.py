@@ -44,8 +44,7 @@ def parameters(function: Function) -> list[str]:
 
 
 def test_no_module_is_over_400_lines() -> None:
-    """``cli.py`` aside, which has no logic: it grows by each command's options."""
-    long = {name_of(path): len(path.read_text().splitlines()) for path in CODE[1:]}
+    long = {name_of(path): len(path.read_text().splitlines()) for path in CODE}
     assert {name: count for name, count in long.items() if count > 400} == {}
 
 
@@ -64,7 +63,7 @@ def test_no_function_has_more_than_6_parameters() -> None:
     many = {
         f"{name_of(path)}: {function.name}": len(parameters(function))
         for path in CODE
-        if path.name != "cli.py"
+        if path.name != "cli.py" and path.parent.name != "commands"  # options of commands
         for function in functions(path)
     }
     assert {name: count for name, count in many.items() if count > 6} == {}

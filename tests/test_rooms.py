@@ -37,6 +37,7 @@ BELOW = {
     "inference": {"federation", "sam", "data", "stores", "segmentation"},
     "setup": {"labelling", "federation", "sam", "data", "stores", "segmentation"},
     "results": {"inference", "labelling", "federation", "sam", "data", "stores", "segmentation"},
+    "commands": {"results", "setup", "labelling", "federation", "sam", "data"},
 }
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ENTRIES = {

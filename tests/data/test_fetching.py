@@ -18,7 +18,6 @@ from conftest import answer, call, fails
 from file_server import CONTENT, Site, serve
 from PIL import Image
 
-import cli
 from pipeline.data.catalogue import SOURCES, WEIGHTS, Source
 from pipeline.data.fetching import Offer, fetch, offer
 from pipeline.errors import ConfigError, DataError, SamfedError
@@ -97,7 +96,7 @@ def test_a_script_must_accept_the_licence() -> None:
 
 
 def test_a_person_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "can_ask", lambda: True)
+    monkeypatch.setattr("pipeline.console.can_ask", lambda: True)
     result = call("fetch", "sam_vit_b", "--out", tmp_path, stdin="n\n")
     assert result.exit_code == 1
     assert "licence: Apache-2.0" in result.stderr

@@ -1,0 +1,1 @@
+"""Commands beside the stages of ``cli.py``: before the first one, and families of them."""
