@@ -188,7 +188,14 @@ def parse_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         parse(*given, **named)
         raise ParsedError
 
-    script = words[0] if words[0] != "-m" else f"{words[1].replace('.', '/')}/__main__.py"
+    script = words[0]
+    if script == "-m":
+        module = words[1].replace(".", "/")
+        places = (f"{module}/__main__.py", f"{module}.py")
+        script = next(place for place in places if (ROOT / place).is_file())
+    if "argparse" not in (ROOT / script).read_text():
+        assert len(words) == 1 + (words[0] == "-m")  # it reads no arguments
+        return
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(sys, "argv", words[words[0] == "-m" :])
     monkeypatch.syspath_prepend((ROOT / script).parent)
