@@ -17,7 +17,6 @@ from pipeline.disk import write_json
 from pipeline.errors import CorruptStoreError, FormatError, StageError
 
 FORMAT = 1
-_AGAIN = "run `samfed federate` again, which writes it anew"
 
 
 class _Part(BaseModel):
@@ -96,7 +95,10 @@ def read_spec(path: Path) -> ModelSpec:
         StageError: there is none. FormatError, CorruptStoreError: as ``parse_spec``.
     """
     if not path.is_file():
-        raise StageError(f"{path}: not found; {_AGAIN}")
+        raise StageError(
+            f"{path}: not found; copy it there from where the weights beside it came from, or, for "
+            "a run of your own, run `samfed federate` again, which writes it anew"
+        )
     return parse_spec(path.read_bytes(), source=str(path))
 
 

@@ -218,6 +218,14 @@ def test_bad_models_are_one_line_and_leave_nothing(
     assert not out.exists()
 
 
+def test_weights_without_their_description(images: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"")
+    line = fails(4, "predict", weights, images, "--out", tmp_path / "out")
+    assert line.startswith(f"{tmp_path}/model.json: not found; copy it there from where")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_network_that_is_not_installed(run: Path, images: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "models", tmp_path / "models")
     path = tmp_path / "models" / "global.json"
