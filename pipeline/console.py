@@ -9,18 +9,22 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, Protocol, TypeVar
 
 import typer
+from click import Context
 from typer import Option
+from typer.core import TyperCommand
 
 from pipeline.disk import to_json
 from pipeline.errors import (
     EXIT_INTERRUPTED,
     EXIT_PARTIAL,
     EXIT_TERMINATED,
+    ConfigError,
     SamfedError,
     Terminated,
 )
@@ -99,10 +103,26 @@ def command(group: typer.Typer, /, *, params_file: bool = True, **helps: Any) ->
         run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
         run.__name__ = function.__name__.rstrip("_")  # `import_`, as Python keeps `import`
         run.__doc__ = function.__doc__
-        group.command()(run)
+        group.command(cls=_Command)(run)
         return function
 
     return register
+
+
+class _Command(TyperCommand):
+    """A command that takes no empty text: as a path it would stand for the current folder."""
+
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        """Refuse what a variable of the shell leaves that has no value; then parse."""
+        given = [] if ctx.resilient_parsing else args  # completing, it may be empty still
+        with _errors("--debug" in args, Style.AUTO):
+            for before, each in pairwise([str(self.name), *given]):
+                if not each or (each.startswith("--") and each.find("=") == len(each) - 1):
+                    where = each or f"empty text after {before}"
+                    raise ConfigError(
+                        f"{where}: found none, expected a value; is a variable unset?"
+                    )
+        return super().parse_args(ctx, args)
 
 
 def can_ask() -> bool:

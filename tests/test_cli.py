@@ -270,6 +270,25 @@ def test_without_a_settings_file_the_defaults_serve(
     assert fails(2, "cache", "info").startswith("params.yaml: no such file; ")
 
 
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [
+        (("predict", "sam_fed", "", "--out", "p"), "empty text after sam_fed"),
+        (("predict", "", "a.png", "--out", "p"), "empty text after predict"),
+        (("predict", "sam_fed", "a.png", "--out", ""), "empty text after --out"),
+        (("report", "--out="), "--out="),
+        (("cache", "info", "--params", ""), "empty text after --params"),
+    ],
+)
+def test_empty_text_is_no_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], where: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = fails(2, *command)
+    assert line == f"{where}: found none, expected a value; is a variable unset?"
+    assert listing(tmp_path) == {}
+
+
 def test_missing_data_root(tmp_path: Path) -> None:
     project = Project(tmp_path)
     assert fails(3, "prepare", *project.options) == (
