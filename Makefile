@@ -39,9 +39,5 @@ format: .venv/installed
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-# the site, in build/site; the variable silences an announcement about the theme's successor
-docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
-
 clean:
 	rm -rf .venv build samfed.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage.json
