@@ -97,7 +97,7 @@ def command(group: typer.Typer, /, *, params_file: bool = True, **helps: Any) ->
 
         common = dict(inspect.signature(run).parameters)
         every = {key: own[key] for key in own if key not in common} | common
-        shown = {"config": False, "given": False, "params": params_file, "progress": is_long}
+        shown = {"config": False, "given": False, "params": params_file}
         options = [_option(every[key], helps.get(key)) for key in every if shown.get(key, True)]
         run.__annotations__ = {each.name: each.annotation for each in options}
         run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
@@ -218,7 +218,7 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 def _show(result: Result, as_json: bool, style: Style) -> None:
     """Print a result, and name on stderr what it failed to do."""
-    typer.echo(to_json(result.as_json()) if as_json else result.text())
+    typer.echo(to_json(result.as_json(), sort_keys=False) if as_json else result.text())
     failures = getattr(result, "failures", list[str])()
     for line in failures:
         _tell("error", line, style)

@@ -76,9 +76,9 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
     flush(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON with sorted keys, atomically; the same value, same bytes."""
-    write_bytes(path, (to_json(value, indent=1) + "\n").encode())
+def write_json(path: Path, value: Any, **how: Any) -> None:
+    """Write ``value`` as indented ``to_json``, atomically; the same value, same bytes."""
+    write_bytes(path, (to_json(value, indent=1, **how) + "\n").encode())
 
 
 def to_json(value: Any, **how: Any) -> str:

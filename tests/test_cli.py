@@ -76,6 +76,7 @@ def test_every_command_has_help(command: str) -> None:
     assert result.exit_code == 0
     assert "--debug" in result.stdout
     assert "--json" in result.stdout
+    assert "--progress" in result.stdout
 
 
 def test_help_explains_what_a_command_is_given_by_position() -> None:
@@ -559,20 +560,20 @@ def test_an_image_changed_after_prepare(project: Project) -> None:
     assert text.endswith(" rows are labelled; run `samfed precompute-sam` to finish it")
 
 
-def test_json_has_no_bare_nan() -> None:
-    """Which no reader of JSON but Python's would take."""
+def test_json_has_no_bare_nan_and_keeps_the_order() -> None:
+    """The one no reader of JSON but Python's would take; by the other, classes have their order."""
 
     class Odd:
         def text(self) -> str:
             return "nan"
 
         def as_json(self) -> dict[str, Any]:
-            return {"dice": float("nan"), "interval": [0.5, float("inf")]}
+            return {"interval": [0.5, float("inf")], "dice": float("nan")}
 
     app = typer.Typer()
     command(app, params_file=False)(lambda config: Odd())
     result = CliRunner().invoke(app, ["--json"])
-    assert result.stdout == '{"dice": null, "interval": [0.5, null]}\n'
+    assert result.stdout == '{"interval": [0.5, null], "dice": null}\n'
 
 
 def test_debug_shows_the_exception(tmp_path: Path) -> None:

@@ -210,12 +210,16 @@ def test_rounds_as_a_table() -> None:
 def check_scores_of_two_classes(config: Config) -> None:
     """Every class has its scores, every patient a line, and distances are in mm too."""
     folder = config.cache.root / "runs" / "sam_fed"
-    pooled = json.loads((folder / "metrics.json").read_text())["test"]["pooled"]
+    test = json.loads((folder / "metrics.json").read_text())["test"]
+    pooled = test["pooled"]
     images, groups = (
         list(csv.DictReader((folder / f"per_{kind}.csv").read_text().splitlines()))
         for kind in ("image", "group")
     )
-    assert set(pooled["classes"]) == {"left", "right"}
+    for found in (pooled, pooled["groups"], *test["clients"].values()):
+        assert list(found["classes"]) == ["west", "east"]  # not by name
+    in_mm = [client["hd95_mm"] for client in test["clients"].values()]
+    assert test["client_mean"]["hd95_mm"] == pytest.approx(np.mean(in_mm))
     assert len(images) == sum(int(group["images"]) for group in groups) == 2 * len(groups)
     assert pooled["groups"]["n"] == len(groups)
     for name, scores in pooled["classes"].items():
@@ -251,7 +255,7 @@ def test_two_classes_grey_images_and_a_partition_read_back(
     spacing = [f"{image_id},0.5,2" for image_id in ids]
     (root / "spacing.csv").write_text("\n".join(["image_id,row_mm,column_mm", *spacing]))
     drawn = {"scheme": "dirichlet", "clients": 2, "alpha": 50.0}
-    data = {"num_classes": 2, "class_names": ["left", "right"]}
+    data = {"num_classes": 2, "class_names": ["west", "east"]}
     config = tiny_config(root, tmp_path / "cache", data=data, partition=drawn)
     run_stages(config)
     check_scores_of_two_classes(config)

@@ -88,7 +88,7 @@ def evaluate(
     write_bytes(folder / "per_group.csv", group_table(scores, names).encode())
     write_bytes(folder / "rounds.csv", round_table(history).encode())
     save_gallery(folder / GALLERY_FILE, gallery)
-    write_json(folder / "metrics.json", found.as_json())
+    write_json(folder / "metrics.json", found.as_json(), sort_keys=False)  # classes in order
     return found
 
 

@@ -114,7 +114,7 @@ def evaluate_external(
         tolerance={"px": how.tolerance_px, "mm": how.tolerance_mm},
     )
     write_bytes(run.path / FOLDER / f"{stem}.csv", image_table(scores, names).encode())
-    write_json(run.path / FOLDER / f"{stem}.json", result.as_json())
+    write_json(run.path / FOLDER / f"{stem}.json", result.as_json(), sort_keys=False)
     return result
 
 

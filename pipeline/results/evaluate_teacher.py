@@ -106,7 +106,7 @@ def evaluate_teacher(
         classes=config.data.classes,
     )
     write_bytes(result.page, page.encode())
-    write_json(result.page.with_suffix(".json"), result.as_json())
+    write_json(result.page.with_suffix(".json"), result.as_json(), sort_keys=False)
     return result
 
 
