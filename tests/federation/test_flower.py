@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import ssl
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -25,9 +26,11 @@ from pipeline.data.public import export_public, import_public
 from pipeline.errors import NetworkError, SamfedError
 from pipeline.federation.cluster import reach
 from pipeline.federation.flower import engine as engine_module
+from pipeline.federation.flower import node
 from pipeline.federation.flower.engine import FlowerEngine
 from pipeline.federation.flower.launch import launch
 from pipeline.federation.flower.letters import Letter
+from pipeline.federation.flower.link import Link
 from pipeline.federation.flower.local import (
     Deployment,
     deployed,
@@ -329,3 +332,45 @@ def test_a_site_that_works_too_long_is_left_out(
     (reply,) = engine.run([scoring(limited)])
     assert reply.timed_out
     assert [kind for _, kind in grid.asked].count("ask") == 1
+
+
+def test_a_node_says_that_it_is_at_work_as_often_as_it_is_asked(
+    sites: dict[str, Config], quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a server would send a request again that takes long, and in the end give it up."""
+    asked = [Letter(kind, about="r") for kind in ("ask", "busy", "busy", "busy")]
+    free, replies = threading.Event(), list[Letter]()
+
+    def answered(letter: Letter, site: Site, at_work: Callable[[str], bool]) -> Letter:
+        if letter.kind == "busy":
+            return replace(letter, at_work=at_work(letter.about))
+        assert free.wait(30)
+        return letter
+
+    class Fleet:
+        number = 1
+
+        def __init__(self, *_: object) -> None:
+            self.join = self.leave = self.close = self.beat = lambda: None
+
+        def receive(self) -> Message | None:
+            if len(replies) == 2:  # it has said twice that it is at work
+                free.set()
+            if len(replies) == 4:
+                raise KeyboardInterrupt
+            last = len(asked) == 1 and len(replies) < 3  # is asked once the request is answered
+            if not asked or last:
+                return None
+            message = Message(asked.pop(0).pack(), dst_node_id=1, message_type="query")
+            message.metadata.__dict__["_message_id"] = str(len(asked))
+            return message
+
+        def reply(self, reply: Message, seconds: float) -> None:
+            replies.append(Letter.unpack(reply.content))
+
+    monkeypatch.setattr(node, "Fleet", Fleet)
+    monkeypatch.setattr(node, "reply_to", answered)
+    with pytest.raises(KeyboardInterrupt):
+        node.run_node(Site("alone", sites["site_a"]), Link("nowhere"), None)
+    said = [(letter.kind, letter.at_work) for letter in replies]
+    assert said == [("busy", True), ("busy", True), ("ask", False), ("busy", False)]

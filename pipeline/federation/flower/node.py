@@ -34,6 +34,7 @@ JOIN_SECONDS = 30.0  # for the SuperLink to answer at all
 _SOON_SECONDS = 0.2  # between two looks for messages while a run goes on
 _LATER_SECONDS = 1.0  # the same where none came for a while
 _WHILE_SECONDS = 60.0
+_SHORT = ("who", "busy")  # questions that are answered at once
 _AWAY_SECONDS = 5.0  # between two tries where the SuperLink does not answer
 
 
@@ -123,7 +124,7 @@ class _Node:
     def _take(self, message: Message) -> None:
         """Answer a short question at once; leave the others to the thread."""
         letter = Letter.unpack(message.content)
-        if letter.kind in ("who", "busy"):
+        if letter.kind in _SHORT:
             self._unsent.append(self._answer(message, letter))
             return
         log.info("%s: %s", self._site.name, letter.kind)
@@ -151,4 +152,5 @@ class _Node:
             except RefusedError as error:  # most often the run is over, and nobody waits for it
                 log.warning("%s: a reply was not taken, %s", self._site.name, error)
             self._unsent.popleft()
-            self._requests.discard(answer.letter.about)
+            if answer.letter.kind not in _SHORT:  # what is about a request does not end it
+                self._requests.discard(answer.letter.about)
