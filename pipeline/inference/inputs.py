@@ -81,7 +81,7 @@ def find(paths: Sequence[Path], *, leave_out: Path) -> list[Source]:
             if other.path != source.path:
                 raise DataError(
                     f"{source.path} and {other.path}: both would be written as '{source.name}'; "
-                    "predict them into two folders"
+                    "rename one, or give each in a call of its own, with another --out"
                 )
     return list(found.values())
 

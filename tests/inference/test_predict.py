@@ -250,7 +250,12 @@ def test_names_that_collide_or_lead_nowhere(run: Path, images: Path, tmp_path: P
     other.mkdir()
     shutil.copy(first, other)
     out = tmp_path / "out"
-    assert "both would be written as" in fails(3, "predict", run, images, other, "--out", out)
+    shutil.copy(first, other / f"{first.stem}.bmp")
+    for both in ((images, other / first.name), (other,)):
+        line = fails(3, "predict", run, *both, "--out", out)
+        assert (
+            f"both would be written as '{first.stem}'; rename one, or give each in a call" in line
+        )
     assert "no such file" in fails(3, "predict", run, tmp_path / "nowhere", "--out", out)
     assert "no such run" in fails(4, "predict", "nowhere", images, "--out", out)
     assert not out.exists()
