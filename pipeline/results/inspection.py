@@ -31,6 +31,7 @@ from pipeline.stores.ome_zarr import Pixels, write_ome_zarr
 
 _PICTURE_PX = 384  # side of each of the three pictures, at least
 _GAP_PX = 8
+_FEW = 10  # names that a line can hold, all of them
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,17 @@ def show(config: Config, client: str, image_id: str, *, out: Path | None = None)
         out: the picture (default: ``show/<client>/<image_id>.png`` in the cache).
 
     Raises:
-        ConfigError: no such client or image. StageError: it is not labelled yet. IdentityError: the
-        label is of another image by now. CorruptStoreError: a store is damaged.
+        ConfigError: no such client or image, or ``out`` is no PNG. StageError: it is not labelled
+        yet. IdentityError: the label is of another image by now. CorruptStoreError: a store is
+        damaged.
     """
+    if out is not None and out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out}: a PNG is written there; expected a name with .png")
     cache = config.cache.root
     partition = load_partition(cache / "partition.json")
     owners = owner_images(partition)
-    _check_name("client", client, owners)
-    _check_name(f"image of {client} that SAM labels", image_id, owners[client])
+    check_name("client", client, owners)
+    check_name(f"image of {client} that SAM labels", image_id, owners[client])
     store = LabelStore(store_path(cache, client))
     (key,) = partition.row_keys([image_id])
     if key not in store.rows:
@@ -124,10 +128,17 @@ def show(config: Config, client: str, image_id: str, *, out: Path | None = None)
     )
 
 
-def _check_name(what: str, name: str, known: Collection[str]) -> None:
+def check_name(what: str, name: str, known: Collection[str]) -> None:
+    """Refuse a name that is not known; few known ones are all listed, of many the nearest.
+
+    Raises:
+        ConfigError: it is not known; ``what`` says what it should be the name of.
+    """
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or sorted(known)[:3]
-        raise ConfigError(f"no {what} is called '{name}'; there are {', '.join(near)}, ...")
+        shown = sorted(known)
+        if len(shown) > _FEW:
+            shown = [*(sorted(difflib.get_close_matches(name, known)) or shown[:3]), "..."]
+        raise ConfigError(f"no {what} is called '{name}'; found {', '.join(shown) or 'none'}")
 
 
 def _image_store(cache: Path, owner: str) -> ImageStore:
@@ -194,7 +205,7 @@ def export(
     partition = load_partition(cache / "partition.json")
     owners = owner_images(partition)
     for client in clients:
-        _check_name("client", client, owners)
+        check_name("client", client, owners)
     jobs = [(each, out / f"{each}.ome.zarr") for each in clients or owners if owners[each]]
     stores = [_whole_store(config, partition, each, path) for each, path in jobs]
     done, total = 0, sum(map(len, stores))

@@ -15,6 +15,8 @@ from PIL import Image
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
+from pipeline.errors import ConfigError
+from pipeline.results.inspection import check_name
 from pipeline.stores.arrays import read_rows
 from pipeline.stores.image_store import ImageStore
 from pipeline.stores.label_store import LabelStore
@@ -86,13 +88,29 @@ def test_the_picture_lies_in_the_cache(labelled: Config, tmp_path: Path) -> None
 
 
 def test_names_that_are_not_there(shared_pipeline: Config, options: Options) -> None:
-    assert fails(2, "cache", "show", "site_x", "a", *options).startswith(
-        "no client is called 'site_x'; there are site_"
+    assert fails(2, "cache", "show", "site_x", "a", *options) == (
+        "no client is called 'site_x'; found server, site_a, site_b, site_c, site_d"
     )
     tested = load_partition(shared_pipeline.cache.root / "partition.json").clients["site_b"].test
     assert fails(2, "cache", "show", "site_b", tested[0], *options).startswith(
-        f"no image of site_b that SAM labels is called '{tested[0]}'; there are "
+        f"no image of site_b that SAM labels is called '{tested[0]}'; found "
     )
+
+
+def test_the_nearest_of_many_names_in_order() -> None:
+    names = [f"site_{number:02}" for number in reversed(range(30))]
+    with pytest.raises(ConfigError, match=r"found site_09, site_19, site_29, \.\.\.$"):
+        check_name("client", "site_9", names)
+    with pytest.raises(ConfigError, match=r"'x'; found site_00, site_01, site_02, \.\.\.$"):
+        check_name("client", "x", names)
+
+
+def test_a_picture_has_a_picture_s_name(options: Options, tmp_path: Path) -> None:
+    out = tmp_path / "label.txt"
+    assert fails(2, "cache", "show", "site_b", "a", "--out", out, *options) == (
+        f"--out {out}: a PNG is written there; expected a name with .png"
+    )
+    assert not out.exists()
 
 
 def test_a_client_without_labels(prepared: Config, tmp_path: Path) -> None:
