@@ -130,7 +130,9 @@ def _read(path: Path) -> bytes:
                 f"{path}: cannot be read (a link to {os.readlink(path)}, which is not there); "
                 "mend the link, or mount what it points to"
             ) from error
-        raise DataError(f"{path}: no such file; run `samfed prepare` again") from error
+        raise DataError(
+            f"{path}: no such file; check data.root, or run `samfed prepare` again"
+        ) from error
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); check its permissions and its disk"

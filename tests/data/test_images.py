@@ -294,7 +294,7 @@ def test_another_format_under_a_known_name(tmp_path: Path) -> None:
 
 def test_missing_image(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
-    assert refusal(path) == f"{path}: no such file; run `samfed prepare` again"
+    assert refusal(path) == f"{path}: no such file; check data.root, or run `samfed prepare` again"
 
 
 def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ def test_changed_since_prepare(tmp_path: Path) -> None:
 
 
 def test_gone_since_prepare(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such file; run `samfed prepare` again"):
+    with pytest.raises(DataError, match=r"; check data\.root, or run `samfed prepare` again"):
         load_image(tmp_path, "images/c.png", sha256="0" * 64)
 
 
