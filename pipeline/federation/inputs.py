@@ -173,7 +173,7 @@ def load_client(context: ClientContext) -> ClientData:
     if not context.train:
         raise StageError(
             f"{context.name}: its images are at its own site, not in {context.config.cache.root}; "
-            "reach it there, or leave it out of federate.sites"
+            "reach it with --superlink, or leave it out of federate.sites"
         )
     name, settings = context.name, context.config.federate
     traits = METHODS[settings.method]

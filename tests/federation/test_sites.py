@@ -341,7 +341,7 @@ def test_a_cache_is_of_one_owner_or_of_all(apart: Apart, north: Config) -> None:
 
 def test_names_that_no_site_can_have(apart: Apart, tmp_path: Path) -> None:
     params = ("--params", write_params(tmp_path / "params.yaml", apart.config("north")))
-    for name in ("server", "a/b", ".hidden", ""):
+    for name in ("server", "a/b", ".hidden"):
         assert fails(2, "prepare", "--site", name, *params).startswith(f"--site {name!r}: cannot")
     both = fails(2, "prepare", "--site", "north", "--server", *params)
     assert both == "--site and --server: give one of them"
