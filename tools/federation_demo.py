@@ -27,6 +27,7 @@ from pipeline.federation.flower.local import deployed
 from pipeline.labelling.precompute import precompute
 from pipeline.params import parse_config
 from pipeline.progress import console_progress
+from pipeline.results.evaluate import evaluate
 from pipeline.results.report import write_report
 from pipeline.sam.finetune import finetune
 from pipeline.sam.transfer import export_teacher, import_teacher
@@ -81,6 +82,7 @@ def play(folder: Path, out: Path, *, rounds: int, images: int) -> None:
         for name in SITES:
             deployment.add_node(name, folder / name / "params.yaml")
         run = launch(server, deployment.link, mode="auto", progress=progress)
+    evaluate(server, run)  # no scores: the sites' images are not here, as a warning says
     page = write_report([run], run.path / "report.html")
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(run.path, out)
