@@ -196,7 +196,8 @@ class PrecomputeConfig(Section):
     # auto: bf16 where the device has it and masks do not move, else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"  # of the teacher: auto, cpu, cuda, cuda:N
-    readers: Count = 2  # threads that decode images ahead of the teacher
+    # threads that decode images ahead of the teacher; null = one a core, or a worker's share
+    readers: Count | None = None
     threads: Count | None = None  # torch threads on the CPU; null = all, or a worker's share
     warn_consistency: Fraction = 0.7  # Dice of a flipped image's label below this is a warning
     warn_empty: Fraction = 0.5  # share of empty masks above this is a warning

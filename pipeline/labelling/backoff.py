@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipeline.errors import NotFiniteError, SamfedError
+from pipeline.sam.device import Image, Pending
 from pipeline.stores.label_store import Provenance, PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard
 
 log = logging.getLogger("samfed.precompute")
 
-Image = NDArray[np.uint8]
-# torch and ONNX Runtime each say it in their own way, on the CPU in words only
-_OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "out of memory",
-    "Failed to allocate memory",
-    "bad allocation",
+# torch, ONNX Runtime and CUDA's libraries each say it in their own way, on the CPU in words only
+_OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|out of memory|Failed to allocate memory|bad allocation"
+    r"|CU\w+_STATUS_\w*ALLOC\w*_FAILED"  # cuBLAS, cuDNN and others take memory beside torch's
 )
 
 
@@ -35,12 +33,16 @@ class TeacherBackend(Protocol):
         """What the teacher is."""
         ...
 
-    def label(self, images: Sequence[Image], size: int) -> PseudoLabels:
-        """Label (H, W, 3) uint8 images of any sizes, in the client's frame of ``size`` pixels."""
+    def staged(self, image: Image) -> Image:
+        """Prepare a (H, W, 3) uint8 image for ``begin``, ahead of it and in any thread."""
+        ...
+
+    def begin(self, images: Sequence[Image], size: int) -> Pending:
+        """Begin to label images of any sizes, in the client's frame of ``size`` pixels."""
         ...
 
     def provenance(self) -> Provenance:
-        """Return what computed this thread's last batch: backend, precision, device, versions."""
+        """Return what computes this thread's last batch: backend, precision, device, versions."""
         ...
 
 
@@ -63,34 +65,43 @@ class MemoryAwareTeacher:
         """What the teacher is."""
         return self._teacher.card
 
-    def label(self, images: Sequence[Image], size: int) -> PseudoLabels:
-        """Label ``images`` in as many passes as memory asks for.
+    def staged(self, image: Image) -> Image:
+        """Prepare an image as the teacher does."""
+        return self._teacher.staged(image)
+
+    def begin(self, images: Sequence[Image], size: int) -> Pending:
+        """Begin to label ``images`` in as many passes as memory asks for.
 
         Raises:
-            SamfedError: memory does not suffice for one image. NotFiniteError: a label is NaN or
-            infinite, as where numbers exceed float16.
+            SamfedError: memory does not suffice for one image.
         """
         with self._turn:
-            while True:
-                try:
-                    parts = [
-                        self._teacher.label(images[start : start + self._limit], size)
-                        for start in range(0, len(images), self._limit)
-                    ]
-                    break
-                except Exception as error:
-                    if not _out_of_memory(error):
-                        raise
-                    self._back_off(error)
+            while (parts := self._passes(images, size)) is None:
+                self._back_off()
             self._last.limit = self._limit
-        labels = join(parts)
-        if not np.isfinite(labels.predicted_iou).all():
-            precision = self._teacher.provenance().get("precision")
-            raise NotFiniteError(
-                f"the teacher's labels are not finite in {precision}; use "
-                "precompute.precision=fp32, or run `samfed finetune-sam` at a lower rate"
-            )
-        return labels
+            return _Passes(parts, self._teacher.provenance().get("precision"))
+
+    def label(self, images: Sequence[Image], size: int) -> PseudoLabels:
+        """Label images as ``begin`` does, and wait for it; raises what that and its result do."""
+        return self.begin(images, size).result()
+
+    def _passes(self, images: Sequence[Image], size: int) -> list[Pending] | None:
+        """Return what is begun, or None where memory ran out and smaller batches may do."""
+        try:
+            return [
+                self._teacher.begin(images[start : start + self._limit], size)
+                for start in range(0, len(images), self._limit)
+            ]
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            if self._limit == 1:
+                raise SamfedError(
+                    "memory does not suffice for one image; choose a smaller sam.variant or "
+                    "precompute.precision, or another precompute.device"
+                ) from error
+        # by now the error is gone, and with its traceback what the failed batch holds
+        return None
 
     def provenance(self) -> Provenance:
         """Return the teacher's, with the batch size where it is not the one asked for."""
@@ -98,12 +109,7 @@ class MemoryAwareTeacher:
         limit = getattr(self._last, "limit", self._asked)
         return record if limit == self._asked else record | {"batch_size": str(limit)}
 
-    def _back_off(self, error: Exception) -> None:
-        if self._limit == 1:
-            raise SamfedError(
-                "memory does not suffice for one image; choose a smaller sam.variant or "
-                "precompute.precision, or another precompute.device"
-            ) from error
+    def _back_off(self) -> None:
         self._limit = (self._limit + 1) // 2
         log.warning(
             "out of memory; going on with batches of %d (precompute.batch_size: %d)",
@@ -114,10 +120,34 @@ class MemoryAwareTeacher:
             torch.cuda.empty_cache()
 
 
+class _Passes:
+    """Labels of a batch that is labelled in several passes."""
+
+    def __init__(self, parts: Sequence[Pending], precision: str | None) -> None:
+        self._parts, self._precision = parts, precision
+
+    def done(self) -> bool:
+        return all(part.done() for part in self._parts)
+
+    def result(self) -> PseudoLabels:
+        """Return the labels of all passes.
+
+        Raises:
+            NotFiniteError: a label is NaN or infinite, as where numbers exceed float16.
+        """
+        labels = join([part.result() for part in self._parts])
+        if not np.isfinite(labels.predicted_iou).all():
+            raise NotFiniteError(
+                f"the teacher's labels are not finite in {self._precision}; use "
+                "precompute.precision=fp32, or run `samfed finetune-sam` at a lower rate"
+            )
+        return labels
+
+
 def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return any(words in str(error) for words in _OUT_OF_MEMORY)
+    return _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def join(parts: Sequence[PseudoLabels]) -> PseudoLabels:

@@ -58,7 +58,8 @@ def _for_workers(config: Config, threads: int | None, device: str | None) -> Con
     """Return the settings with paths that hold in any working directory."""
     config = absolute(config)
     run = config.precompute
-    run = run.model_copy(update={"threads": run.threads or threads, "device": device or run.device})
+    share = {"threads": run.threads or threads, "readers": run.readers or threads}
+    run = run.model_copy(update={**share, "device": device or run.device})
     return config.model_copy(update={"precompute": run})
 
 

@@ -1,10 +1,11 @@
 """The work of stage one: a task is the rows of one chunk that still lack a label.
 
 Threads decode and resize the next images while the teacher works, and one writes finished chunks
-behind it. The same code runs in process and on a dask worker. A task's batches do not depend on
-where a run began or who else works, so neither do its bytes. Where the rows of a chunk are labelled
-in two runs, because an image could not be read at first, they had other batches, and perhaps
-another backend: the chunk's provenance names both.
+behind it. On a GPU the next batch is begun before the labels of the last one are fetched. The same
+code runs in process and on a dask worker. A task's batches do not depend on where a run began or
+who else works, so neither do its bytes. Where the rows of a chunk are labelled in two runs, because
+an image could not be read at first, they had other batches, and perhaps another backend: the
+chunk's provenance names both.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import numpy as np
 
 from pipeline.data.images import load_image
 from pipeline.errors import DataError
-from pipeline.labelling.backoff import Image, MemoryAwareTeacher, TeacherBackend, join
+from pipeline.labelling.backoff import MemoryAwareTeacher, TeacherBackend, join
 from pipeline.labelling.job import Job, Meter
 from pipeline.labelling.quality import measure
-from pipeline.sam.frame import fit_longest_side
+from pipeline.runtime import usable_cores
+from pipeline.sam.device import Image, Pending
 from pipeline.sam.onnx import load_onnx_teacher
 from pipeline.sam.teacher import load_teacher
 from pipeline.stores.label_store import (
@@ -35,6 +37,7 @@ from pipeline.stores.label_store import (
 )
 
 _AHEAD = 2  # batches that wait, decoded, for the teacher, and chunks that wait for the disk
+_BEHIND = 1  # batches whose labels a GPU may still compute when the next one is begun
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,9 @@ def label_chunks(
     """
     writes: deque[Future[ChunkResult]] = deque()
     parts: list[PseudoLabels] = []
-    workers = job.config.precompute.readers
-    with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(_readers(job)) as readers, ThreadPoolExecutor(1) as writer:
         try:
-            for batch in _read_ahead(job, tasks, readers):
-                labels = _label(batch, teacher, job.identity.label_size)
+            for batch, labels in _label(job, teacher, _read_ahead(job, teacher, tasks, readers)):
                 if labels is not None:
                     parts.append(labels)
                     if meter is not None:
@@ -125,16 +126,15 @@ class _Batch:
 
 
 def _read_ahead(
-    job: Job, tasks: Iterable[ChunkTask], readers: ThreadPoolExecutor
+    job: Job, teacher: TeacherBackend, tasks: Iterable[ChunkTask], readers: ThreadPoolExecutor
 ) -> Iterator[_Batch]:
-    """Decode the next batches, at the teacher's size, while the teacher works on this one."""
+    """Decode the next batches, as the teacher takes them, while it works on this one."""
 
     def read(file: str, sha256: str) -> Image:
-        image = load_image(job.config.data.root, file, sha256=sha256)
-        return fit_longest_side(image, job.identity.input_size)
+        return teacher.staged(load_image(job.config.data.root, file, sha256=sha256))
 
-    size = job.config.precompute.batch_size
-    waiting: deque[_Batch] = deque()
+    size, waiting = job.config.precompute.batch_size, deque[_Batch]()
+    ahead = max(_AHEAD, -(-_readers(job) // size))  # something to do for every thread
     for task in tasks:
         result = ChunkResult(task)
         for start in range(0, len(task.rows), size):
@@ -142,13 +142,59 @@ def _read_ahead(
             images = [readers.submit(read, *file) for file in task.files[start:stop]]
             last = stop >= len(task.rows)
             waiting.append(_Batch(task.rows[start:stop], images, result, last))
-            if len(waiting) > _AHEAD:
+            if len(waiting) > ahead:
                 yield waiting.popleft()
     yield from waiting
 
 
-def _label(batch: _Batch, teacher: TeacherBackend, size: int) -> PseudoLabels | None:
-    """Label and measure the batch's images that can be read; None if there are none."""
+def _readers(job: Job) -> int:
+    return job.config.precompute.readers or usable_cores()
+
+
+_Labelled = tuple[_Batch, PseudoLabels | None]  # None if no image of the batch could be read
+
+
+def _label(job: Job, teacher: TeacherBackend, batches: Iterable[_Batch]) -> Iterator[_Labelled]:
+    """Yield each batch with its labels, on a GPU once the next batch is begun.
+
+    Where an error or Ctrl-C stops it, what was begun before is yielded first.
+    """
+    begun: deque[_Begun] = deque()
+    try:
+        for batch in batches:
+            begun.append(_begin(batch, teacher, job.identity.label_size))
+            while begun and (len(begun) > _BEHIND or begun[0].done()):
+                yield begun.popleft().finish()
+    except (Exception, KeyboardInterrupt):
+        yield from (each.finish() for each in begun)
+        raise
+    yield from (each.finish() for each in begun)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A batch that the teacher is at work on."""
+
+    batch: _Batch
+    labels: Pending | None  # of the images that could be read; None if there are none
+    mirrored: Pending | None  # labels of some of them, mirrored
+    places: tuple[int, ...]  # of these among the images
+
+    def done(self) -> bool:
+        return all(part.done() for part in (self.labels, self.mirrored) if part is not None)
+
+    def finish(self) -> _Labelled:
+        """Wait for the labels and measure them."""
+        if self.labels is None:
+            return self.batch, None
+        labels = self.labels.result()
+        masks = () if self.mirrored is None else self.mirrored.result().masks
+        self.batch.result.quality += measure(labels, dict(zip(self.places, masks, strict=True)))
+        return self.batch, labels
+
+
+def _begin(batch: _Batch, teacher: TeacherBackend, size: int) -> _Begun:
+    """Begin to label the batch's images that can be read."""
     images: list[Image] = []
     sample: dict[int, Image] = {}  # mirrored, by their place among the images
     result = batch.result
@@ -163,13 +209,12 @@ def _label(batch: _Batch, teacher: TeacherBackend, size: int) -> PseudoLabels | 
         images.append(image)
         result.rows.append(row)
     if not images:
-        return None
-    labels = teacher.label(images, size)
+        return _Begun(batch, None, None, ())
+    labels = teacher.begin(images, size)
     if teacher.provenance() not in result.provenance:
         result.provenance.append(teacher.provenance())
-    masks = teacher.label([*sample.values()], size).masks if sample else ()
-    result.quality += measure(labels, dict(zip(sample, masks, strict=True)))
-    return labels
+    mirrored = teacher.begin([*sample.values()], size) if sample else None
+    return _Begun(batch, labels, mirrored, tuple(sample))
 
 
 def _write(job: Job, result: ChunkResult, parts: Sequence[PseudoLabels]) -> ChunkResult:

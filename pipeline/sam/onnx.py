@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
@@ -19,7 +18,8 @@ from pipeline.data.partition import Partition
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError, first_line
 from pipeline.runtime import resolve_device
-from pipeline.sam.frame import to_input_frame
+from pipeline.sam.device import Finished, Image
+from pipeline.sam.frame import fit_longest_side, to_input_frame
 from pipeline.sam.teacher import checked_card
 from pipeline.stores.label_store import PseudoLabels
 from pipeline.stores.sealed_onnx import checked_properties
@@ -165,7 +165,15 @@ class OnnxTeacher:
             "samfed": version("samfed"),
         }
 
-    def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> PseudoLabels:
+    def staged(self, image: Image) -> Image:
+        """Resize an image as ``label`` does; any thread may call it."""
+        return fit_longest_side(image, self.card.input_size)
+
+    def begin(self, images: Sequence[Image], size: int) -> Finished:
+        """Label images as ``label`` does: ONNX Runtime returns when it is done."""
+        return Finished(self.label(images, size))
+
+    def label(self, images: Sequence[Image], size: int) -> PseudoLabels:
         """Label (H, W, 3) uint8 images of any sizes, in the client's frame ``size``.
 
         Raises:

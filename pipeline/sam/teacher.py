@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
@@ -23,7 +21,8 @@ from pipeline.errors import ConfigError, IdentityError, StageError
 from pipeline.runtime import resolve_device
 from pipeline.sam.build import decode_masks
 from pipeline.sam.checkpoints import base_checkpoint, build_base, misfit
-from pipeline.sam.frame import inside_image, to_client_frame, to_input_frame
+from pipeline.sam.device import Download, Image, Upload, page_locked, plain_float32
+from pipeline.sam.frame import fit_longest_side, inside_image, to_client_frame
 from pipeline.sam.lora import add_adapter, merge_lora
 from pipeline.sam.prompts import MULTIMASK, PointGrid
 from pipeline.stores.label_store import PseudoLabels
@@ -140,6 +139,7 @@ class Teacher:
         self.precision = resolve_precision(precision, self.device, card.variant)
         self.dtype = _DTYPES[self.precision]
         self.sam = sam.eval().requires_grad_(False).to(self.device)
+        self._upload = Upload(self.device)
         for module in self.sam.image_encoder.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(self.dtype)  # else autocast would cast these weights for every batch
@@ -154,13 +154,22 @@ class Teacher:
             "samfed": version("samfed"),
         }
 
+    def staged(self, image: Image) -> Image:
+        """Resize an image as ``label`` does, and put it where the device copies it from.
+
+        It may be called by any thread, while the teacher is at work on other images.
+        """
+        image = fit_longest_side(image, self.card.input_size)
+        return page_locked(image) if self.device.type == "cuda" else image
+
     @torch.inference_mode()
+    @plain_float32()
     def probabilities(
-        self, images: Sequence[NDArray[np.uint8]], size_hw: tuple[int, int]
+        self, images: Sequence[Image], size_hw: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Return class probabilities (B, K+1, *size_hw) and IoU estimates (B, K+1), float32."""
         size = self.card.input_size
-        pixels, valid_hw = (part.to(self.device) for part in to_input_frame(images, size))
+        pixels, valid_hw = self._upload(images, size)
         inside = inside_image(valid_hw, size)
         if self.prompter is None:
             logits, iou = forward(self.sam, pixels, inside, dtype=self.dtype)
@@ -169,10 +178,13 @@ class Teacher:
             logits, iou = self.prompter(self.sam, embeddings, valid_hw, size)
         return to_client_frame(logits, valid_hw, size_hw), iou.float()
 
-    def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> PseudoLabels:
-        """Label (H, W, 3) uint8 images of any sizes, in the client's frame ``size``."""
-        tensors = to_labels(*self.probabilities(images, (size, size)))
-        return PseudoLabels(*(tensor.cpu().numpy() for tensor in tensors))
+    def begin(self, images: Sequence[Image], size: int) -> Download:
+        """Begin to label (H, W, 3) uint8 images of any sizes, in the client's frame ``size``."""
+        return Download(to_labels(*self.probabilities(images, (size, size))), images)
+
+    def label(self, images: Sequence[Image], size: int) -> PseudoLabels:
+        """Label images as ``begin`` does, and wait for it."""
+        return self.begin(images, size).result()
 
 
 def checked_card(settings: Config, partition: Partition) -> TeacherCard:

@@ -17,6 +17,8 @@ from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.disk import write_json
 from pipeline.labelling.precompute import StageOneResult, precompute
+from pipeline.sam.device import Finished, Pending
+from pipeline.sam.frame import fit_longest_side
 from pipeline.stores.label_store import LabelStore, PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard
 
@@ -55,6 +57,12 @@ class FakeTeacher:
 
     def provenance(self) -> dict[str, str]:
         return {"backend": self.backend}
+
+    def staged(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return fit_longest_side(image, self.card.input_size)
+
+    def begin(self, images: Images, size: int) -> Pending:
+        return Finished(self.label(images, size))
 
     def label(self, images: Images, size: int) -> PseudoLabels:
         self.on_batch(self.batches)

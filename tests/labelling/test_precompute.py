@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from pipeline.labelling.backoff import MemoryAwareTeacher
 from pipeline.labelling.maintenance import verify
 from pipeline.labelling.precompute import precompute
 from pipeline.runtime import resolve_device
+from pipeline.sam.device import Finished, Pending
 from pipeline.stores.label_store import LabelStore, PseudoLabels
 
 COUNT = 150
@@ -200,6 +203,8 @@ OUT_OF_MEMORY = [
     MemoryError(),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     RuntimeError("Failed to allocate memory for requested buffer of size 9"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
 ]
 
 
@@ -253,9 +258,90 @@ def test_memory_for_no_image_at_all(config: Config) -> None:
     assert labelled_rows(config) == 0
 
 
-def test_another_error_is_no_lack_of_memory(config: Config) -> None:
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        run(config, Hungry(3, RuntimeError("shapes cannot be multiplied")))
+@pytest.mark.parametrize(
+    "words", ["shapes cannot be multiplied", "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"]
+)
+def test_another_error_is_no_lack_of_memory(config: Config, words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        run(config, Hungry(3, RuntimeError(words)))
+
+
+def test_what_a_failed_batch_holds_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes with the error's traceback, and torch can give back only what nobody holds."""
+    held: list[weakref.ref[Activations]] = []
+    freed: list[bool] = []
+
+    class Activations:
+        """What the batch needs memory for."""
+
+    class Large(FakeTeacher):
+        def label(self, images: Any, size: int) -> PseudoLabels:
+            activations = Activations()
+            held.append(weakref.ref(activations))
+            if len(images) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().label(images, size)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(held[-1]() is None))
+    images = [np.zeros((64, 64, 3), np.uint8)] * 2
+    assert len(MemoryAwareTeacher(Large(), 2).label(images, 32).masks) == 2
+    assert freed == [True]
+
+
+# --------------------------------------------------------------------------- a device that lags
+
+
+class Lagging(FakeTeacher):
+    """Has labels only when somebody waits for them, as a GPU; notes when that is."""
+
+    def __init__(self, on_batch: Callable[[int], None] = lambda batch: None) -> None:
+        super().__init__(on_batch)
+        self.steps: list[str] = []
+
+    def begin(self, images: Any, size: int) -> Pending:
+        number, labels = self.batches, self.label(images, size)
+        self.steps.append(f"begin {number}")
+
+        class OnItsWay(Finished):
+            def done(self) -> bool:
+                return False
+
+            def result(wait) -> PseudoLabels:  # noqa: N805
+                self.steps.append(f"fetch {number}")
+                return labels
+
+        return OnItsWay(labels)
+
+
+def test_labels_are_fetched_one_batch_late(config: Config, whole: dict[str, bytes]) -> None:
+    teacher = Lagging()
+    run(config, teacher)
+    assert content(config.cache.root / "sam") == whole
+    expected = ["begin 0"]
+    for number in range(1, teacher.batches):
+        expected += [f"begin {number}", f"fetch {number - 1}"]
+    assert teacher.steps == [*expected, f"fetch {teacher.batches - 1}"]
+
+
+@pytest.mark.parametrize("stop", [8, 9])
+def test_ctrl_c_while_labels_are_on_their_way(
+    config: Config, whole: dict[str, bytes], stop: int
+) -> None:
+    """Batch 7 ends the client's first chunk: what was begun before is kept."""
+
+    def interrupt(batch: int) -> None:
+        if batch == stop:
+            raise KeyboardInterrupt
+
+    teacher = Lagging(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, teacher)
+    assert teacher.steps[-1] == f"fetch {stop - 1}"
+    partition = load_partition(config.cache.root / "partition.json")
+    assert labelled_rows(config) == len(partition.server.calibration) + 64
+    run(config, Lagging())
+    assert content(config.cache.root / "sam") == whole
 
 
 # --------------------------------------------------------------------------- devices, checkpoints
