@@ -38,6 +38,7 @@ Architecture = Literal["unet", "fpn", "linknet", "deeplabv3plus", "segformer"]
 AggregationName = Literal["fedavg", "median", "trimmed_mean", "krum", "multi_krum"]
 ServerOptimizer = Literal["none", "fedavgm", "fedadam"]
 Compression = Literal["none", "float16", "int8"]
+Flips = Literal["none", "horizontal", "both"]
 Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
 
 
@@ -226,6 +227,20 @@ class ModelConfig(NetworkConfig):
     clients: tuple[NetworkConfig, ...] = ()
 
 
+class AugmentConfig(Section):
+    """Random views of training images, the teacher's and the clients' (docs/method.md)."""
+
+    decides = _FIRST_MODEL
+
+    flips: Flips = "both"  # none, where left and right or up and down mean something
+    turns: bool = True  # quarter turns
+    rotation: Annotated[float, Field(ge=0.0, le=180.0)] = 20.0  # degrees, either way
+    scale: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2  # relative, either way
+    shift: Fraction = 0.08  # of the image's side, either way
+    # factor of the labelled and strong views' changes of light, colour, blur and noise
+    intensity: Annotated[float, Field(ge=0.0, le=3.0)] = 1.0
+
+
 class AgreementConfig(Section):
     """How SAM's label and the client's own prediction become one target (docs/method.md)."""
 
@@ -330,6 +345,7 @@ class Config(Section):
     sam: SamConfig = SamConfig()
     precompute: PrecomputeConfig = PrecomputeConfig()
     model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
     agreement: AgreementConfig = AgreementConfig()
     federate: FederateConfig = FederateConfig()
     privacy: PrivacyConfig = PrivacyConfig()

@@ -117,7 +117,7 @@ def test_unknown_section_lists_the_sections(tmp_path: Path) -> None:
     path = write(tmp_path, "federat: {rounds: 4}\n")
     assert message(path) == (
         f"{path}: unknown key 'federat' (nearest: federate); expected one of seed, data, cache, "
-        "synth, partition, sam, precompute, model, agreement, federate, privacy, evaluate"
+        "synth, partition, sam, precompute, model, augment, agreement, federate, privacy, evaluate"
     )
 
 
@@ -422,6 +422,7 @@ def test_what_is_written_is_read_back() -> None:
 # --------------------------------------------------------------------------- what decides a result
 
 FIRST_MODEL = [
+    *(f"augment.{key}" for key in Config().augment.model_dump()),
     "data.num_classes",
     "data.image_size",
     "federate.pretrain_steps",

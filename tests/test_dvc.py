@@ -70,11 +70,12 @@ def test_parameters_exist_and_reach_only_their_stages() -> None:
         section: {
             n for n, s in STAGES.items() if any(p.split(".")[0] == section for p in s["params"])
         }
-        for section in ("sam", "model", "agreement", "partition", "synth")
+        for section in ("sam", "model", "augment", "agreement", "partition", "synth")
     }
     assert users == {
         "sam": {"finetune-sam", "evaluate-sam"},
         "model": {"federate"},
+        "augment": {"finetune-sam", "federate"},
         "agreement": {"federate"},
         "partition": {"prepare"},
         "synth": {"synth"},

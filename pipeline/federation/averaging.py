@@ -122,7 +122,7 @@ class Averaging(Strategy):
         model = self._workplace.loaded(self._config.model, weights)
         rates = [this.rates.learning_rate] * settings.local_steps
         seed, public = server_seed(self._config.seed, this.number), self._workplace.public
-        return train_on_server(model, public, rates, seed=seed, settings=settings)
+        return train_on_server(model, public, rates, seed=seed, config=self._config)
 
     def shared(self, weights: State) -> State:
         """Return the global model's weights, which answer for all clients."""

@@ -19,10 +19,17 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from pipeline.config import Config, FederateConfig
+from pipeline.config import Config
 from pipeline.federation.agreement import AgreementState, PseudoLabel, shares_of
 from pipeline.federation.targets import TARGETS, Learner
-from pipeline.federation.views import ClientData, PublicSet, Views, draw_views, labelled_batch
+from pipeline.federation.views import (
+    ClientData,
+    PublicSet,
+    Sampling,
+    Views,
+    draw_views,
+    labelled_batch,
+)
 from pipeline.methods import METHODS
 from pipeline.segmentation.losses import agreement_loss, distillation_loss, supervised_loss
 from pipeline.segmentation.networks import State, get_state, normalise
@@ -78,16 +85,18 @@ def local_update(
     rule = TARGETS.get(traits.target)
     client = client if rule is None else rule.prepare(learner, client)
     optimizer = make_optimizer(model, task.learning_rate, settings.weight_decay)
-    labelled = Generator().manual_seed(task.seed)  # the same draws whatever the method
-    unlabelled = Generator().manual_seed(task.seed + 1)
+    batch, other = settings.labelled_batch, settings.unlabelled_batch
+    # the same draws whatever the method
+    labelled = Sampling(batch, Generator().manual_seed(task.seed), device, config.augment)
+    unlabelled = Sampling(other, Generator().manual_seed(task.seed + 1), device, config.augment)
     start = [each.detach().clone() for each in model.parameters()]
     sums: defaultdict[str, float] = defaultdict(float)
     with seeded(task.seed, model):
         for _ in range(settings.local_steps):
-            images, truth = labelled_batch(public, settings.labelled_batch, labelled, device)
+            images, truth = labelled_batch(public, labelled)
             pair = None
             if rule is not None:
-                views = draw_views(client, settings.unlabelled_batch, unlabelled, device)
+                views = draw_views(client, unlabelled)
                 pair = views, rule.label(learner, views)
                 if views.truth is not None:
                     learner.count(audit(pair[1], views.truth))
@@ -164,21 +173,22 @@ def train_on_server(
     rates: Iterable[float],
     *,
     seed: int,
-    settings: FederateConfig,
+    config: Config,
 ) -> State:
     """Train ``model`` on D_p's training part alone, a step at each learning rate of ``rates``.
 
     It goes on from its present weights. Return what it ends with.
     """
-    device = next(model.parameters()).device
+    device, settings = next(model.parameters()).device, config.federate
     optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
     generator = Generator().manual_seed(seed)
+    sampling = Sampling(settings.labelled_batch, generator, device, config.augment)
     with seeded(seed, model):
         model.train()
         for rate in rates:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            images, truth = labelled_batch(public, settings.labelled_batch, generator, device)
+            images, truth = labelled_batch(public, sampling)
             optimiser_step(model, optimizer, supervised_loss(model(normalise(images)), truth))
     return get_state(model)
 

@@ -48,7 +48,7 @@ def first_model(
 
     model = build_model(config, seed=config.seed, network=network)
     model = model.to(resolve_device(settings.device))
-    weights = train_on_server(model, public, rates(), seed=config.seed, settings=settings)
+    weights = train_on_server(model, public, rates(), seed=config.seed, config=config)
     save(path, weights)
     return weights
 

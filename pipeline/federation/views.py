@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from pipeline.config import AugmentConfig
 from pipeline.segmentation.augmentation import (
     LIGHT,
     STRONG,
+    Photometry,
     change_appearance,
     random_affine,
     sampling_grid,
@@ -67,25 +69,43 @@ class Views:
     truth: Tensor | None  # (B, S, S) int64
 
 
-def labelled_batch(
-    public: PublicSet, size: int, generator: Generator, device: torch.device
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Sampling:
+    """How batches are drawn, one after another."""
+
+    size: int  # images of a batch
+    generator: Generator  # goes on from batch to batch
+    device: torch.device  # where batches are used
+    augment: AugmentConfig
+
+    @property
+    def strong(self) -> Photometry:
+        """The limits of a strong view's appearance."""
+        return STRONG.times(self.augment.intensity)
+
+    def choose(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw rows (size,) of ``images``, and where the pixels of their view come from."""
+        chosen = _choose(len(images), self.size, self.generator)
+        maps = random_affine(len(chosen), self.generator, settings=self.augment)
+        return chosen, sampling_grid(maps, images)
+
+
+def labelled_batch(public: PublicSet, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Draw an augmented labelled batch: images (B, 3, S, S) float 0..1, truth (B, S, S) int64."""
-    chosen = _choose(len(public.images), size, generator)
-    grid = sampling_grid(random_affine(len(chosen), generator), public.images)
+    chosen, grid = sampling.choose(public.images)
     images = warp_images(public.images[chosen].float() / 255, grid)
-    images = change_appearance(images, STRONG, generator)
+    images = change_appearance(images, sampling.strong, sampling.generator)
     truth = warp_labels(public.labels[chosen], grid).long()
-    return images.to(device), truth.to(device)
+    return images.to(sampling.device), truth.to(sampling.device)
 
 
-def draw_views(client: ClientData, size: int, generator: Generator, device: torch.device) -> Views:
-    """Draw a weak and a strong view of ``size`` of the client's images."""
-    chosen = _choose(len(client.images), size, generator)
-    grid = sampling_grid(random_affine(len(chosen), generator), client.images)
+def draw_views(client: ClientData, sampling: Sampling) -> Views:
+    """Draw a weak and a strong view of some of the client's images."""
+    chosen, grid = sampling.choose(client.images)
     base = warp_images(client.images[chosen].float() / 255, grid)
-    weak = change_appearance(base, LIGHT, generator)
-    strong = change_appearance(base, STRONG, generator)
+    weak = change_appearance(base, LIGHT, sampling.generator)
+    strong = change_appearance(base, sampling.strong, sampling.generator)
+    device = sampling.device
 
     def warped(values: Tensor | None) -> Tensor | None:
         return None if values is None else warp_labels(values[chosen], grid).to(device)

@@ -41,7 +41,7 @@ log = logging.getLogger("samfed.sam.finetune")
 #: Of an unfinished training, below the cache.
 CHECKPOINT = Path("finetune") / "checkpoint.safetensors"
 #: A checkpoint of another version is not continued; raise it with anything that changes training.
-_TRAINING_VERSION = 1
+_TRAINING_VERSION = 2
 
 
 def finetune(config: Config, *, progress: Progress | None = None) -> TeacherCard:
@@ -160,6 +160,7 @@ def _fingerprint(config: Config, partition: Partition) -> str:
     decides = {
         "version": _TRAINING_VERSION,
         "settings": settings,
+        "augment": config.augment.model_dump(mode="json"),
         "seed": config.seed,
         "num_classes": config.data.num_classes,
         "base": base_checkpoint(config.sam)[1],

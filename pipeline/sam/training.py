@@ -16,7 +16,7 @@ from PIL import Image
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from pipeline.config import Config, SamConfig
+from pipeline.config import AugmentConfig, Config, SamConfig
 from pipeline.data.images import LabelledImage
 from pipeline.errors import NotFiniteError
 from pipeline.progress import Progress
@@ -147,7 +147,8 @@ class Training:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self._optimizer.zero_grad()
-        loss = _loss(self._sam, pixels, masks, self._config.sam, self._generator)
+        batch = _augment(pixels, masks, self._generator, settings=self._config.augment)
+        loss = _loss(self._sam, *batch, settings=self._config.sam)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._sam.parameters(), _MAX_GRADIENT_NORM)
         self._optimizer.step()
@@ -183,19 +184,18 @@ def _optimizer(sam: Sam, settings: SamConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 
-def _augment(pixels: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _augment(
+    pixels: Tensor, masks: Tensor, generator: torch.Generator, *, settings: AugmentConfig
+) -> tuple[Tensor, Tensor]:
     """Draw a random view of frames: images (B, 3, S, S) float in 0..255, masks (B, S, S) uint8."""
-    grid = sampling_grid(random_affine(len(pixels), generator), pixels)
+    grid = sampling_grid(random_affine(len(pixels), generator, settings=settings), pixels)
     images = warp_images(pixels.float() / 255, grid, padding="zeros")
     target = warp_labels(masks, grid, padding="zeros", fill=IGNORE)
     return change_appearance(images, HEAVY, generator) * 255, target
 
 
-def _loss(
-    sam: Sam, pixels: Tensor, masks: Tensor, settings: SamConfig, generator: torch.Generator
-) -> Tensor:
+def _loss(sam: Sam, images: Tensor, target: Tensor, *, settings: SamConfig) -> Tensor:
     """Return the loss of one augmented batch: 0.2 CE + 0.8 Dice, and the IoU head's error."""
-    images, target = _augment(pixels, masks, generator)
     device = sam.pixel_mean.device
     images, target = images.to(device), target.to(device).long()
     logits, iou = forward(sam, images, target != IGNORE)

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from pipeline.config import AugmentConfig
+
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
-_ROTATION_DEG = 20.0
-_SCALE = 0.2  # relative, either way
-_SHIFT = 0.08  # of the image's side, either way
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,11 @@ class Photometry:
     blur_probability: float = 0.3  # of the whole batch
     noise: float = 0.03  # standard deviation, of the full range
 
+    def times(self, factor: float) -> Photometry:
+        """Return limits ``factor`` times as wide; a probability stays below 1."""
+        values = {name: value * factor for name, value in vars(self).items()}
+        return Photometry(**values | {"blur_probability": min(1.0, values["blur_probability"])})
+
 
 STRONG = Photometry()
 LIGHT = Photometry(0.1, 0.15, 0.2, 0.04, 0.0, 0.0)
@@ -42,19 +46,22 @@ LIGHT = Photometry(0.1, 0.15, 0.2, 0.04, 0.0, 0.0)
 HEAVY = Photometry(0.3, 0.5, 0.8, 0.2, 0.3, 0.05)
 
 
-def random_affine(count: int, generator: torch.Generator) -> Tensor:
+def random_affine(count: int, generator: torch.Generator, *, settings: AugmentConfig) -> Tensor:
     """Draw ``count`` maps (count, 2, 3) from output to input, in coordinates -1..1.
 
-    Flips, quarter turns, and a small rotation, change of scale and shift.
+    Flips, quarter turns, and a small rotation, change of scale and shift. What ``settings`` leave
+    out moves no other draw.
     """
     draw = torch.rand((count, 7), generator=generator)
-    turns = (draw[:, 0] * 4).floor() * (math.pi / 2)
-    angle = turns + (draw[:, 1] * 2 - 1) * math.radians(_ROTATION_DEG)
-    zoom = 1 + (draw[:, 2] * 2 - 1) * _SCALE
-    flip = torch.where(draw[:, 3] < 0.5, -1.0, 1.0)
+    turns = (draw[:, 0] * 4).floor() * (math.pi / 2) * settings.turns
+    angle = turns + (draw[:, 1] * 2 - 1) * math.radians(settings.rotation)
+    zoom = 1 + (draw[:, 2] * 2 - 1) * settings.scale
+    flipped = draw[:, 3] < 0.5, draw[:, 6] < 0.5  # left and right, up and down
+    axes = {"none": 0, "horizontal": 1, "both": 2}[settings.flips]
+    x, y = (torch.where(f & (i < axes), -1.0, 1.0) for i, f in enumerate(flipped))
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-    shift = (draw[:, 4:6] * 2 - 1) * _SHIFT * 2
-    columns = [torch.stack(pair, dim=1) for pair in ((cos * flip, sin * flip), (-sin, cos))]
+    shift = (draw[:, 4:6] * 2 - 1) * settings.shift * 2
+    columns = [torch.stack(pair, dim=1) for pair in ((cos * x, sin * x), (-sin * y, cos * y))]
     return torch.stack([*columns, shift], dim=2)
 
 
@@ -84,7 +91,11 @@ def warp_labels(
 
 
 def change_appearance(images: Tensor, limits: Photometry, generator: torch.Generator) -> Tensor:
-    """Change light, contrast, colour, blur and noise of images (B, 3, H, W) in 0..1 at random."""
+    """Change light, contrast, colour, blur and noise of images (B, 3, H, W) in 0..1 at random.
+
+    An image whose three channels are equal is grey and stays grey.
+    """
+    is_grey = (images == images[:, :1]).flatten(start_dim=1).all(dim=1)[:, None, None, None]
 
     def uniform(limit: float, channels: int = 1) -> Tensor:
         draw = torch.rand((len(images), channels, 1, 1), generator=generator)
@@ -94,12 +105,13 @@ def change_appearance(images: Tensor, limits: Photometry, generator: torch.Gener
     out = (images - mean) * (1 + uniform(limits.contrast)) + mean + uniform(limits.brightness)
     grey = (out * out.new_tensor(_GREY)[None, :, None, None]).sum(dim=1, keepdim=True)
     out = grey + (out - grey) * (1 + uniform(limits.saturation))
-    out = out + uniform(limits.colour_cast, 3)
+    out = out + uniform(limits.colour_cast, 3) * ~is_grey
     chance = limits.blur_probability
     if chance > 0 and torch.rand((), generator=generator) < chance:
         sigma = 0.3 + float(torch.rand((), generator=generator))
         out = gaussian_blur(out, [5, 5], [sigma, sigma])
     if limits.noise > 0:
         strength = torch.rand((len(images), 1, 1, 1), generator=generator) * limits.noise
-        out = out + (torch.randn(out.shape, generator=generator) * strength).to(out)
+        noise = (torch.randn(out.shape, generator=generator) * strength).to(out)
+        out = out + torch.where(is_grey, noise[:, :1], noise)
     return out.clamp(0, 1)

@@ -94,7 +94,7 @@ def init(folder: Path, out: Path, *, force: bool = False) -> InitResult:
     size, classes = _size([side for side, _ in looks]), _classes(folder, found)
     kinds = " and ".join(sorted({kind for _, kind in looks}))
     data = tuple(_data(folder, out, pattern, (classes, size)))
-    others = (*_model(out), *_teacher(out))
+    others = (*_model(out), *_augment(kinds), *_teacher(out))
     for partition in _partitions(found):
         result = InitResult(out, f"{found.text()}; {kinds}", (*data, *partition, *others))
         try:
@@ -145,7 +145,7 @@ def _scan(folder: Path) -> tuple[str, InputFolder]:
 def _look(path: Path) -> tuple[int, str]:
     """Return an image's shorter side in pixels, and whether it is grey or colour."""
     colour = decode(path).layers().colour
-    return min(colour.shape[:2]), "grey" if colour.shape[2] == 1 else "colour"
+    return min(colour.shape[:2]), "grey" if (colour == colour[:, :, :1]).all() else "colour"
 
 
 def _some(every: Sequence[Any]) -> Sequence[Any]:
@@ -247,6 +247,15 @@ def _model(out: Path) -> Iterator[Choice]:
     yield Choice("model", "encoder_depth", 5, "all of the encoder's levels")
     yield Choice("model", "decoder_channels", [64], "one number for segformer")
     yield Choice("model", "encoder_weights", _relative(weights, out), "relative to this file")
+
+
+def _augment(kinds: str) -> Iterator[Choice]:
+    """Choose the views of scans, which are taken one way up; photographs keep the default."""
+    if kinds != "grey":
+        return
+    why = "grey images are mostly scans, taken one way up, so none is drawn upside down"
+    yield Choice("augment", "flips", "horizontal", f"{why}; none if left and right must stay")
+    yield Choice("augment", "turns", False, "for the same reason, no quarter turns")
 
 
 def _teacher(out: Path) -> Iterator[Choice]:

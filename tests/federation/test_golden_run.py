@@ -22,26 +22,26 @@ ADVICE = (
     "the same settings and data give another result now: raise RESULT_VERSION in "
     "pipeline/federation/inputs.py, so that no earlier run goes on with it, and pin these numbers"
 )
-VERSION = 2  # with which the numbers below were made
+VERSION = 3  # with which the numbers below were made
 #: By kind of networks: of the last round, the means over clients, and the norm of all weights.
 GOLDEN: dict[str, dict[str, float]] = {
     "equal": {
-        "loss": 2.2052,
-        "loss_agree": 1.1207,
-        "agreement": 0.4215,
-        "coverage": 0.9691,
-        "drift": 0.00267,
-        "conflict_log_odds": 0.2436,
-        "norm": 169.743,
+        "loss": 2.1421,
+        "loss_agree": 1.1238,
+        "agreement": 0.4066,
+        "coverage": 0.9678,
+        "drift": 0.00272,
+        "conflict_log_odds": 0.2536,
+        "norm": 170.128,
     },
     "own": {
-        "loss": 2.0522,
-        "loss_agree": 1.0936,
-        "agreement": 0.4334,
-        "coverage": 0.9718,
-        "drift": 0.00261,
-        "conflict_log_odds": 0.2715,
-        "norm": 265.885,
+        "loss": 1.9845,
+        "loss_agree": 1.0699,
+        "agreement": 0.4339,
+        "coverage": 0.9639,
+        "drift": 0.00267,
+        "conflict_log_odds": 0.2845,
+        "norm": 266.205,
     },
 }
 

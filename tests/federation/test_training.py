@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import Config
+from pipeline.config import AugmentConfig, Config
 from pipeline.errors import ConfigError
 from pipeline.federation import local_update as training
 from pipeline.federation.agreement import AgreementState, PseudoLabel
@@ -218,7 +218,7 @@ def test_training_learns() -> None:
     config = settings(labelled_batch=6)
     model = build_model(config, seed=0)
     rates = [5e-3 * cosine(step, 60) for step in range(60)]
-    train_on_server(model, public, rates, seed=0, settings=config.federate)
+    train_on_server(model, public, rates, seed=0, config=config)
     images, truth = blobs(8, 9)
     predicted = predict_probabilities(model, images).argmax(dim=1)
     overlap = 2 * (predicted * truth).sum() / (predicted.sum() + truth.sum())
@@ -241,7 +241,7 @@ def test_an_audit_by_hand() -> None:
 def test_geometry_is_shared() -> None:
     """An image warped with its own mask as a channel stays aligned with the warped mask."""
     _, masks = blobs(16, 3)
-    maps = random_affine(16, torch.Generator().manual_seed(4))
+    maps = random_affine(16, torch.Generator().manual_seed(4), settings=AugmentConfig())
     grid = sampling_grid(maps, masks)
     warped = warp_images(masks[:, None].float().expand(-1, 3, -1, -1), grid)
     labels = warp_labels(masks, grid)

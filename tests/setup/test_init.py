@@ -10,6 +10,7 @@ import pytest
 from conftest import answer, call, fails
 from PIL import Image
 
+from pipeline.config import AugmentConfig
 from pipeline.params import load_config
 from pipeline.setup.init import WEIGHTS
 
@@ -27,6 +28,7 @@ def test_what_it_writes_is_read_and_prepare_runs_on_it(folder: Path) -> None:
     config = load_config(Path("params.yaml"))
     assert said["file"] == "params.yaml"
     assert "colour" in said["found"]
+    assert config.augment == AugmentConfig()
     assert config.data.root == Path(folder.name)
     assert (config.data.num_classes, config.data.image_size) == (1, 96)
     assert (config.partition.scheme, config.sam.variant) == ("site", "vit_t")
@@ -91,6 +93,8 @@ def test_classes_grey_images_one_site_and_the_names_of_masks(folder: Path) -> No
     config = load_config(Path("params.yaml"))
     assert said["found"].endswith("; grey")
     assert config.data.num_classes == 3
+    assert (config.augment.flips, config.augment.turns) == ("horizontal", False)
+    assert "none is drawn upside down" in Path("params.yaml").read_text()
     assert config.data.mask_pattern.startswith("{id}_segmentation")
     assert (config.partition.scheme, config.partition.server_site) == ("iid", None)
     assert call("prepare").exit_code == 0
