@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from pipeline.config import Config
 from pipeline.data.images import load_image
 from pipeline.data.partition import Partition, load_partition
+from pipeline.labelling.fidelity import mask_iou
 from pipeline.params import load_config
 from pipeline.runtime import resolve_device
+from pipeline.sam.int8 import has_vnni
 from pipeline.sam.teacher import load_teacher
 from pipeline.stores.label_store import PseudoLabels
 
@@ -52,13 +54,12 @@ def measure(config: Config, count: int) -> dict[str, dict[str, Any]]:
     cuda = resolve_device(config.precompute.device).type == "cuda"
     results: dict[str, dict[str, Any]] = {}
     exact: NDArray[np.uint8] | None = None
-    for precision in ("fp32", "bf16", "fp16") if cuda else ("fp32", "bf16"):
+    on_cpu = ("fp32", "bf16", "int8") if has_vnni() else ("fp32", "bf16")
+    for precision in ("fp32", "bf16", "fp16") if cuda else on_cpu:
         parts, seconds = label(config, partition, images, precision)
         masks = np.concatenate([part.masks for part in parts])
         exact = masks if exact is None else exact
-        both = ((masks == exact) & (exact > 0)).sum()
-        iou = both / ((masks > 0) | (exact > 0)).sum()
-        results[precision] = {"images_per_s": 1 / seconds, "mask_iou": float(iou)}
+        results[precision] = {"images_per_s": 1 / seconds, "mask_iou": mask_iou(masks, exact)}
     return results
 
 

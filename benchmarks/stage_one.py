@@ -47,6 +47,7 @@ from pipeline.sam import teacher as teaching
 from pipeline.sam.build import build_sam
 from pipeline.sam.export import EXTERNAL_ABOVE, TeacherNetwork, trace, write_model
 from pipeline.sam.frame import inside_image, to_client_frame, to_input_frame
+from pipeline.sam.int8 import Int8Linear, has_vnni
 from pipeline.sam.onnx import MODEL_FORMAT, OUTPUTS, OnnxTeacher
 from pipeline.stores.label_store import LabelStore, RowKey
 from pipeline.stores.teacher_card import TeacherCard
@@ -309,6 +310,19 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
+def int8_ceiling() -> float:
+    """FLOP/s of the same product in 8-bit integers, as the encoder's linear layers compute it."""
+    size = 2048
+    layer = Int8Linear(torch.nn.Linear(size, size), dtype=torch.float32)
+    levels = torch.randint(1, 256, (size, size), dtype=torch.uint8)
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        layer.multiply(levels)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
 def compare(folder: Path, results: dict[str, dict[str, Any]], ceilings: dict[str, float]) -> None:
     """Add speed-ups, errors and shares of the ceiling, all against (a)."""
     base = results["predictor_fp32"]
@@ -369,6 +383,8 @@ def main() -> None:
     if device.type == "cpu":
         del dtypes["fp16"]
     ceilings = {name: matmul_ceiling(device, dtype) for name, dtype in dtypes.items()}
+    if device.type == "cpu" and has_vnni():
+        ceilings["int8"] = int8_ceiling()
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         make_inputs(Path(name), options.variant, options.images)

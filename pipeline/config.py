@@ -194,8 +194,8 @@ class PrecomputeConfig(Section):
 
     backend: Literal["torch", "onnx"] = "torch"  # onnx: ONNX Runtime, after `samfed export-onnx`
     batch_size: Count = 8  # images per forward pass; a shard holds 64 rows
-    # auto: bf16 where the device has it and masks do not move, else fp32
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # auto: bf16 where the device has it and masks do not move, else fp32; int8: a CPU with VNNI
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     device: str = "auto"  # of the teacher: auto, cpu, cuda, cuda:N
     # threads that decode images ahead of the teacher; null = one a core, or a worker's share
     readers: Count | None = None

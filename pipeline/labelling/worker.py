@@ -22,6 +22,7 @@ import numpy as np
 from pipeline.data.images import load_image
 from pipeline.errors import DataError
 from pipeline.labelling.backoff import MemoryAwareTeacher, TeacherBackend, join
+from pipeline.labelling.fidelity import check_fidelity
 from pipeline.labelling.job import Job, Meter
 from pipeline.labelling.quality import measure
 from pipeline.runtime import usable_cores
@@ -82,11 +83,14 @@ def load_backend(job: Job) -> TeacherBackend:
 
     Raises:
         StageError: not fine-tuned, or for ONNX not exported, yet. IdentityError: it is not the
-        one that the settings ask for. ConfigError: a device or precision that is not there.
+        one that the settings ask for. ConfigError: a device or precision that is not there, or a
+        precision that moves this teacher's masks.
     """
     settings = job.config.precompute
     load = load_onnx_teacher if settings.backend == "onnx" else load_teacher
-    return MemoryAwareTeacher(load(job.config, job.partition), settings.batch_size)
+    teacher = MemoryAwareTeacher(load(job.config, job.partition), settings.batch_size)
+    check_fidelity(job, teacher)
+    return teacher
 
 
 def label_chunks(

@@ -50,12 +50,12 @@ def onnx_precision(asked: str) -> str:
     """Return the precision to export in; ``auto`` is fp32, which every provider runs.
 
     Raises:
-        ConfigError: bf16, for which ONNX Runtime lacks kernels that a teacher needs.
+        ConfigError: bf16, for which ONNX Runtime lacks kernels that a teacher needs, or int8.
     """
-    if asked == "bf16":
+    if asked in ("bf16", "int8"):
         raise ConfigError(
-            "precompute.precision: bf16 is not offered by the onnx backend; use fp32 or, on CUDA, "
-            "fp16"
+            f"precompute.precision: {asked} is not offered by the onnx backend; use fp32 or, on "
+            "CUDA, fp16"
         )
     return "fp32" if asked == "auto" else asked
 

@@ -23,6 +23,7 @@ from pipeline.sam.build import decode_masks
 from pipeline.sam.checkpoints import base_checkpoint, build_base, misfit
 from pipeline.sam.device import Download, Image, Upload, page_locked, plain_float32
 from pipeline.sam.frame import fit_longest_side, inside_image, to_client_frame
+from pipeline.sam.int8 import has_vnni, quantise
 from pipeline.sam.lora import add_adapter, merge_lora
 from pipeline.sam.prompts import MULTIMASK, PointGrid
 from pipeline.stores.label_store import PseudoLabels
@@ -96,18 +97,26 @@ def to_labels(probabilities: Tensor, iou: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def resolve_precision(precision: str, device: torch.device, variant: str) -> str:
-    """Return what the encoder computes in: ``fp32``, ``bf16`` or ``fp16``.
+    """Return what the encoder computes in: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
 
     ``auto`` is bf16 where that is fast and keeps the masks (``label_precision``). Fast is a GPU
     with bfloat16, or a CPU with AMX or AVX512-bf16.
 
     Raises:
-        ConfigError: fp16 on a CPU, which has no fast arithmetic for it.
+        ConfigError: fp16 on a CPU, which has no fast arithmetic for it, or int8 elsewhere than on a
+        CPU that has.
     """
     if precision == "auto":
         return label_precision(variant, "auto") or ("bf16" if _has_bf16(device) else "fp32")
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("precompute.precision: fp16 needs a GPU; use auto, bf16 or fp32")
+    if precision == "int8" and device.type != "cpu":
+        raise ConfigError("precompute.precision: int8 is for CPUs; use auto, bf16 or fp16 on a GPU")
+    if precision == "int8" and not has_vnni():
+        raise ConfigError(
+            "precompute.precision: int8 needs a CPU with VNNI (avx512_vnni, avx_vnni or amx_int8), "
+            "which this one lacks; use auto"
+        )
     return precision
 
 
@@ -137,9 +146,13 @@ class Teacher:
         self.prompter = prompter
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device, card.variant)
-        self.dtype = _DTYPES[self.precision]
+        # what is between linear layers in 8 bits
+        others = precision if self.precision != "int8" else "auto"
+        self.dtype = _DTYPES[resolve_precision(others, self.device, card.variant)]
         self.sam = sam.eval().requires_grad_(False).to(self.device)
         self._upload = Upload(self.device)
+        if self.precision == "int8":
+            quantise(self.sam.image_encoder, dtype=self.dtype)
         for module in self.sam.image_encoder.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(self.dtype)  # else autocast would cast these weights for every batch

@@ -58,7 +58,7 @@ class Identity(BaseModel):
     label_size: int  # side of the stored masks, px
     num_classes: int  # K foreground classes
     method_version: int = LABEL_VERSION
-    precision: str | None = None  # only where it moves masks (timm: teachers): fp32, bf16 or fp16
+    precision: str | None = None  # only where it moves masks: timm: teachers, and int8
 
     @property
     def digest(self) -> str:

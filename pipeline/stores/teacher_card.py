@@ -99,8 +99,10 @@ def label_precision(variant: str, asked: str) -> str | None:
 
     SAM's own encoders keep their masks in lower precision (IoU to fp32 above 0.99,
     ``benchmarks/precision.py``), those with convolutions, ``timm:`` and ``mobile_sam``, do not:
-    theirs is fp32 unless another is asked for.
+    theirs is fp32 unless another is asked for. int8 moves masks of every encoder.
     """
+    if asked == "int8":
+        return asked
     if not variant.startswith(("timm:", "mobile_sam")):
         return None
     return "fp32" if asked == "auto" else asked

@@ -418,7 +418,7 @@ def test_where_it_runs_is_recorded(timm: Timm, tmp_path: Path) -> None:
     assert threads == torch.get_num_threads()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "fp16"])
 def test_a_precision_that_the_model_does_not_have(
     timm: Timm, tmp_path: Path, precision: str
 ) -> None:
@@ -430,6 +430,8 @@ def test_a_precision_that_the_model_does_not_have(
         str(caught.value)
         == {
             "bf16": "precompute.precision: bf16 is not offered by the onnx backend; use fp32 "
+            "or, on CUDA, fp16",
+            "int8": "precompute.precision: int8 is not offered by the onnx backend; use fp32 "
             "or, on CUDA, fp16",
             "fp16": f"precompute.precision: 'fp16' asked for, but {path} holds fp32; {AGAIN}",
         }[precision]

@@ -161,6 +161,7 @@ def test_labels_of_another_precision_are_made_anew(adapted: Adapted) -> None:
     ("variant", "asked", "expected"),
     [
         ("vit_b", "bf16", None),
+        ("vit_b", "int8", "int8"),
         ("vit_t", "auto", None),
         ("timm:resnet18", "auto", "fp32"),
         ("timm:resnet18", "fp32", "fp32"),
