@@ -24,6 +24,7 @@ from distributed.scheduler import KilledWorker
 from distributed.utils import LoopRunner
 from pydantic import BaseModel
 
+from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError, SamfedError, first_line
 from pipeline.runtime import resolve_device
 
@@ -327,7 +328,7 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Cluster]:
                 f"--workers {workers}: not all of them started ({first_line(error)}); see above "
                 "what stopped them (memory?), or give fewer"
             ) from error
-        share = max(1, (os.cpu_count() or 1) // workers)
+        share = max(1, usable_cores() // workers)
         # whatever a worker does when we close, nobody waits for: that it is killed is no news
         started.callback(nanny.setLevel, logging.ERROR)
         yield Cluster(client, threads=share, device="cuda" if gpus else None)

@@ -10,7 +10,6 @@ names is enough for the import. samfed never calls these operators.
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,9 +73,3 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use: all, or those that it is bound to."""
-    bound = getattr(os, "sched_getaffinity", None)  # macOS has none
-    return len(bound(0)) if bound is not None else os.cpu_count() or 1

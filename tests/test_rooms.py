@@ -19,6 +19,7 @@ GROUND = {
     "config",
     "deciding",
     "console",
+    "cores",
     "disk",
     "errors",
     "folders",

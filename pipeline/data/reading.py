@@ -14,6 +14,7 @@ from typing import IO, NamedTuple, TypeVar
 import numpy as np
 
 from pipeline.config import DataConfig
+from pipeline.cores import usable_cores
 from pipeline.data.images import Pixels, read_image, resize_image, resize_mask
 from pipeline.data.masks import read_mask
 from pipeline.data.partition import ImageEntry, ImageFiles
@@ -123,7 +124,7 @@ def _read(config: DataConfig, files: ImageFiles) -> Read:
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Apply a function on all cores, in order; results that wait are twice the cores at most."""
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     waiting = deque[Future[R]]()
     with ThreadPoolExecutor(cores) as pool:
         try:

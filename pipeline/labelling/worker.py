@@ -19,13 +19,13 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.cores import usable_cores
 from pipeline.data.images import load_image
 from pipeline.errors import DataError
 from pipeline.labelling.backoff import MemoryAwareTeacher, TeacherBackend, join
 from pipeline.labelling.fidelity import check_fidelity
 from pipeline.labelling.job import Job, Meter
 from pipeline.labelling.quality import measure
-from pipeline.runtime import usable_cores
 from pipeline.sam.device import Image, Pending
 from pipeline.sam.onnx import load_onnx_teacher
 from pipeline.sam.teacher import load_teacher

@@ -18,6 +18,7 @@ import torch
 
 from pipeline import __version__
 from pipeline.config import Config
+from pipeline.cores import usable_cores
 from pipeline.data.folder import InputFolder, scan
 from pipeline.data.images import read_image
 from pipeline.data.masks import read_mask
@@ -131,7 +132,7 @@ def _precision(config: Config) -> Lines:
 
 
 def _threads(config: Config) -> Lines:
-    cores, wanted = os.cpu_count() or 1, config.federate.threads
+    cores, wanted = usable_cores(), config.federate.threads
     if wanted > cores:
         yield "warning", f"federate.threads is {wanted}, but there are {cores} cores; lower it"
     else:

@@ -6,6 +6,8 @@ import errno
 import io
 import os
 import struct
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from pipeline.data.images import (
     resize_image,
     resize_mask,
 )
+from pipeline.data.reading import map_ahead
 from pipeline.disk import file_sha256
 from pipeline.errors import DataError
 
@@ -376,3 +379,18 @@ def test_decoding_leaves_no_file_open(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(noise.getvalue()[:-30])
     with pytest.raises(DataError):
         read(tmp_path / "x.png")
+
+
+def test_images_are_read_on_the_cores_that_the_process_is_bound_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A batch system gives a few cores of many; a thread for each of all would only need memory."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)
+
+    def reader(item: int) -> tuple[int, int]:
+        time.sleep(0.002)
+        return item, threading.get_ident()
+
+    found = [*map_ahead(reader, range(10))]
+    assert [item for item, _ in found] == [*range(10)]
+    assert len({thread for _, thread in found}) == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 from teachers import make_card
 
-from pipeline.runtime import usable_cores
+from pipeline.cores import usable_cores
 from pipeline.sam.build import build_sam
 from pipeline.sam.device import Download, Image, Upload, page_locked, plain_float32
 from pipeline.sam.frame import to_input_frame
