@@ -1,6 +1,9 @@
 """Stage one against segment-anything as a user would call it: same images, weights and machine.
 
     python benchmarks/stage_one.py --variant vit_b --images 4 [--onnx] [--json]
+    python benchmarks/stage_one.py --variant vit_b mobile_sam mobile_sam@512 timm:resnet18@256
+
+Several teachers, some with a ``sam.input_size`` behind an @, are set side by side at the end.
 
 Contenders, each in a process of its own: (a) a loop over ``SamPredictor`` in float32, (b) the same
 under bfloat16 autocast, (c) samfed in torch, from image files to a finished label store, (d) samfed
@@ -28,10 +31,12 @@ import pipeline.sam  # noqa: F401  (before segment_anything imports torchvision)
 import numpy as np
 import safetensors.torch
 import torch
+from ceilings import measure_ceilings, synchronise
 from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from segment_anything.modeling.image_encoder import Attention
+from stage_one_report import compare, show, show_teachers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,17 +52,10 @@ from pipeline.sam import teacher as teaching
 from pipeline.sam.build import build_sam
 from pipeline.sam.export import EXTERNAL_ABOVE, TeacherNetwork, trace, write_model
 from pipeline.sam.frame import inside_image, to_client_frame, to_input_frame
-from pipeline.sam.int8 import Int8Linear, has_vnni
 from pipeline.sam.onnx import MODEL_FORMAT, OUTPUTS, OnnxTeacher
 from pipeline.stores.label_store import LabelStore, RowKey
 from pipeline.stores.teacher_card import TeacherCard
 
-CONTENDERS = {
-    "predictor_fp32": "(a) SamPredictor loop, fp32",
-    "predictor_bf16": "(b) the same, bf16 autocast",
-    "samfed_torch": "(c) samfed, torch",
-    "samfed_onnx": "(d) samfed, ONNX Runtime",
-}
 LABEL_SIZE = 256
 IMAGE_HW = (900, 1200)
 
@@ -65,10 +63,16 @@ IMAGE_HW = (900, 1200)
 # --------------------------------------------------------------------------- what all share
 
 
+def build(teacher: str) -> Sam:
+    """Return the SAM of ``variant`` or ``variant@input_size``."""
+    variant, _, size = teacher.partition("@")
+    return build_sam(variant, input_size=int(size) if size else None)
+
+
 def make_inputs(folder: Path, variant: str, images: int) -> None:
     """Random weights, and photographs of nothing: smooth noise, as JPEG files."""
     torch.manual_seed(0)
-    sam = build_sam(variant)
+    sam = build(variant)
     for name, parameter in sam.named_parameters():
         if "rel_pos" in name or "pos_embed" in name:  # zero at first, which would flatter
             torch.nn.init.normal_(parameter, std=0.1)
@@ -84,7 +88,7 @@ def make_inputs(folder: Path, variant: str, images: int) -> None:
 
 def load_sam(folder: Path, variant: str, *, stock: bool) -> Sam:
     """Return the benchmark's SAM; with segment-anything's own attention where ``stock``."""
-    sam = build_sam(variant)
+    sam = build(variant)
     sam.load_state_dict(safetensors.torch.load_file(folder / "sam.safetensors"))
     for block in getattr(sam.image_encoder, "blocks", ()) if stock else ():
         folded = block.attn
@@ -94,11 +98,6 @@ def load_sam(folder: Path, variant: str, *, stock: bool) -> Sam:
             setattr(attention, name, getattr(folded, name))
         block.attn = attention
     return sam.eval().requires_grad_(False)
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_mib(device: torch.device) -> float:
@@ -127,11 +126,16 @@ def run_predictor(folder: Path, options: argparse.Namespace, *, autocast: bool) 
         return np.asarray(logits)
 
     logits = [predict(files[0])]  # warm
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     logits += [predict(file) for file in files[1:]]
-    wall = time.perf_counter() - began
+    wall, busy = time.perf_counter() - began, time.process_time() - busy
     np.save(folder / f"{options.child}.npy", np.stack(logits[:2]))
-    result = {"images_per_s": (len(files) - 1) / wall, "peak_mib": peak_mib(device)}
+    count = len(files) - 1
+    result = {
+        "images_per_s": count / wall,
+        "cpu_s_per_image": busy / count,
+        "peak_mib": peak_mib(device),
+    }
     if not autocast:
         size = sam.image_encoder.img_size
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -145,7 +149,7 @@ def run_predictor(folder: Path, options: argparse.Namespace, *, autocast: bool) 
 
 def make_card(variant: str, input_size: int) -> TeacherCard:
     return TeacherCard(
-        variant=variant,
+        variant=variant.partition("@")[0],
         input_size=input_size,
         num_classes=3,
         prompt="none",
@@ -192,8 +196,10 @@ def timed(owner: Any, name: str, device: torch.device) -> Iterator[list[float]]:
         setattr(owner, name, inner)
 
 
-def label_all(config: Config, teacher: TeacherBackend, files: list[Path]) -> float:
-    """Seconds from image files to a finished label store."""
+def label_all(
+    config: Config, teacher: TeacherBackend, files: list[Path]
+) -> tuple[float, dict[str, float]]:
+    """Seconds from image files to a finished label store, and what they are an image."""
     keys = [RowKey(file.stem, file_sha256(file)) for file in files]
     identity = teacher.card.identity(label_size=LABEL_SIZE, precision=config.precompute.precision)
     nothing = ServerPart(train=(), calibration=())
@@ -205,10 +211,11 @@ def label_all(config: Config, teacher: TeacherBackend, files: list[Path]) -> flo
         rows = tuple(store.chunk_rows(chunk))
         named = tuple((f"images/{files[row].name}", keys[row].sha256) for row in rows)
         tasks.append(ChunkTask("client", chunk, rows, named))
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     for result in label_chunks(job, teacher, tasks):
         store.mark_done(result.task.chunk, result.rows, result.provenance)
-    return time.perf_counter() - began
+    wall, busy = time.perf_counter() - began, time.process_time() - busy
+    return wall, {"images_per_s": len(files) / wall, "cpu_s_per_image": busy / len(files)}
 
 
 def run_torch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -230,9 +237,9 @@ def run_torch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     config = settings(folder, options)
     teacher.label(first[:1] * options.batch_size, LABEL_SIZE)  # warm, at the size that is timed
     with timed(teaching, "forward", device) as network:
-        wall = label_all(config, teacher, files)
+        wall, speed = label_all(config, teacher, files)
     return {
-        "images_per_s": len(files) / wall,
+        **speed,
         "peak_mib": peak_mib(device),
         "precision": teacher.precision,
         "outside_network": 1 - sum(network) / wall,
@@ -265,7 +272,7 @@ def export_model(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_onnx(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    size = build_sam(options.variant).image_encoder.img_size
+    size = build(options.variant).image_encoder.img_size
     teacher = OnnxTeacher(
         folder / "teacher.onnx",
         make_card(options.variant, size),
@@ -283,9 +290,9 @@ def run_onnx(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     np.save(folder / f"{options.child}.npy", np.concatenate(parts))
     teacher.label(first[:1] * options.batch_size, LABEL_SIZE)  # warm, at the size that is timed
     with timed(teacher, "run", torch.device("cpu")) as network:  # which waits for its outputs
-        wall = label_all(settings(folder, options), teacher, files)
+        wall, speed = label_all(settings(folder, options), teacher, files)
     return {
-        "images_per_s": len(files) / wall,
+        **speed,
         "peak_mib": peak_mib(torch.device("cpu")),
         "precision": teacher.precision,
         "provider": teacher.provenance()["provider"],
@@ -296,62 +303,9 @@ def run_onnx(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 # --------------------------------------------------------------------------- the run
 
 
-def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large product of matrices, the best of several."""
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
-        synchronise(device)
-        began = time.perf_counter()
-        a @ a
-        synchronise(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
-
-
-def int8_ceiling() -> float:
-    """FLOP/s of the same product in 8-bit integers, as the encoder's linear layers compute it."""
-    size = 2048
-    layer = Int8Linear(torch.nn.Linear(size, size), dtype=torch.float32)
-    levels = torch.randint(1, 256, (size, size), dtype=torch.uint8)
-    best = float("inf")
-    for _ in range(6):
-        began = time.perf_counter()
-        layer.multiply(levels)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
-
-
-def compare(folder: Path, results: dict[str, dict[str, Any]], ceilings: dict[str, float]) -> None:
-    """Add speed-ups, errors and shares of the ceiling, all against (a)."""
-    base = results["predictor_fp32"]
-    exact = np.load(folder / "predictor_fp32.npy").astype(np.float64)
-    for name, result in results.items():
-        result["speedup"] = result["images_per_s"] / base["images_per_s"]
-        logits = np.load(folder / f"{name}.npy").astype(np.float64)
-        result["relative_error"] = float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
-        precision = result.get("precision", "bf16" if name.endswith("bf16") else "fp32")
-        rate = result["images_per_s"] * base["flop_per_image"]
-        result["share_of_ceiling"] = rate / ceilings[precision]
-
-
-def show(results: dict[str, dict[str, Any]]) -> None:
-    print(f"{'contender':30} {'images/s':>9} {'x (a)':>6} {'error':>8} {'MiB':>6} {'of peak':>8}")
-    for name, row in results.items():
-        outside = row.get("outside_network")
-        tail = "" if outside is None else f"  outside the network {outside:.1%}"
-        print(
-            f"{CONTENDERS[name]:30} {row['images_per_s']:9.3f} {row['speedup']:6.2f} "
-            f"{row['relative_error']:8.1e} {row['peak_mib']:6.0f} "
-            f"{row['share_of_ceiling']:8.0%}{tail}"
-        )
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    variants = ["vit_t", "vit_b", "vit_l", "vit_h", "mobile_sam"]
-    parser.add_argument("--variant", default="vit_b", choices=variants)
+    parser.add_argument("--variant", nargs="+", default=["vit_b"], metavar="VARIANT[@SIZE]")
     parser.add_argument("--images", type=int, default=5, help="at least 3")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--precision", default="auto")
@@ -371,37 +325,44 @@ def run_child(options: argparse.Namespace) -> dict[str, Any]:
     return run_predictor(options.folder, options, autocast=options.child == "predictor_bf16")
 
 
+def measure(options: argparse.Namespace, teacher: str) -> dict[str, dict[str, Any]]:
+    """Run every contender with this teacher, each in a process of its own."""
+    results: dict[str, dict[str, Any]] = {}
+    children = ["predictor_fp32", "predictor_bf16", "samfed_torch"]
+    children += ["export", "samfed_onnx"] if options.onnx else []
+    with tempfile.TemporaryDirectory() as name:
+        make_inputs(Path(name), teacher, options.images)
+        for child in children:
+            more = ["--variant", teacher, "--child", child, "--folder", name]
+            command = [sys.executable, *sys.argv, *more]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ)
+            if child != "export":
+                results[child] = json.loads(done.stdout)
+        compare(Path(name), results, options.ceilings)
+    return results
+
+
 def main() -> None:
     options = arguments()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.child:
+        (options.variant,) = options.variant
         print(json.dumps(run_child(options)))
         return
     device = resolve_device(options.device)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if device.type == "cpu":
-        del dtypes["fp16"]
-    ceilings = {name: matmul_ceiling(device, dtype) for name, dtype in dtypes.items()}
-    if device.type == "cpu" and has_vnni():
-        ceilings["int8"] = int8_ceiling()
-    results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        make_inputs(Path(name), options.variant, options.images)
-        children = ["predictor_fp32", "predictor_bf16", "samfed_torch"]
-        children += ["export", "samfed_onnx"] if options.onnx else []
-        for child in children:
-            command = [sys.executable, *sys.argv, "--child", child, "--folder", name]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ)
-            if child != "export":
-                results[child] = json.loads(done.stdout)
-        compare(Path(name), results, ceilings)
+    ceilings = options.ceilings = measure_ceilings(device)
+    results = {teacher: measure(options, teacher) for teacher in options.variant}
     if options.json:
         report = {"device": str(device), "ceilings_flop_per_s": ceilings, "results": results}
         print(json.dumps(report, indent=1))
-    else:
-        print("ceilings: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in ceilings.items()))
-        show(results)
+        return
+    print("ceilings: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in ceilings.items()))
+    for teacher, of_teacher in results.items():
+        print(f"\n{teacher}")
+        show(of_teacher)
+    if len(results) > 1:
+        show_teachers(results)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ PIPELINE = ROOT / "pipeline"
 GROUND = {
     "__init__",
     "__main__",
+    "allocation",
     "cluster",
     "config",
     "deciding",

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.allocation import keep_freed_memory
 from pipeline.cores import usable_cores
 from pipeline.data.images import load_image
 from pipeline.errors import DataError
@@ -86,6 +87,7 @@ def load_backend(job: Job) -> TeacherBackend:
         one that the settings ask for. ConfigError: a device or precision that is not there, or a
         precision that moves this teacher's masks.
     """
+    keep_freed_memory()
     settings = job.config.precompute
     load = load_onnx_teacher if settings.backend == "onnx" else load_teacher
     teacher = MemoryAwareTeacher(load(job.config, job.partition), settings.batch_size)
