@@ -8,21 +8,21 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import distributed
 import torch
 from distributed.client import ClosedClientError
 from distributed.scheduler import KilledWorker
 from distributed.utils import LoopRunner
-from pydantic import BaseModel
 
 from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError, SamfedError, first_line
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("samfed.cluster")
 
 Future = distributed.Future[Any]
-Section = TypeVar("Section", bound=BaseModel)
+Resources = Mapping[str, float]  # of a worker, as `dask worker --resources "GPU=1"` announces them
 
 CONNECT_SECONDS = 15.0
 WORKERS_SECONDS = 120.0  # without any worker, at the start or later, before a run gives up
@@ -43,6 +43,9 @@ _POLL_SECONDS = 0.02
 _END_SECONDS = 30.0  # that a nanny has to end its worker, before the worker is left to itself
 _RETRIES = 3  # of a task that raised, e.g. because a file system was away for a moment
 _THREADS_PER_WORKER = 2  # one task reads and writes while another computes
+#: What a task on a GPU takes of it: while one of two computes, the other reads and writes.
+GPU: Resources = {"GPU": 1 / _THREADS_PER_WORKER}
+NOTHING: Resources = {}
 _HERE = "127.0.0.1"  # a scheduler runs what it is sent: nobody else may reach a local one
 _GONE = "the dask scheduler is gone; run the same command again to continue"
 
@@ -64,12 +67,17 @@ class Cluster:
     device: str | None = None  # of each worker, in place of the settings' one
 
     def results(
-        self, work: Callable[[Any], Any], items: Iterable[tuple[str, Any]]
+        self, work: Callable[[Any], Any], items: Iterable[tuple[str, Any]], *, on_gpus: bool = False
     ) -> Iterator[Any]:
         """Yield what ``work`` returns for each item, as it comes in no particular order.
 
-        An item comes with its name for messages.
+        Args:
+            items: each with its name for messages.
+            on_gpus: go only to workers that announce a GPU, if there are any.
         """
+        with reaching_the_scheduler():
+            needs = GPU if on_gpus and _fitting(self.client, GPU) else NOTHING
+        submit = partial(self.client.submit, retries=_RETRIES, pure=False, resources=needs)
         completed = distributed.as_completed(loop=self.client.loop)
         waiting: dict[Future, str] = {}
         items = iter(items)
@@ -79,27 +87,27 @@ class Cluster:
                     threads = sum(self.client.nthreads().values())
                 # few at once, so that memory stays flat however many there are
                 for name, item in islice(items, max(0, max(2, 2 * threads) - len(waiting))):
-                    future = self.client.submit(work, item, retries=_RETRIES, pure=False)
+                    future = submit(work, item)
                     waiting[future] = name
                     completed.add(future)
                 if not waiting:
                     return
-                future = self._next(completed)
-                yield self.result(future, waiting.pop(future))
+                future = self._next(completed, needs)
+                yield self.result(future, waiting.pop(future), needs)
         finally:
             self.cancel(waiting)
 
-    def _next(self, completed: distributed.as_completed) -> Future:
+    def _next(self, completed: distributed.as_completed, needs: Resources) -> Future:
         """Return the next future that is over; dask itself would wait for ever for a worker."""
         looked = time.monotonic()
         while not completed.has_ready():
             if time.monotonic() - looked > LOOK_SECONDS:
-                self.await_worker()
+                self.await_worker(needs)
                 looked = time.monotonic()
             time.sleep(_POLL_SECONDS)
         return next(completed)
 
-    def result(self, future: Future, name: str) -> Any:
+    def result(self, future: Future, name: str, needs: Resources = NOTHING) -> Any:
         """Return a finished task's result, which is still with the worker that computed it."""
         while True:
             try:
@@ -107,7 +115,7 @@ class Cluster:
             except TimeoutError:
                 if future.status == "error":
                     raise  # the task's own
-                self.await_worker()
+                self.await_worker(needs)
             except KilledWorker as error:
                 raise _killed(name) from error
             except CancelledError as error:
@@ -170,13 +178,14 @@ class Cluster:
             while address in self.client.nthreads():
                 time.sleep(_POLL_SECONDS)
 
-    def await_worker(self) -> None:
-        """Return once there is a worker."""
+    def await_worker(self, needs: Resources = NOTHING) -> None:
+        """Return once there is a worker that has what a task needs."""
         with reaching_the_scheduler():
             where = f"the dask scheduler at {self.client.scheduler_info()['address']}"
-            if not await_worker(self.client, where, missing="no worker left"):
+            kind = "worker with a GPU" if needs else "worker"
+            if not await_worker(self.client, where, missing=f"no {kind} left", needs=needs):
                 raise SamfedError(
-                    f"{where} lost its last worker and found no other within "
+                    f"{where} lost its last {kind} and found no other within "
                     f"{WORKERS_SECONDS:g} s; what is finished is kept: see why workers stop, and "
                     "run the same command again"
                 )
@@ -188,20 +197,26 @@ def _killed(name: str) -> SamfedError:
     )
 
 
-def await_worker(client: distributed.Client, where: str, *, missing: str) -> bool:
-    """Wait until the scheduler has a worker, and say so; return False where it gets none in time.
-
-    Before the first worker of a run and after its last one alike.
-    """
-    if client.nthreads():
+def await_worker(
+    client: distributed.Client, where: str, *, missing: str, needs: Resources = NOTHING
+) -> bool:
+    """Wait until the scheduler has a worker, and say so; return False if it gets none in time."""
+    if _fitting(client, needs):
         return True
     log.warning("%s has %s; waiting up to %g s", where, missing, WORKERS_SECONDS)
-    try:
-        client.wait_for_workers(1, timeout=WORKERS_SECONDS)
-    except TimeoutError:
-        return False
+    until = time.monotonic() + WORKERS_SECONDS
+    while not _fitting(client, needs):
+        if time.monotonic() > until:
+            return False
+        time.sleep(_POLL_SECONDS)
     log.warning("%s has a worker again", where)
     return True
+
+
+def _fitting(client: distributed.Client, needs: Resources) -> bool:
+    """Tell whether there is a worker that has what a task needs."""
+    workers = client.scheduler_info()["workers"].values()
+    return any(needs.keys() <= worker["resources"].keys() for worker in workers)
 
 
 @contextmanager
@@ -216,20 +231,6 @@ def reaching_the_scheduler() -> Iterator[None]:
 # --------------------------------------------------------------------------- where workers are
 
 
-def absolute(section: Section) -> Section:
-    """Return settings whose paths hold in any working directory."""
-    values = {name: _absolute(value) for name, value in section}
-    return section.model_copy(update=values)
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, Path):
-        return value.resolve()
-    if isinstance(value, BaseModel):
-        return absolute(value)
-    return tuple(map(_absolute, value)) if isinstance(value, tuple) else value
-
-
 def check_worker(expected: str, found: str, folders: Iterable[Path]) -> None:
     """Check on a worker that it is fit for a run.
 
@@ -237,6 +238,8 @@ def check_worker(expected: str, found: str, folders: Iterable[Path]) -> None:
         SamfedError: it is another samfed, or does not see the coordinator's folders.
     """
     where = f"worker on {socket.gethostname()}"
+    with suppress(ValueError):  # not on a worker of dask's
+        where = f"worker {distributed.get_worker().name} on {socket.gethostname()}"
     if found != expected:
         raise SamfedError(f"{where}: samfed {found}, expected {expected}; install it")
     for folder in folders:
@@ -339,6 +342,7 @@ def _worker(number: int, gpus: list[str]) -> dict[str, object]:
         "host": _HERE,
         "nthreads": _THREADS_PER_WORKER,
         "env": {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {},
+        "resources": {"GPU": 1} if gpus else {},
         "memory_limit": 0,  # pausing and spilling serve dask's own data; we keep none
         "dashboard": False,
         "silence_logs": logging.WARNING,

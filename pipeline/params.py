@@ -7,12 +7,12 @@ import os
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import Config
+from pipeline.config import Config, Section
 from pipeline.errors import ConfigError
 
 #: Keys of earlier versions, and what they are called now.
@@ -25,6 +25,7 @@ RENAMED = {
 _NULLS = ("", "~", "null")
 
 Key = tuple[str, ...]
+SomeSection = TypeVar("SomeSection", bound=Section)
 
 
 def load_config(
@@ -219,3 +220,17 @@ def _yaml(content: bytes | str, source: str, expected: str) -> Any:
         place = getattr(error, "problem_mark", None)
         line = f" at line {place.line + 1}" if place is not None else ""
         raise ConfigError(f"{source}: not valid YAML{line}; expected {expected}") from error
+
+
+def absolute(section: SomeSection) -> SomeSection:
+    """Return settings whose paths hold in any working directory."""
+    values = {name: _absolute(value) for name, value in section}
+    return section.model_copy(update=values)
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.resolve()
+    if isinstance(value, BaseModel):
+        return absolute(value)
+    return tuple(map(_absolute, value)) if isinstance(value, tuple) else value

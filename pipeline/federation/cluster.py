@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
-from pipeline.cluster import Cluster, Future, NoResultError, Workers, absolute
+from pipeline.cluster import Cluster, Future, NoResultError, Workers
 from pipeline.disk import naming
 from pipeline.errors import SamfedError
 from pipeline.federation.engines import Connect, in_process
@@ -29,6 +29,7 @@ from pipeline.federation.inputs import ClientContext
 from pipeline.federation.messages import AnyRequest, ClientEntry, Reply
 from pipeline.federation.rounds import Engine
 from pipeline.federation.workplace import Workplace
+from pipeline.params import absolute
 from pipeline.stores.plain_data import from_bytes, to_bytes
 
 _AHEAD = 4  # requests that a worker has before their replies are asked for

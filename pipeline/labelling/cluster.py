@@ -8,21 +8,28 @@ marked done by the coordinator, which holds the stores' locks.
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from pipeline import __version__
-from pipeline.cluster import Cluster, absolute, check_worker
+from pipeline.cluster import Cluster, check_worker
 from pipeline.config import Config
 from pipeline.disk import file_sha256
 from pipeline.labelling.backoff import TeacherBackend
 from pipeline.labelling.job import Job, Meter, load_job, store_path
 from pipeline.labelling.worker import ChunkResult, ChunkTask, Executor, label_chunks, load_backend
-from pipeline.stores.label_store import Identity
+from pipeline.params import absolute
+from pipeline.stores.label_store import LABEL_VERSION, Identity
+
+#: What two processes must have in common to make the same labels and understand each other.
+VERSION = f"{__version__} with labels of version {LABEL_VERSION}"
+IDLE_SECONDS = 60.0  # without a task, after which a worker gives the teacher's memory back
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Order:
     settings: str  # as JSON, with paths that hold in any working directory
     identity: Identity
     partition: str  # sha256 of its file
-    version: str = __version__  # the coordinator's samfed
+    version: str = VERSION  # the coordinator's samfed
 
 
 def on_workers(job: Job, cluster: Cluster) -> Executor:
@@ -47,7 +54,8 @@ def on_workers(job: Job, cluster: Cluster) -> Executor:
     def label(tasks: Iterable[ChunkTask], *, meter: Meter) -> Generator[ChunkResult]:
         result: ChunkResult
         items = ((str(task), task) for task in tasks)
-        for result in cluster.results(partial(run_task, order), items):
+        on_gpus = job.config.precompute.device != "cpu"
+        for result in cluster.results(partial(run_task, order), items, on_gpus=on_gpus):
             meter.advance(len(result.rows))
             yield result
 
@@ -66,8 +74,19 @@ def _for_workers(config: Config, threads: int | None, device: str | None) -> Con
 # --------------------------------------------------------------------------- on a worker
 
 
-_loading = threading.Lock()
-_loaded: dict[Order, tuple[Job, TeacherBackend]] = {}  # the last one
+@dataclass(eq=False)
+class _Held:
+    """The job and the teacher of the last order, until no task has used them for a while."""
+
+    order: Order
+    job: Job
+    teacher: TeacherBackend
+    users: int = 0  # tasks
+    timer: threading.Timer | None = None
+
+
+_lock = threading.Lock()
+_held: list[_Held] = []  # at most one
 
 
 def run_task(order: Order, task: ChunkTask) -> ChunkResult:
@@ -76,21 +95,46 @@ def run_task(order: Order, task: ChunkTask) -> ChunkResult:
     Raises:
         SamfedError: this worker runs another samfed, or does not see the coordinator's files.
     """
-    job, teacher = _loaded_for(order, task.owner)
-    (result,) = label_chunks(job, teacher, [task])
+    config = Config.model_validate_json(order.settings)
+    folders = [config.data.root, store_path(config.cache.root, task.owner)]
+    check_worker(order.version, VERSION, folders)
+    if config.precompute.threads is not None:
+        torch.set_num_threads(config.precompute.threads)
+    with _teacher_of(order, config) as held:
+        (result,) = label_chunks(held.job, held.teacher, [task])
     return result
 
 
-def _loaded_for(order: Order, owner: str) -> tuple[Job, TeacherBackend]:
-    """Return the job and the teacher, once this worker is fit for them; pins torch's threads."""
-    config = Config.model_validate_json(order.settings)
-    folders = [config.data.root, store_path(config.cache.root, owner)]
-    check_worker(order.version, __version__, folders)
-    if config.precompute.threads is not None:
-        torch.set_num_threads(config.precompute.threads)
-    with _loading:
-        if order not in _loaded:
-            _loaded.clear()
+@contextmanager
+def _teacher_of(order: Order, config: Config) -> Iterator[_Held]:
+    """Load the job and the teacher of an order, if need be, and keep them while the block runs."""
+    with _lock:
+        if not _held or _held[0].order != order:
+            _held.clear()
             job = load_job(config)
-            _loaded[order] = (job, load_backend(job))
-        return _loaded[order]
+            _held.append(_Held(order, job, load_backend(job)))
+        held = _held[0]
+        held.users += 1
+        if held.timer is not None:
+            held.timer.cancel()
+    try:
+        yield held
+    finally:
+        with _lock:
+            held.users -= 1
+            if not held.users:
+                held.timer = threading.Timer(IDLE_SECONDS, _give_back, [held])
+                held.timer.daemon = True
+                held.timer.start()
+
+
+def _give_back(held: _Held) -> None:
+    """Forget a teacher that no task uses, and return its memory to the device."""
+    with _lock:
+        if held.users or held not in _held:  # a task came as the time was up, or another order
+            return
+        _held.clear()
+    del held.teacher
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -166,12 +166,10 @@ class _Stores:
                 yield ChunkTask(owner, chunk, rows, files, frozenset(sample.intersection(rows)))
 
     def mark_done(self, chunk: ChunkResult) -> None:
-        """Set the done marks of what is labelled."""
-        owner = chunk.task.owner
+        """Set the done marks of what is labelled, once its files are seen here as well."""
+        owner, done = chunk.task.owner, (chunk.rows, chunk.provenance, chunk.quality)
         if chunk.rows:
-            self.opened[owner].mark_done(
-                chunk.task.chunk, chunk.rows, chunk.provenance, chunk.quality
-            )
+            self.opened[owner].mark_done(chunk.task.chunk, *done, written=chunk.written)
         self.result.labelled += len(chunk.rows)
         self.result.failed += chunk.failed
         self._release(owner, waiting=self._waiting[owner] - 1)

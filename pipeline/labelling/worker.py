@@ -65,6 +65,7 @@ class ChunkResult:
     quality: list[RowQuality] = field(default_factory=list)  # of these rows
     failed: list[str] = field(default_factory=list)  # a line for each image that has no label
     provenance: list[Provenance] = field(default_factory=list)  # each that labelled some, once
+    written: dict[str, str] = field(default_factory=dict)  # sha256 of the chunk's files, by name
 
 
 class Executor(Protocol):
@@ -232,4 +233,5 @@ def _write(job: Job, result: ChunkResult, parts: Sequence[PseudoLabels]) -> Chun
         sha256 = dict(zip(task.rows, (sha256 for _, sha256 in task.files), strict=True))
         store.check_rows(result.rows, [sha256[row] for row in result.rows])
         store.write_chunk(task.chunk, result.rows, join(parts))
+        result.written = store.digests(task.chunk)
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -239,17 +239,39 @@ class LabelStore:
             values[inside] = getattr(labels, name)
             array[span.start : span.stop] = values
 
+    def digests(self, chunk: int) -> dict[str, str]:
+        """Return the sha256 of each file of a chunk, by name; empty where there is none."""
+        paths = {name: self.path / name for name in self.chunk_files(chunk).values()}
+        return {name: file_sha256(p) if p.is_file() else "" for name, p in paths.items()}
+
     def mark_done(
         self,
         chunk: int,
         rows: Sequence[int],
         provenance: Sequence[Provenance],
         quality: Sequence[RowQuality | None] | None = None,
+        *,
+        written: Mapping[str, str] | None = None,
     ) -> None:
         """Record, last of all, that ``rows`` of a chunk are complete, and what computed them.
 
         What computed its other complete rows is kept, before these.
+
+        Args:
+            written: what ``digests`` was where the chunk was written, perhaps on another host.
+
+        Raises:
+            StoreError: a file is not here, or is not the one that was written there.
         """
+        here = self.digests(chunk)
+        strange = [name for name, at in here.items() if not at or at != (written or here)[name]]
+        if strange:
+            name = strange[0]
+            found = "other bytes" if here[name] else "no such file"
+            raise StoreError(
+                f"{self.path / name}: found {found}, expected what a worker wrote; put cache.root "
+                "on a file system that every worker sees under the same path"
+            )
         before, start = self.state(chunk), self.chunk_rows(chunk).start
         done, marks = list(before.done), list(before.quality)
         for row, mark in zip(rows, quality or [None] * len(rows), strict=True):
@@ -257,8 +279,7 @@ class LabelStore:
         every = [*before.provenance, *provenance]
         unique = [record for n, record in enumerate(every) if record not in every[:n]]
         # rows that come later change the files, and a kill may come before the marks: no sha256 yet
-        names = self.chunk_files(chunk).values() if all(done) else ()
-        files = {name: file_sha256(self.path / name) for name in names}
+        files = here if all(done) else {}
         self._write_state(chunk, ChunkState(before.rows, done, unique, files, marks))
 
     def forget_chunk(self, chunk: int, rows: Sequence[RowKey]) -> None:

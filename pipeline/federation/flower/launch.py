@@ -19,13 +19,13 @@ from flwr.proto.run_pb2 import RunStatus
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 
-from pipeline.cluster import absolute
 from pipeline.config import Config
 from pipeline.errors import NetworkError, SamfedError
 from pipeline.federation.diagnostics import round_note
 from pipeline.federation.flower.link import Link, UnreachableError
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.tracking import Track
+from pipeline.params import absolute
 from pipeline.progress import Progress
 
 log = logging.getLogger("samfed.flower")
