@@ -197,6 +197,11 @@ class PrecomputeConfig(Section):
     # auto: bf16 where the device has it and masks do not move, else fp32; int8: a CPU with VNNI
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     device: str = "auto"  # of the teacher: auto, cpu, cuda, cuda:N
+    compile: bool = False  # CUDA: torch.compile the encoder, which takes minutes at the start
+    # vit_*, global blocks; auto: slices on a CPU, else folded (benchmarks/attention.py)
+    attention: Literal["auto", "bias", "flex"] = "auto"
+    # vit_*: what blocks add to; bf16 moves less memory on a GPU, and must keep the masks
+    residual: Literal["fp32", "bf16"] = "fp32"
     # threads that decode images ahead of the teacher; null = one a core, or a worker's share
     readers: Count | None = None
     threads: Count | None = None  # torch threads on the CPU; null = all, or a worker's share

@@ -75,7 +75,8 @@ def test_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path, "precompute: {batch: 4}\n")
     assert message(path) == (
         f"{path}: unknown key 'precompute.batch' (nearest: precompute.batch_size); expected one of "
-        "backend, batch_size, precision, device, readers, threads, warn_consistency, warn_empty"
+        "backend, batch_size, precision, device, compile, attention, residual, readers, threads, "
+        "warn_consistency, warn_empty"
     )
 
 

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention, ImageEncoderViT, get_rel_pos
 from torch import Tensor, nn
 
+from pipeline.sam.global_attention import Attend
+
 _SLICED_TOKENS = 1024  # from here on a CPU is faster with slices; SAM's global blocks have 4096
 _SLICE = 256  # queries: 256 x 4096 logits of 2 or 4 bytes
 
@@ -29,11 +31,14 @@ class FoldedAttention(nn.Module):
     """Drop-in for segment-anything's ``Attention`` with relative positions; the same state names.
 
     ``slices`` says whether logits are made in slices; None means wherever that is faster.
+    ``attend`` is another form in place of both.
     """
 
-    def __init__(self, stock: Attention, *, slices: bool | None = None) -> None:
+    def __init__(
+        self, stock: Attention, *, slices: bool | None = None, attend: Attend | None = None
+    ) -> None:
         super().__init__()
-        self.slices = slices
+        self.slices, self.attend = slices, attend
         self.num_heads: int = stock.num_heads
         self.scale: float = stock.scale
         self.qkv, self.proj = stock.qkv, stock.proj
@@ -51,7 +56,7 @@ class FoldedAttention(nn.Module):
         rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h).flatten(2, 3)
         cols = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).flatten(2, 3)
         sliced = slices_pay(q) if self.slices is None else self.slices
-        attend = _attend_in_slices if sliced else _attend_folded
+        attend = self.attend or (_attend_in_slices if sliced else _attend_folded)
         out = attend(q * self.scale, k, v, rows, cols).transpose(1, 2).reshape(x.shape)
         projected: Tensor = self.proj(out)
         return projected

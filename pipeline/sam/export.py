@@ -41,6 +41,13 @@ OPSET = 23
 #: Weights of more bytes go into a file of their own; protobuf ends at 2 GiB, and is held in memory.
 EXTERNAL_ABOVE = 1 << 29
 EXPORTING = "exporting the teacher"
+_PLAINLY = {
+    "device": "cpu",
+    "precision": "fp32",
+    "compile": False,
+    "attention": "auto",
+    "residual": "fp32",
+}  # how the teacher is traced, whatever stage one would do
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def export_teacher(
     show = progress or (lambda *_: None)
     show(EXPORTING, 0, 2)
     with writer_lock(cache / "locks" / "export-onnx.lock"):
-        plain = settings.precompute.model_copy(update={"device": "cpu", "precision": "fp32"})
+        plain = settings.precompute.model_copy(update=_PLAINLY)
         plainly = settings.model_copy(update={"precompute": plain})
         teacher = load_teacher(plainly, load_partition(cache / "partition.json"))
         network = TeacherNetwork(teacher.sam, label_size=label_size, fp16=precision == "fp16")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from pipeline.config import Config
+from pipeline.config import Config, PrecomputeConfig
 from pipeline.data.partition import Partition
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, IdentityError, StageError
@@ -26,6 +26,7 @@ from pipeline.sam.frame import fit_longest_side, inside_image, to_client_frame
 from pipeline.sam.int8 import has_vnni, quantise
 from pipeline.sam.lora import add_adapter, merge_lora
 from pipeline.sam.prompts import MULTIMASK, PointGrid
+from pipeline.sam.tuning import tune, tuning
 from pipeline.stores.label_store import PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard, label_precision, load_card
 
@@ -151,11 +152,22 @@ class Teacher:
         self.dtype = _DTYPES[resolve_precision(others, self.device, card.variant)]
         self.sam = sam.eval().requires_grad_(False).to(self.device)
         self._upload = Upload(self.device)
+        self.tuning: dict[str, str] = {}
         if self.precision == "int8":
             quantise(self.sam.image_encoder, dtype=self.dtype)
         for module in self.sam.image_encoder.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(self.dtype)  # else autocast would cast these weights for every batch
+
+    def tune(self, run: PrecomputeConfig) -> Teacher:
+        """Run the encoder as these settings ask for it; return the teacher.
+
+        Raises:
+            ConfigError: the device or the encoder does not have what is asked for.
+        """
+        self.sam.image_encoder = tune(self.sam.image_encoder, run, self.device)
+        self.tuning = tuning(run)
+        return self
 
     def provenance(self) -> dict[str, str]:
         """Return what computes the labels; recorded with them, no part of their identity."""
@@ -165,6 +177,7 @@ class Teacher:
             "device": self.device.type,
             "torch": version("torch"),
             "samfed": version("samfed"),
+            **self.tuning,
         }
 
     def staged(self, image: Image) -> Image:
@@ -261,7 +274,7 @@ def load_teacher(settings: Config, partition: Partition) -> Teacher:
     sam.load_state_dict(state, strict=False)  # the frozen encoder is not in it
     merge_lora(sam)
     run = settings.precompute
-    return Teacher(sam, card, device=run.device, precision=run.precision)
+    return Teacher(sam, card, device=run.device, precision=run.precision).tune(run)
 
 
 def load_zero_shot(settings: Config, card: TeacherCard) -> Teacher:
@@ -272,4 +285,5 @@ def load_zero_shot(settings: Config, card: TeacherCard) -> Teacher:
     """
     sam = build_base(settings.sam, num_classes=MULTIMASK)  # its tokens as they were pretrained
     prompter, run = PointGrid(int(card.prompt.removeprefix("points:"))), settings.precompute
-    return Teacher(sam, card, device=run.device, precision=run.precision, prompter=prompter)
+    teacher = Teacher(sam, card, device=run.device, precision=run.precision, prompter=prompter)
+    return teacher.tune(run)
