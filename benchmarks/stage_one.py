@@ -250,6 +250,7 @@ class WithLogits(TeacherNetwork):
     """The exported network with one output more, for its error; stage one never asks for it."""
 
     def forward(self, pixels: Tensor, valid_hw: Tensor) -> tuple[Tensor, ...]:
+        pixels = pixels.permute(0, 3, 1, 2)
         inside = inside_image(valid_hw, pixels.shape[-1])
         logits, iou = teaching.forward(self.sam, pixels, inside)
         frame = to_client_frame(logits, valid_hw, self.size_hw)
@@ -285,7 +286,7 @@ def run_onnx(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     parts = []
     for image in first:
         pixels, valid_hw = to_input_frame([image], size)
-        feed = {"pixels": pixels.contiguous().numpy(), "valid_hw": valid_hw.numpy()}
+        feed = {"pixels": pixels.permute(0, 2, 3, 1).numpy(), "valid_hw": valid_hw.numpy()}
         parts.append(teacher.session.run(["logits"], feed)[0][:, 1:])
     np.save(folder / f"{options.child}.npy", np.concatenate(parts))
     teacher.label(first[:1] * options.batch_size, LABEL_SIZE)  # warm, at the size that is timed

@@ -29,6 +29,7 @@ from pipeline.sam.onnx import (
     INPUTS,
     MODEL_FORMAT,
     OUTPUTS,
+    auto_precision,
     check_exportable,
     model_path,
     onnx_precision,
@@ -92,12 +93,13 @@ class TeacherNetwork(nn.Module):
         """Label a batch.
 
         Args:
-            pixels: (B, 3, S, S) uint8, padded. valid_hw: (B, 2) int64, height and width of the
+            pixels: (B, S, S, 3) uint8, padded. valid_hw: (B, 2) int64, height and width of the
                 image in it (``to_input_frame`` makes both).
 
         Returns:
             masks (B, L, L) uint8, confidences (B, L, L) uint8, predicted_iou (B,) float32.
         """
+        pixels = pixels.permute(0, 3, 1, 2)  # here, where the device does it
         inside = inside_image(valid_hw, pixels.shape[-1])
         logits, iou = forward(self.sam, pixels, inside, dtype=self.dtype)
         return to_labels(to_client_frame(logits, valid_hw, self.size_hw), iou)
@@ -121,12 +123,14 @@ def export_teacher(
     """
     check_exportable(settings)
     cache, label_size = settings.cache.root, settings.data.image_size
-    precision = onnx_precision(settings.precompute.precision)
+    run = settings.precompute
+    auto = auto_precision(settings.sam.variant, run.device)
+    precision = onnx_precision(run.precision, auto=auto)
     path = model_path(cache) if out is None else out
     show = progress or (lambda *_: None)
     show(EXPORTING, 0, 2)
     with writer_lock(cache / "locks" / "export-onnx.lock"):
-        plain = settings.precompute.model_copy(update=_PLAINLY)
+        plain = run.model_copy(update=_PLAINLY)
         plainly = settings.model_copy(update={"precompute": plain})
         teacher = load_teacher(plainly, load_partition(cache / "partition.json"))
         network = TeacherNetwork(teacher.sam, label_size=label_size, fp16=precision == "fp16")
@@ -155,7 +159,7 @@ def trace(
 ) -> onnx_ir.Model:
     """Return ``network`` (of ``INPUTS``) as an ONNX graph with a free batch dimension."""
     # two rows, because torch.export takes a dimension of one for a constant
-    pixels = torch.zeros(2, 3, input_size, input_size, dtype=torch.uint8)
+    pixels = torch.zeros(2, input_size, input_size, 3, dtype=torch.uint8)
     valid_hw = torch.full((2, 2), input_size)
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():

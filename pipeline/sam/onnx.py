@@ -23,14 +23,14 @@ from pipeline.sam.frame import fit_longest_side, to_input_frame
 from pipeline.sam.teacher import checked_card
 from pipeline.stores.label_store import PseudoLabels
 from pipeline.stores.sealed_onnx import checked_properties
-from pipeline.stores.teacher_card import TeacherCard
+from pipeline.stores.teacher_card import TeacherCard, label_precision
 
 log = logging.getLogger("samfed.sam.onnx")
 
 INPUTS = ("pixels", "valid_hw")
 OUTPUTS = ("masks", "confidences", "predicted_iou")
 #: Raised when inputs, outputs or what lies between them change: older files are then refused.
-MODEL_FORMAT = "1"
+MODEL_FORMAT = "2"
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _AGAIN = "run `samfed export-onnx` again"
@@ -46,8 +46,8 @@ def model_path(cache: Path) -> Path:
     return cache / "onnx" / "teacher.onnx"
 
 
-def onnx_precision(asked: str) -> str:
-    """Return the precision to export in; ``auto`` is fp32, which every provider runs.
+def onnx_precision(asked: str, *, auto: str = "fp32") -> str:
+    """Return the precision to export in, where ``auto`` is what that stands for.
 
     Raises:
         ConfigError: bf16, for which ONNX Runtime lacks kernels that a teacher needs, or int8.
@@ -57,7 +57,16 @@ def onnx_precision(asked: str) -> str:
             f"precompute.precision: {asked} is not offered by the onnx backend; use fp32 or, on "
             "CUDA, fp16"
         )
-    return "fp32" if asked == "auto" else asked
+    return auto if asked == "auto" else asked
+
+
+def auto_precision(variant: str, device: str) -> str:
+    """Return fp16 where stage one runs on CUDA and it keeps the masks, else fp32.
+
+    A provider for the CPU has few kernels for fp16.
+    """
+    on_cuda = resolve_device(device).type == "cuda"
+    return label_precision(variant, "auto") or ("fp16" if on_cuda else "fp32")
 
 
 def check_exportable(settings: Config) -> None:
@@ -183,7 +192,7 @@ class OnnxTeacher:
         if size != self.label_size:
             raise IdentityError(f"the onnx model makes labels of {self.label_size} px, not {size}")
         pixels, valid_hw = to_input_frame(images, self.card.input_size)
-        return PseudoLabels(*self.run(pixels.contiguous().numpy(), valid_hw.numpy()))
+        return PseudoLabels(*self.run(pixels.permute(0, 2, 3, 1).numpy(), valid_hw.numpy()))
 
     def run(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         """Run ``INPUTS`` to ``OUTPUTS``, bound to the device: one copy in, one copy out."""
@@ -228,9 +237,11 @@ def _cuda_session(path: Path, index: int) -> ort.InferenceSession:
         raise ConfigError(
             f"{asked} is a build without it; install onnxruntime-gpu, or use precompute.device=cpu"
         )
+    if hasattr(ort, "preload_dlls"):  # CUDA's libraries from packages of their own; since 1.21
+        ort.preload_dlls()
     # cuDNN's exhaustive search picks algorithms by a stopwatch, and TF32 is not fp32
     options = {"device_id": index, "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": 0}
-    session = _session(path, [(CUDA, options), CPU])
+    session = _whole_on_cuda(path, (CUDA, options))
     if session.get_providers()[0] != CUDA:  # it only logs that libraries are missing
         raise ConfigError(
             f"{asked} cannot load its CUDA provider; install the CUDA and cuDNN versions that it "
@@ -239,8 +250,29 @@ def _cuda_session(path: Path, index: int) -> ort.InferenceSession:
     return session
 
 
-def _session(path: Path, providers: list[Any]) -> ort.InferenceSession:
+def _whole_on_cuda(path: Path, cuda: Any) -> ort.InferenceSession:
+    """Open a session, and say so where CUDA does not run every node of the model."""
+    try:
+        return _session(path, [cuda], only=True)
+    except ConfigError as error:
+        if "fallback" not in str(error):
+            raise
+        session = _session(path, [cuda, CPU])
+        if session.get_providers()[0] == CUDA:
+            log.warning(
+                "%s: onnxruntime %s runs some of its nodes on the CPU, which costs copies between "
+                "them and the GPU; another version may not, or use precompute.backend=torch",
+                path,
+                ort.__version__,
+            )
+        return session
+
+
+def _session(path: Path, providers: list[Any], *, only: bool = False) -> ort.InferenceSession:
+    """Open a session on the providers; with ``only`` refuse nodes that none of them runs."""
     options = ort.SessionOptions()
+    if only:  # else what a provider lacks goes to the CPU without a word
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     options.intra_op_num_threads = torch.get_num_threads()  # threads are pinned in one place
     options.use_deterministic_compute = True
     options.log_severity_level = _LOG_FATAL

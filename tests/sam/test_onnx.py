@@ -43,6 +43,7 @@ from pipeline.sam.onnx import (
     INPUTS,
     OUTPUTS,
     OnnxTeacher,
+    auto_precision,
     read_properties,
 )
 from pipeline.sam.teacher import ADAPTER_FILE, Teacher, load_teacher
@@ -229,7 +230,7 @@ def test_fp16_is_near_fp32(timm: Timm, tmp_path: Path) -> None:
     session = ort.InferenceSession(proto.SerializeToString(), providers=[CPU])
     batch = images(SQUARE, TALL, WIDE)
     pixels, valid_hw = to_input_frame(batch, 64)
-    inputs = (pixels.contiguous().numpy(), valid_hw.numpy())
+    inputs = (pixels.permute(0, 2, 3, 1).numpy(), valid_hw.numpy())
     found = PseudoLabels(*session.run(list(OUTPUTS), dict(zip(INPUTS, inputs, strict=True))))
     expected = timm.torch.label(batch, 48)
     assert float((found.masks != expected.masks).mean()) < 0.005
@@ -274,7 +275,7 @@ def test_what_the_model_says_of_itself(exported: Exported) -> None:
     batch = shapes["pixels"][0]
     assert isinstance(batch, str)
     assert shapes == {
-        "pixels": [batch, 3, 256, 256],
+        "pixels": [batch, 256, 256, 3],
         "valid_hw": [batch, 2],
         "masks": [batch, 32, 32],
         "confidences": [batch, 32, 32],
@@ -486,6 +487,60 @@ def test_auto_says_that_it_takes_the_cpu(
     assert no_cuda in caplog.text
     assert "labelling on the CPU" in caplog.text
     assert (teacher.provenance()["device"], teacher.provenance()["provider"]) == ("cpu", CPU)
+
+
+class Machine:
+    """A machine with CUDA, as ONNX Runtime says; its sessions run on the CPU all the same."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []  # each session's providers, and whether only these
+        self.refuses = False  # a session where a node would go to the CPU
+        self._start = ort.InferenceSession
+
+    def start(self, path: Path, options: Any, *, providers: list[Any], **more: Any) -> Any:
+        names = [name if isinstance(name, str) else name[0] for name in providers]
+        only = options.has_session_config_entry("session.disable_cpu_ep_fallback")
+        self.asked.append([*names, "only"] if only else names)
+        if only and self.refuses:
+            raise RuntimeError("nodes are assigned to the CPU, but fallback to it was disabled")
+        session = self._start(path, ort.SessionOptions(), providers=[CPU], **more)
+        session.get_providers = lambda: names
+        return session
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    found = Machine()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: found.asked.append(["preloaded"]))
+    monkeypatch.setattr(ort, "InferenceSession", found.start)
+    return found
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_nodes_that_cuda_does_not_run_are_told(
+    timm: Timm, tmp_path: Path, machine: Machine, caplog: pytest.LogCaptureFixture, refuses: bool
+) -> None:
+    """None goes to the CPU without a word."""
+    path, machine.refuses = tmp_path / "t.onnx", refuses
+    timm.write(path)
+    with caplog.at_level(logging.WARNING, "samfed"):
+        session, _ = backend.start_session(path, "cuda")
+    assert session.get_providers()[0] == CUDA
+    again = [[CUDA, CPU]] if refuses else []
+    assert machine.asked == [["preloaded"], [CUDA, "only"], *again]
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(", which")[0] for line in lines] == [
+        f"{path}: onnxruntime {ort.__version__} runs some of its nodes on the CPU"
+    ] * refuses
+
+
+def test_what_auto_exports(machine: Machine) -> None:
+    """fp16 for CUDA, but where it moves masks, as with every encoder of convolutions."""
+    assert auto_precision("vit_b", "auto") == auto_precision("vit_b", "cuda:0") == "fp16"
+    assert auto_precision("vit_b", "cpu") == auto_precision(BACKBONE, "auto") == "fp32"
 
 
 def test_a_model_that_onnxruntime_cannot_run(timm: Timm, tmp_path: Path) -> None:
