@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import Config, Section
+from pipeline.config import Config
 from pipeline.errors import ConfigError
 
 #: Keys of earlier versions, and what they are called now.
@@ -25,7 +25,7 @@ RENAMED = {
 _NULLS = ("", "~", "null")
 
 Key = tuple[str, ...]
-SomeSection = TypeVar("SomeSection", bound=Section)
+SomeSection = TypeVar("SomeSection", bound=BaseModel)
 
 
 def load_config(

@@ -70,7 +70,7 @@ def _narrow_residual(encoder: nn.Module) -> None:
     Norms take it as it is, compute in float32 inside, and return bfloat16.
     """
     blocks = _blocks(encoder, "residual: bf16")
-    encoder.pos_embed.data = encoder.pos_embed.data.bfloat16()  # type: ignore[union-attr, operator]
+    encoder.pos_embed.data = encoder.pos_embed.data.bfloat16()
     for block in blocks:
         block.norm1, block.norm2 = BFloat16Norm(block.norm1), BFloat16Norm(block.norm2)
 
