@@ -1,9 +1,10 @@
-"""One attention layer of SAM's ViT-B at 1024, three ways: segment-anything's, folded, in slices.
+"""One attention layer of SAM's ViT-B at 1024: segment-anything's own, and other exact forms.
 
     python benchmarks/attention.py [--device cpu] [--threads 1] [--json]
 
-The exact forms differ in speed alone, and which is fastest depends on device, precision and the
-number of tokens; ``pipeline/sam/attention.py`` chooses by what this showed.
+Folded, in slices, with a bias tensor and, on a GPU, FlexAttention. They differ in speed alone, and
+which is fastest depends on device, precision and the number of tokens;
+``pipeline/sam/attention.py`` chooses by what this showed, ``precompute.attention`` says otherwise.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor
 
 from pipeline.sam.attention import FoldedAttention
+from pipeline.sam.device import plain_float32
+from pipeline.sam.global_attention import FORMS
 
 SHAPES = {"window": (25, 14, 14, 768), "global": (1, 64, 64, 768)}
 REPEATS = 3
@@ -50,18 +53,23 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
         for table in (stock.rel_pos_h, stock.rel_pos_w):
             torch.nn.init.normal_(table, std=0.2)
         x = torch.randn(shape, device=device)
-        exact = stock(x)
+        with plain_float32():
+            exact = stock(x)
         layers: dict[str, torch.nn.Module] = {
             "segment-anything": stock,
             "folded": FoldedAttention(stock, slices=False),
             "slices": FoldedAttention(stock, slices=True),
+            "bias": FoldedAttention(stock, attend=FORMS["bias"]),
         }
+        if device.type == "cuda":
+            layers["flex"] = FoldedAttention(stock, attend=FORMS["flex"])
         for dtype in (torch.float32, torch.bfloat16):
             times = {}
             for way, layer in layers.items():
 
                 def call(layer: Any = layer, x: Tensor = x, dtype: Any = dtype) -> Tensor:
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    narrow = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+                    with plain_float32(), narrow:
                         out: Tensor = layer(x)
                     return out
 
