@@ -71,9 +71,8 @@ class Cluster:
     ) -> Iterator[Any]:
         """Yield what ``work`` returns for each item, as it comes in no particular order.
 
-        Args:
-            items: each with its name for messages.
-            on_gpus: go only to workers that announce a GPU, if there are any.
+        Items come with their names for messages; with ``on_gpus`` they go only to workers that
+        announce a GPU, if there are any.
         """
         with reaching_the_scheduler():
             needs = GPU if on_gpus and _fitting(self.client, GPU) else NOTHING
@@ -214,8 +213,8 @@ def await_worker(
 
 
 def _fitting(client: distributed.Client, needs: Resources) -> bool:
-    """Tell whether there is a worker that has what a task needs."""
-    workers = client.scheduler_info()["workers"].values()
+    scheduler: Any = client.scheduler  # its client's own cache may be without workers
+    workers = client.sync(scheduler.identity, n_workers=-1)["workers"].values()
     return any(needs.keys() <= worker["resources"].keys() for worker in workers)
 
 

@@ -1,4 +1,4 @@
-"""Whether 8-bit integers keep a teacher's masks: measured before labels are made with them.
+"""Whether less exact arithmetic keeps a teacher's masks: measured before labels are made with it.
 
 Needs no truth: the masks are compared with those of the same teacher in float32.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,34 +25,59 @@ from pipeline.sam.teacher import load_teacher
 log = logging.getLogger("samfed.precompute")
 
 MIN_IOU = 0.99  # of the masks with those in float32
+CALIBRATION = "D_p's calibration part"
 IMAGES = 16  # of a site that has no calibration part; D_p's counts whole
 
 
+@dataclass(frozen=True)
+class _Gated:
+    """A setting that is refused where it moves masks."""
+
+    key: str
+    value: str
+    otherwise: str  # what to set instead
+
+    def __str__(self) -> str:
+        return self.value if self.key == "precision" else f"{self.key} {self.value}"
+
+
+_GATED = (_Gated("precision", "int8", "auto"), _Gated("residual", "bf16", "fp32"))
+_EXACTLY = {"precision": "fp32", "residual": "fp32", "compile": False, "attention": "auto"}
+
+
 def check_fidelity(job: Job, teacher: MemoryAwareTeacher) -> None:
-    """Refuse labels in int8 where they are not those of float32; other precisions pass.
+    """Refuse int8, and a residual stream in bf16, where masks are not float32's; others pass.
 
     Measured on D_p's calibration part, or at a site without one on its first images, and noted in
-    ``cache/sam/int8.json``, so that it takes its time once for a teacher.
+    ``cache/sam/int8.json`` or ``residual-bf16.json``, so that it takes its time once for a teacher.
 
     Raises:
         ConfigError: the masks' IoU is below ``MIN_IOU``.
     """
-    if job.identity.precision != "int8":
-        return
+    run = job.config.precompute
+    for gated in _GATED if run.backend == "torch" else ():
+        if getattr(run, gated.key) == gated.value:
+            _check(job, teacher, gated)
+
+
+def _check(job: Job, teacher: MemoryAwareTeacher, gated: _Gated) -> None:
     server = job.partition.server.calibration
     ids = server or tuple(i for part in job.partition.clients.values() for i in part.train)[:IMAGES]
-    where = "D_p's calibration part" if server else "the first images"
-    iou = _noted_iou(job, teacher, ids, where)
+    where = f"{CALIBRATION if server else 'the first images'} ({len(ids)})"
+    iou = _noted_iou(job, teacher, ids, f"comparing {gated} with fp32 on {where}", gated)
     if iou < MIN_IOU:
         raise ConfigError(
-            f"precompute.precision: int8 moves this teacher's masks: IoU with fp32's is {iou:.4f} "
-            f"on {where} ({len(ids)}), expected {MIN_IOU} or more; use precompute.precision=auto"
+            f"precompute.{gated.key}: {gated.value} moves this teacher's masks: IoU with fp32's is "
+            f"{iou:.4f} on {where}, expected {MIN_IOU} or more; use "
+            f"precompute.{gated.key}={gated.otherwise}"
         )
 
 
-def _noted_iou(job: Job, teacher: MemoryAwareTeacher, ids: tuple[str, ...], where: str) -> float:
+def _noted_iou(
+    job: Job, teacher: MemoryAwareTeacher, ids: tuple[str, ...], doing: str, gated: _Gated
+) -> float:
     """Return the IoU of these images, as it was noted for this teacher or measured now."""
-    path = job.config.cache.root / "sam" / "int8.json"
+    path = job.config.cache.root / "sam" / f"{str(gated).replace(' ', '-')}.json"
     sha256 = [job.partition.images[image_id].image_sha256 for image_id in ids]
     key = {
         "identity": job.identity.digest,
@@ -60,17 +86,16 @@ def _noted_iou(job: Job, teacher: MemoryAwareTeacher, ids: tuple[str, ...], wher
     noted = read_json(path, stage="precompute-sam") if path.is_file() else {}
     if noted.items() >= key.items():
         return float(noted["mask_iou"])
-    log.info("comparing int8 with fp32 on %s (%d), once for this teacher", where, len(ids))
+    log.info("%s, once for this teacher", doing)
     iou = _measure(job, teacher, ids)
     write_json(path, key | {"mask_iou": iou})
-    log.info("IoU of int8 masks with fp32's: %.4f", iou)
+    log.info("IoU of %s masks with fp32's: %.4f", gated, iou)
     return iou
 
 
 def _measure(job: Job, teacher: MemoryAwareTeacher, ids: Sequence[str]) -> float:
     run, size = job.config.precompute, job.identity.label_size
-    exactly = run.model_copy(update={"precision": "fp32"})
-    config = job.config.model_copy(update={"precompute": exactly})
+    config = job.config.model_copy(update={"precompute": run.model_copy(update=_EXACTLY)})
     exact = MemoryAwareTeacher(load_teacher(config, job.partition), run.batch_size)
     masks, expected = [], []
     for start in range(0, len(ids), run.batch_size):

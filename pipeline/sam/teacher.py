@@ -165,6 +165,12 @@ class Teacher:
         Raises:
             ConfigError: the device or the encoder does not have what is asked for.
         """
+        if run.residual == "bf16" and self.precision != "bf16":
+            raise ConfigError(
+                f"precompute.residual: bf16 asked for, but the encoder computes in "
+                f"{self.precision}; set precompute.precision to bf16, or precompute.residual to "
+                "fp32"
+            )
         self.sam.image_encoder = tune(self.sam.image_encoder, run, self.device)
         self.tuning = tuning(run)
         return self

@@ -270,10 +270,10 @@ def test_a_worker_of_another_samfed_is_named(
 ) -> None:
     identity, task = load_job(config).identity, ChunkTask("site", 0, (0,), (("a", "b"),))
     order = Order(config.model_dump_json(), identity, "", version="0.0.0")
-    (worker,) = threads.client.scheduler_info()["workers"].values()
+    (name,) = threads.client.cluster.workers
     with pytest.raises(SamfedError) as caught:
         list(Cluster(threads.client).results(partial(run_task, order), [("a chunk", task)]))
-    assert str(caught.value).startswith(f"worker {worker['name']} on {socket.gethostname()}: ")
+    assert str(caught.value).startswith(f"worker {name} on {socket.gethostname()}: ")
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from pipeline.sam.teacher import load_teacher
 from pipeline.stores.label_store import LabelStore, PseudoLabels
 
 
-def asking(config: Config, precision: str) -> Config:
-    run = config.precompute.model_copy(update={"precision": precision})
+def asking(config: Config, precision: str, **others: str) -> Config:
+    run = config.precompute.model_copy(update={"precision": precision, **others})
     return config.model_copy(update={"precompute": run})
 
 
@@ -99,6 +99,19 @@ def test_other_precisions_are_not_measured(adapted: Config, precision: str) -> N
     teacher = Changed(job, "all foreground")
     check_fidelity(job, teacher)
     assert teacher.images == 0
+
+
+def test_a_narrow_residual_stream_is_measured_too(adapted: Config) -> None:
+    job = load_job(asking(adapted, "bf16", residual="bf16"))
+    check_fidelity(job, Changed(job))
+    with pytest.raises(ConfigError) as caught:
+        check_fidelity(
+            dataclasses.replace(job, identity=job.identity.model_copy(update={"label_size": 48})),
+            Changed(job, "all foreground"),
+        )
+    message = str(caught.value)
+    assert message.startswith("precompute.residual: bf16 moves this teacher's masks: IoU with ")
+    assert message.endswith("expected 0.99 or more; use precompute.residual=fp32")
 
 
 def test_labels_in_int8(adapted: Config, monkeypatch: pytest.MonkeyPatch) -> None:

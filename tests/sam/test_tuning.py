@@ -177,6 +177,7 @@ def test_compiling_needs_a_gpu(encoder: nn.Module) -> None:
         tune(encoder, PrecomputeConfig(compile=True), CPU)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own
 def test_the_compilers_options_are_its_own() -> None:
     """torch refuses a name that it does not know at once, and compiles nothing yet."""
     torch.compile(nn.Identity(), options=COMPILE_OPTIONS)
@@ -194,6 +195,18 @@ def test_the_encoder_is_one_graph(encoder: nn.Module, pixels: Tensor) -> None:
     traced = torch.compile(tuned, backend="eager", fullgraph=True, dynamic=False)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(traced(pixels), tuned(pixels))
+
+
+def test_a_narrow_stream_is_for_bfloat16() -> None:
+    teacher = Teacher(
+        build_sam("vit_t"), make_card(variant="vit_t"), device="cpu", precision="fp32"
+    )
+    with pytest.raises(ConfigError) as caught:
+        teacher.tune(PrecomputeConfig(residual="bf16"))
+    assert str(caught.value) == (
+        "precompute.residual: bf16 asked for, but the encoder computes in fp32; set "
+        "precompute.precision to bf16, or precompute.residual to fp32"
+    )
 
 
 def test_what_is_tuned_is_recorded() -> None:
