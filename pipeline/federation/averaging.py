@@ -24,7 +24,6 @@ from pipeline.federation.panels import public_examples
 from pipeline.federation.privacy import Noise, noise_key, private_mean
 from pipeline.federation.rounds import Round, Strategy
 from pipeline.federation.runs import RunFolder
-from pipeline.federation.schedule import server_seed
 from pipeline.federation.server_optimizer import server_step
 from pipeline.federation.targets import measure_calibration
 from pipeline.federation.updates import Updates
@@ -121,8 +120,8 @@ class Averaging(Strategy):
             return weights
         model = self._workplace.loaded(self._config.model, weights)
         rates = [this.rates.learning_rate] * settings.local_steps
-        seed, public = server_seed(self._config.seed, this.number), self._workplace.public
-        return train_on_server(model, public, rates, seed=seed, config=self._config)
+        streams, public = this.streams(self._config.seed), self._workplace.public
+        return train_on_server(model, public, rates, streams=streams, config=self._config)
 
     def shared(self, weights: State) -> State:
         """Return the global model's weights, which answer for all clients."""

@@ -35,7 +35,7 @@ from pipeline.federation.panels import client_examples, public_examples
 from pipeline.federation.pretraining import first_model
 from pipeline.federation.privacy import Noise, noise_key, private_update
 from pipeline.federation.runs import RoundFiles, RunFolder
-from pipeline.federation.schedule import client_seed
+from pipeline.federation.streams import Streams
 from pipeline.federation.targets import measure_calibration
 from pipeline.federation.views import as_tensor
 from pipeline.federation.workplace import Workplace
@@ -145,7 +145,7 @@ class Client:
             state=self._agreement(before, request, model),
             learning_rate=request.rates.learning_rate,
             unlabelled_weight=request.rates.unlabelled_weight,
-            seed=self._seed(request),
+            streams=self._streams(request),
             broadcast=broadcast,
         )
         result = local_update(model, self._public, self._data, task, config=self._config)
@@ -199,7 +199,7 @@ class Client:
             teacher,
             self._workplace.noised(request.round_number),
             learning_rate=request.rates.learning_rate,
-            seed=self._seed(request) + 2,
+            streams=self._streams(request),
             settings=self._config.federate,
         )
         after = replace(before, round=request.round_number, weights=get_state(model))
@@ -288,8 +288,8 @@ class Client:
             return None
         return self._workplace.unpacked(self._network, request.weights)
 
-    def _seed(self, request: Request) -> int:
-        return client_seed(self._config.seed, request.round_number, self._context.index)
+    def _streams(self, request: Request) -> Streams:
+        return Streams.of_client(self._config.seed, self._context.index, request.round_number)
 
     # ----------------------------------------------------------------------- private state
 

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from pipeline.config import FederateConfig
 from pipeline.federation.local_update import make_optimizer, optimiser_step, seeded
+from pipeline.federation.streams import Streams
 from pipeline.segmentation.losses import divergence
 from pipeline.segmentation.networks import normalise
 
@@ -270,13 +271,13 @@ def distil(
     inputs: Tensor,
     *,
     learning_rate: float,
-    seed: int,
+    streams: Streams,
     settings: FederateConfig,
 ) -> dict[str, float]:
     """Train ``model`` on what ``teacher`` says of D_p: by RC, RF, or FedMD's digest.
 
     It takes ``fusion_epochs`` passes over batches of ``labelled_batch`` images. The model changes
-    in place and is left in training mode. The same seed gives the same weights.
+    in place and is left in training mode. The same streams give the same weights.
 
     Args:
         inputs: (N, 3, S, S) float32 with N > 1, from ``noised_public``.
@@ -286,12 +287,12 @@ def distil(
     """
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, learning_rate, settings.weight_decay)
-    generator = Generator().manual_seed(seed)
+    rng = streams.rng("fusion rows")
     sums: dict[str, float] = {}
-    with seeded(int(torch.randint(2**31, (), generator=generator)), model):
+    with seeded(streams.word("fusion dropout"), model):
         model.train()
         for _ in range(settings.fusion_epochs):
-            for rows in _batches(len(inputs), settings.labelled_batch, generator):
+            for rows in _batches(len(inputs), settings.labelled_batch, rng):
                 logits = model(_to_network(inputs[rows], device)).float()
                 terms = teacher.terms(logits, rows)
                 optimiser_step(model, optimizer, terms["loss"])
@@ -300,13 +301,13 @@ def distil(
     return {name: value / (settings.fusion_epochs * len(inputs)) for name, value in sums.items()}
 
 
-def _batches(count: int, size: int, generator: Generator) -> Iterator[Tensor]:
+def _batches(count: int, size: int, rng: np.random.Generator) -> Iterator[Tensor]:
     """Yield the rows of shuffled batches.
 
     A last image left alone joins the batch before it, because batch norm cannot train on one
     image where a feature map has a single pixel.
     """
-    *batches, last = torch.randperm(count, generator=generator).split(size)
+    *batches, last = torch.from_numpy(rng.permutation(count)).split(size)
     if len(last) == 1:
         last = torch.cat([batches.pop(), last])
     yield from (*batches, last)

@@ -30,7 +30,7 @@ from pipeline.federation.codistillation import (
 from pipeline.federation.messages import DistilRequest, FitRequest, PredictRequest, Reply
 from pipeline.federation.rounds import Round, Strategy
 from pipeline.federation.runs import RunFolder
-from pipeline.federation.schedule import Rates, server_seed
+from pipeline.federation.schedule import Rates
 from pipeline.federation.workplace import Workplace
 from pipeline.segmentation.networks import State, get_state
 
@@ -117,7 +117,7 @@ class Exchange(Strategy):
             replace(best, kl_weight=this.rates.kl_weight),
             inputs,
             learning_rate=this.rates.learning_rate,
-            seed=server_seed(self._config.seed, this.number),
+            streams=this.streams(self._config.seed),
             settings=self._config.federate,
         )
         self._weights = get_state(model)

@@ -23,6 +23,7 @@ from pipeline.data.partition import PARTITION_FILE, ClientPart, Partition, load_
 from pipeline.deciding import deciding_settings
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, SamfedError, StageError
+from pipeline.federation.streams import Streams
 from pipeline.federation.views import ClientData, PublicSet, as_tensor
 from pipeline.methods import METHODS
 from pipeline.stores.image_store import ImageSet, read_image_store
@@ -31,7 +32,7 @@ from pipeline.stores.teacher_card import CARD_FILE, load_card
 
 #: Raised whenever the same settings and data would give other models: a run of another version
 #: cannot be continued. ``tests/federation/test_golden_run.py`` guards it.
-RESULT_VERSION = 3
+RESULT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def load_client(context: ClientContext) -> ClientData:
         return replace(data, masks=data.truth, truth=None)
     if traits.shuffles_labels and data.masks is not None and data.confidences is not None:
         # the control: real labels, of the wrong images
-        rng = np.random.default_rng([context.config.seed, 2, context.index])
+        rng = Streams.of_client(context.config.seed, context.index, 0).rng("shuffled labels")
         rows = torch.from_numpy(rng.permutation(len(data.images)))
         return replace(data, masks=data.masks[rows], confidences=data.confidences[rows])
     return data

@@ -1,4 +1,4 @@
-"""One client's local update: a pure function of weights, data, labels and a seed.
+"""One client's local update: a pure function of weights, data, labels and random streams.
 
     L = L_sup(f(x_p), y_p) + lambda_u L_agree(f(strong(x)), target, w)
       + lambda_kd T^2 KL(G(x) || f(x))
@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.federation.agreement import AgreementState, PseudoLabel, shares_of
+from pipeline.federation.streams import Streams
 from pipeline.federation.targets import TARGETS, Learner
 from pipeline.federation.views import (
     ClientData,
@@ -48,7 +49,7 @@ class LocalTask:
     state: AgreementState  # with the calibration of these weights (``measure_calibration``)
     learning_rate: float
     unlabelled_weight: float  # lambda_u of this round, after its ramp
-    seed: int
+    streams: Streams  # of the client in this round
     broadcast: nn.Module | None = None  # frozen, with ``weights``, where the client distils from it
 
 
@@ -85,13 +86,11 @@ def local_update(
     rule = TARGETS.get(traits.target)
     client = client if rule is None else rule.prepare(learner, client)
     optimizer = make_optimizer(model, task.learning_rate, settings.weight_decay)
-    batch, other = settings.labelled_batch, settings.unlabelled_batch
-    # the same draws whatever the method
-    labelled = Sampling(batch, Generator().manual_seed(task.seed), device, config.augment)
-    unlabelled = Sampling(other, Generator().manual_seed(task.seed + 1), device, config.augment)
+    labelled = Sampling.labelled(task.streams, config, device)
+    unlabelled = Sampling.unlabelled(task.streams, config, device)
     start = [each.detach().clone() for each in model.parameters()]
     sums: defaultdict[str, float] = defaultdict(float)
-    with seeded(task.seed, model):
+    with seeded(task.streams.word("dropout"), model):
         for _ in range(settings.local_steps):
             images, truth = labelled_batch(public, labelled)
             pair = None
@@ -172,7 +171,7 @@ def train_on_server(
     public: PublicSet,
     rates: Iterable[float],
     *,
-    seed: int,
+    streams: Streams,
     config: Config,
 ) -> State:
     """Train ``model`` on D_p's training part alone, a step at each learning rate of ``rates``.
@@ -181,9 +180,8 @@ def train_on_server(
     """
     device, settings = next(model.parameters()).device, config.federate
     optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
-    generator = Generator().manual_seed(seed)
-    sampling = Sampling(settings.labelled_batch, generator, device, config.augment)
-    with seeded(seed, model):
+    sampling = Sampling.labelled(streams, config, device)
+    with seeded(streams.word("dropout"), model):
         model.train()
         for rate in rates:
             for group in optimizer.param_groups:

@@ -10,6 +10,7 @@ from pipeline.config import Config, NetworkConfig
 from pipeline.deciding import deciding_settings, network_settings
 from pipeline.federation.inputs import RESULT_VERSION
 from pipeline.federation.local_update import cosine, train_on_server
+from pipeline.federation.streams import Streams
 from pipeline.federation.views import PublicSet
 from pipeline.progress import Progress
 from pipeline.runtime import resolve_device
@@ -48,7 +49,7 @@ def first_model(
 
     model = build_model(config, seed=config.seed, network=network)
     model = model.to(resolve_device(settings.device))
-    weights = train_on_server(model, public, rates(), seed=config.seed, config=config)
+    weights = train_on_server(model, public, rates(), streams=Streams(config.seed), config=config)
     save(path, weights)
     return weights
 

@@ -14,6 +14,7 @@ from pipeline.federation.compression import Packed
 from pipeline.federation.messages import AnyRequest, ClientEntry, FitRequest, Reply
 from pipeline.federation.runs import Checkpoint, RunFolder
 from pipeline.federation.schedule import Rates
+from pipeline.federation.streams import Streams
 from pipeline.stores.plain_data import State
 
 
@@ -74,6 +75,10 @@ class Round:
     def number(self) -> int:
         """The round's number, from 1."""
         return self.before.round + 1
+
+    def streams(self, seed: int) -> Streams:
+        """Return the random streams of the server's own work, for the run's seed."""
+        return Streams(seed, round_number=self.number)
 
     def address(self, client: str) -> dict[str, Any]:
         """Return what every request of the round to ``client`` says."""

@@ -1,16 +1,15 @@
-"""What a round's number decides: rates, weights, seeds, and who takes part."""
+"""What a round's number decides: rates, weights, and who takes part."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.federation.aggregation import fewest_updates
 from pipeline.federation.local_update import cosine
+from pipeline.federation.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -66,25 +65,6 @@ def participants(config: Config, names: Sequence[str], number: int) -> Sequence[
     wanted, count = config.federate.clients_per_round, len(names)
     if wanted is None or wanted >= count:
         return names
-    words = np.random.SeedSequence((config.seed, 4, number))
-    drawn = np.random.default_rng(words).choice(count, size=wanted, replace=False)
+    rng = Streams(config.seed, round_number=number).rng("participants")
+    drawn = rng.choice(count, size=wanted, replace=False)
     return [names[int(index)] for index in sorted(drawn)]
-
-
-def client_seed(seed: int, number: int, index: int) -> int:
-    """Return the seed of a client's round: independent streams, whatever order clients run in."""
-    return _seed(seed, 3, number, index)
-
-
-def server_seed(seed: int, number: int) -> int:
-    """Return the seed of the server's own work in a round."""
-    return _seed(seed, 5, number)
-
-
-def exchange_seed(seed: int, number: int) -> int:
-    """Return the seed of the noise on a round's public images, which everybody can derive."""
-    return _seed(seed, 6, number)
-
-
-def _seed(*words: int) -> int:
-    return int(np.random.SeedSequence(words).generate_state(1)[0])

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from pipeline.config import AugmentConfig
+from pipeline.config import AugmentConfig, Config
+from pipeline.federation.streams import Streams
 from pipeline.segmentation.augmentation import (
     LIGHT,
     STRONG,
     Photometry,
     change_appearance,
+    is_grey,
     random_affine,
     sampling_grid,
     warp_images,
@@ -71,58 +74,84 @@ class Views:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How batches are drawn, one after another."""
+    """How batches are drawn, one after another; both streams go on from batch to batch."""
 
     size: int  # images of a batch
-    generator: Generator  # goes on from batch to batch
-    device: torch.device  # where batches are used
+    rows: np.random.Generator  # which images
+    views: np.random.Generator  # how they look, so that settings of views move no image
+    device: torch.device  # where batches are made and used
     augment: AugmentConfig
 
-    @property
-    def strong(self) -> Photometry:
-        """The limits of a strong view's appearance."""
-        return STRONG.times(self.augment.intensity)
+    @classmethod
+    def labelled(cls, streams: Streams, config: Config, device: torch.device) -> Sampling:
+        """Return how batches of D_p are drawn: alike, whatever the method."""
+        rows, views = streams.rng("labelled rows"), streams.rng("labelled views")
+        return cls(config.federate.labelled_batch, rows, views, device, config.augment)
 
-    def choose(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw rows (size,) of ``images``, and where the pixels of their view come from."""
-        chosen = _choose(len(images), self.size, self.generator)
-        maps = random_affine(len(chosen), self.generator, settings=self.augment)
-        return chosen, sampling_grid(maps, images)
+    @classmethod
+    def unlabelled(cls, streams: Streams, config: Config, device: torch.device) -> Sampling:
+        """Return how batches of a client's own images are drawn."""
+        rows, views = streams.rng("unlabelled rows"), streams.rng("unlabelled views")
+        return cls(config.federate.unlabelled_batch, rows, views, device, config.augment)
+
+    def choose(self, count: int) -> Tensor:
+        """Draw rows (size,) of ``count``, without repetition where there are enough."""
+        orders = [self.rows.permutation(count) for _ in range(-(-self.size // count))]
+        return torch.from_numpy(np.concatenate(orders)[: self.size])
+
+
+@dataclass(frozen=True)
+class _View:
+    """A batch under one random geometry."""
+
+    images: Tensor  # (B, 3, S, S) float 0..1, of unchanged appearance
+    grid: Tensor  # where its pixels come from
+    grey: Tensor  # (B,) bool on the CPU
+    sampling: Sampling
+
+    @classmethod
+    def draw(cls, images: Tensor, sampling: Sampling) -> _View:
+        """Draw a view of ``images`` (B, 3, S, S) uint8."""
+        pixels = images.to(sampling.device).float().div_(255)
+        maps = random_affine(len(images), sampling.views, settings=sampling.augment)
+        grid = sampling_grid(maps, pixels)
+        return cls(warp_images(pixels, grid), grid, is_grey(images), sampling)
+
+    def changed(self, limits: Photometry) -> Tensor:
+        """Return the images with another appearance."""
+        return change_appearance(self.images, limits, self.sampling.views, grey=self.grey)
+
+    def strong(self) -> Tensor:
+        """Return the images with an appearance that differs as much as the settings want."""
+        return self.changed(STRONG.times(self.sampling.augment.intensity))
+
+    def labels(self, values: Tensor) -> Tensor:
+        """Return what belongs to the images (B, S, S) under the same geometry."""
+        return warp_labels(values.to(self.sampling.device), self.grid)
 
 
 def labelled_batch(public: PublicSet, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Draw an augmented labelled batch: images (B, 3, S, S) float 0..1, truth (B, S, S) int64."""
-    chosen, grid = sampling.choose(public.images)
-    images = warp_images(public.images[chosen].float() / 255, grid)
-    images = change_appearance(images, sampling.strong, sampling.generator)
-    truth = warp_labels(public.labels[chosen], grid).long()
-    return images.to(sampling.device), truth.to(sampling.device)
+    chosen = sampling.choose(len(public.images))
+    view = _View.draw(public.images[chosen], sampling)
+    return view.strong(), view.labels(public.labels[chosen]).long()
 
 
 def draw_views(client: ClientData, sampling: Sampling) -> Views:
     """Draw a weak and a strong view of some of the client's images."""
-    chosen, grid = sampling.choose(client.images)
-    base = warp_images(client.images[chosen].float() / 255, grid)
-    weak = change_appearance(base, LIGHT, sampling.generator)
-    strong = change_appearance(base, sampling.strong, sampling.generator)
-    device = sampling.device
+    chosen = sampling.choose(len(client.images))
+    view = _View.draw(client.images[chosen], sampling)
+    weak, strong = view.changed(LIGHT), view.strong()
 
     def warped(values: Tensor | None) -> Tensor | None:
-        return None if values is None else warp_labels(values[chosen], grid).to(device)
+        return None if values is None else view.labels(values[chosen])
 
     masks, confidences, truth = map(warped, (client.masks, client.confidences, client.truth))
     return Views(
-        weak=weak.to(device),
-        strong=strong.to(device),
+        weak=weak,
+        strong=strong,
         masks=None if masks is None else masks.long(),
         # agreement never takes a probability as certain, so 0 and 255 may stand
         confidences=None if confidences is None else confidences.float() / 255,
         truth=None if truth is None else truth.long(),
     )
-
-
-def _choose(count: int, size: int, generator: Generator) -> Tensor:
-    """Draw ``size`` rows of ``count``, without repetition where there are enough."""
-    rounds = -(-size // count)
-    orders = [torch.randperm(count, generator=generator) for _ in range(rounds)]
-    return torch.cat(orders)[:size]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.config import Config, NetworkConfig
 from pipeline.federation.codistillation import noised_public
 from pipeline.federation.compression import Packed, unpack
-from pipeline.federation.schedule import exchange_seed
+from pipeline.federation.streams import Streams
 from pipeline.federation.views import PublicSet
 from pipeline.segmentation.networks import State, build_model
 
@@ -74,6 +74,9 @@ class Workplace:
     def noised(self, round_number: int) -> Tensor:
         """Return the round's noised copy of D_p, made once a round; not to be changed."""
         if self._noised[0] != round_number:
-            seed = exchange_seed(self._config.seed, round_number)
-            self._noised = round_number, noised_public(self.public.images, seed=seed)
+            streams = Streams(self._config.seed, round_number=round_number)
+            self._noised = (
+                round_number,
+                noised_public(self.public.images, seed=streams.word("public noise")),
+            )
         return self._noised[1]

@@ -25,6 +25,7 @@ from pipeline.sam.teacher import forward
 from pipeline.segmentation.augmentation import (
     HEAVY,
     change_appearance,
+    is_grey,
     random_affine,
     sampling_grid,
     warp_images,
@@ -52,7 +53,7 @@ class TrainingState(Plain):
     epoch: int  # the last one that is finished
     weights: State  # those that change
     optimizer: dict[str, State]  # its moments, by the parameter's number
-    random: State  # states of the generators
+    random: State  # states of the generators that dropout draws from
 
 
 class Training:
@@ -69,13 +70,12 @@ class Training:
         self._fingerprint = fingerprint
         self._optimizer = _optimizer(sam, config.sam)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
-        self._generator = torch.Generator().manual_seed(config.seed)
         self._done = 0  # epochs
 
     def state(self) -> TrainingState:
         """Return what ``restore`` needs to go on from here."""
         moments = self._optimizer.state_dict()["state"]
-        random = {"batches": self._generator.get_state(), "cpu": torch.get_rng_state()}
+        random = {"cpu": torch.get_rng_state()}
         if self._sam.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self._sam.device)
         return TrainingState(
@@ -94,7 +94,6 @@ class Training:
         moments = {int(number): of for number, of in state.optimizer.items()}
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self._generator.set_state(state.random["batches"])
         torch.set_rng_state(state.random["cpu"])
         if "cuda" in state.random:
             torch.cuda.set_rng_state(state.random["cuda"], self._sam.device)
@@ -125,12 +124,16 @@ class Training:
         steps = per_epoch * settings.epochs
         self._sam.train()
         for epoch in range(self._done, settings.epochs):
-            order = torch.randperm(count, generator=self._generator)
+            # a stream for each epoch, so that none has to be kept
+            words = np.random.SeedSequence(self._config.seed, spawn_key=(epoch,))
+            rng = np.random.default_rng(words)
+            order = torch.from_numpy(rng.permutation(count))
             batches = torch.cat([order, order])[: per_epoch * batch].split(batch)
             total = torch.zeros(())
             for step, chosen in enumerate(batches, start=epoch * per_epoch):
                 factor = learning_rate_factor(settings, step, steps)
-                loss = self._step(pixels[chosen], masks[chosen], factor)
+                views = _augment(pixels[chosen], masks[chosen], rng, settings=self._config.augment)
+                loss = self._step(*views, factor)
                 if not bool(loss.isfinite()):
                     raise diverged(settings, epoch + 1, f"the loss is {float(loss)}")
                 total = total + loss
@@ -142,13 +145,12 @@ class Training:
             self._done = epoch + 1
             yield Epoch(self._done, float(total) / per_epoch)
 
-    def _step(self, pixels: Tensor, masks: Tensor, factor: float) -> Tensor:
-        """Take one step on a batch, at ``factor`` times the learning rates; return its loss."""
+    def _step(self, images: Tensor, masks: Tensor, factor: float) -> Tensor:
+        """Take a step on an augmented batch at ``factor`` times the rates; return its loss."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self._optimizer.zero_grad()
-        batch = _augment(pixels, masks, self._generator, settings=self._config.augment)
-        loss = _loss(self._sam, *batch, settings=self._config.sam)
+        loss = _loss(self._sam, images, masks, settings=self._config.sam)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._sam.parameters(), _MAX_GRADIENT_NORM)
         self._optimizer.step()
@@ -185,13 +187,14 @@ def _optimizer(sam: Sam, settings: SamConfig) -> torch.optim.AdamW:
 
 
 def _augment(
-    pixels: Tensor, masks: Tensor, generator: torch.Generator, *, settings: AugmentConfig
+    pixels: Tensor, masks: Tensor, rng: np.random.Generator, *, settings: AugmentConfig
 ) -> tuple[Tensor, Tensor]:
     """Draw a random view of frames: images (B, 3, S, S) float in 0..255, masks (B, S, S) uint8."""
-    grid = sampling_grid(random_affine(len(pixels), generator, settings=settings), pixels)
-    images = warp_images(pixels.float() / 255, grid, padding="zeros")
+    images = pixels.float().div_(255)
+    grid = sampling_grid(random_affine(len(pixels), rng, settings=settings), images)
+    images = warp_images(images, grid, padding="zeros")
     target = warp_labels(masks, grid, padding="zeros", fill=IGNORE)
-    return change_appearance(images, HEAVY, generator) * 255, target
+    return change_appearance(images, HEAVY, rng, grey=is_grey(pixels)).mul_(255), target
 
 
 def _loss(sam: Sam, images: Tensor, target: Tensor, *, settings: SamConfig) -> Tensor:

@@ -15,7 +15,7 @@ from pipeline.federation.diagnostics import (
 )
 from pipeline.federation.messages import ClientEntry
 from pipeline.federation.rounds import finite
-from pipeline.federation.schedule import Rates, client_seed, participants
+from pipeline.federation.schedule import Rates, participants
 from pipeline.params import parse_config
 
 
@@ -112,7 +112,6 @@ def test_schedules_by_hand() -> None:
     assert Rates.of(settings(ramp_rounds=0), 1).unlabelled_weight == 1.0
     warm = settings(fusion_warmup_rounds=2, fusion_weight=7.0)
     assert [Rates.of(warm, number).kl_weight for number in (1, 2, 3)] == [0.0, 0.0, 7.0]
-    assert len({client_seed(0, n, i) for n in range(20) for i in range(20)}) == 400
 
 
 def test_a_round_in_a_few_words() -> None:

@@ -28,6 +28,7 @@ from pipeline.federation.codistillation import (
     structure_loss,
 )
 from pipeline.federation.local_update import optimiser_step
+from pipeline.federation.streams import Streams
 from pipeline.params import parse_config
 from pipeline.segmentation.networks import build_model
 
@@ -456,7 +457,9 @@ def learn(
 ) -> dict[str, float]:
     changes = {"fusion_epochs": epochs, "labelled_batch": batch_size, "weight_decay": 0.01}
     settings = SETTINGS.federate.model_copy(update=changes)
-    return distil(model, teacher, inputs, learning_rate=rate, seed=seed, settings=settings)
+    return distil(
+        model, teacher, inputs, learning_rate=rate, streams=Streams(seed), settings=settings
+    )
 
 
 def distance(model: nn.Module, inputs: Tensor, teacher: Tensor) -> float:

@@ -22,26 +22,26 @@ ADVICE = (
     "the same settings and data give another result now: raise RESULT_VERSION in "
     "pipeline/federation/inputs.py, so that no earlier run goes on with it, and pin these numbers"
 )
-VERSION = 3  # with which the numbers below were made
+VERSION = 4  # with which the numbers below were made
 #: By kind of networks: of the last round, the means over clients, and the norm of all weights.
 GOLDEN: dict[str, dict[str, float]] = {
     "equal": {
-        "loss": 2.1421,
-        "loss_agree": 1.1238,
-        "agreement": 0.4066,
-        "coverage": 0.9678,
-        "drift": 0.00272,
-        "conflict_log_odds": 0.2536,
-        "norm": 170.128,
+        "loss": 2.1842,
+        "loss_agree": 1.1945,
+        "agreement": 0.4313,
+        "coverage": 0.9708,
+        "drift": 0.00268,
+        "conflict_log_odds": 0.0130,
+        "norm": 169.898,
     },
     "own": {
-        "loss": 1.9845,
-        "loss_agree": 1.0699,
-        "agreement": 0.4339,
-        "coverage": 0.9639,
-        "drift": 0.00267,
-        "conflict_log_odds": 0.2845,
-        "norm": 266.205,
+        "loss": 1.9795,
+        "loss_agree": 1.0581,
+        "agreement": 0.4422,
+        "coverage": 0.9611,
+        "drift": 0.00271,
+        "conflict_log_odds": 0.0655,
+        "norm": 266.088,
     },
 }
 

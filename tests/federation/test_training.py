@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import AugmentConfig, Config
+from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.federation import local_update as training
 from pipeline.federation.agreement import AgreementState, PseudoLabel
@@ -22,19 +22,10 @@ from pipeline.federation.local_update import (
     proximal_loss,
     train_on_server,
 )
+from pipeline.federation.streams import Streams
 from pipeline.federation.views import ClientData, PublicSet
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.params import parse_config
-from pipeline.segmentation.augmentation import (
-    LIGHT,
-    STRONG,
-    change_appearance,
-    random_affine,
-    sampling_grid,
-    warp_images,
-    warp_labels,
-)
-from pipeline.segmentation.losses import IGNORE
 from pipeline.segmentation.networks import build_model, get_state, predict_probabilities
 
 
@@ -82,7 +73,7 @@ def update(
         state=AgreementState.initial(1),
         learning_rate=1e-3,
         unlabelled_weight=1.0,
-        seed=seed,
+        streams=Streams(seed),
         broadcast=workplace.frozen(config.model, weights),
     )
     model = workplace.loaded(config.model, weights)
@@ -132,7 +123,7 @@ def test_the_same_bytes_whatever_was_drawn_before(architecture: str) -> None:
     for drawn in (0, 7):
         torch.rand(drawn)
         model = build_model(config, seed=0)
-        task = LocalTask(get_state(model), AgreementState.initial(1), 1e-3, 1.0, 5)
+        task = LocalTask(get_state(model), AgreementState.initial(1), 1e-3, 1.0, Streams(5))
         states.append(local_update(model, public, client, task, config=config).weights)
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
@@ -218,7 +209,7 @@ def test_training_learns() -> None:
     config = settings(labelled_batch=6)
     model = build_model(config, seed=0)
     rates = [5e-3 * cosine(step, 60) for step in range(60)]
-    train_on_server(model, public, rates, seed=0, config=config)
+    train_on_server(model, public, rates, streams=Streams(0), config=config)
     images, truth = blobs(8, 9)
     predicted = predict_probabilities(model, images).argmax(dim=1)
     overlap = 2 * (predicted * truth).sum() / (predicted.sum() + truth.sum())
@@ -236,37 +227,6 @@ def test_an_audit_by_hand() -> None:
     assert audited_dice(
         {name: value + more[name] for name, value in counts.items()}
     ) == pytest.approx(2 / 6)
-
-
-def test_geometry_is_shared() -> None:
-    """An image warped with its own mask as a channel stays aligned with the warped mask."""
-    _, masks = blobs(16, 3)
-    maps = random_affine(16, torch.Generator().manual_seed(4), settings=AugmentConfig())
-    grid = sampling_grid(maps, masks)
-    warped = warp_images(masks[:, None].float().expand(-1, 3, -1, -1), grid)
-    labels = warp_labels(masks, grid)
-    assert labels.dtype == torch.uint8
-    sure = (warped[:, 0] < 0.01) | (warped[:, 0] > 0.99)  # away from interpolated edges
-    assert float(sure.float().mean()) > 0.8
-    assert torch.equal((warped[:, 0] > 0.5)[sure], (labels == 1)[sure])
-
-
-def test_padding_can_be_ignored() -> None:
-    maps = torch.tensor([[[1.0, 0, 1.0], [0, 1, 0]]])  # half an image to the right
-    ones = torch.ones(1, 8, 8, dtype=torch.uint8)
-    labels = warp_labels(ones, sampling_grid(maps, ones), padding="zeros", fill=IGNORE)
-    assert labels[0, 0].tolist() == [1, 1, 1, 1, IGNORE, IGNORE, IGNORE, IGNORE]
-
-
-def test_appearance_stays_in_range_and_differs_by_image() -> None:
-    images = torch.full((4, 3, 16, 16), 0.5)
-    strong = change_appearance(images, STRONG, torch.Generator().manual_seed(0))
-    assert float(strong.min()) >= 0
-    assert float(strong.max()) <= 1
-    means = strong.mean(dim=(1, 2, 3))
-    assert len(set(means.tolist())) == 4
-    light = change_appearance(images, LIGHT, torch.Generator().manual_seed(0))
-    assert float((light - images).abs().mean()) < float((strong - images).abs().mean())
 
 
 def test_the_proximal_term_by_hand() -> None:
