@@ -60,12 +60,11 @@ def prepare(
     data: Path | None = None,
 ) -> Result:
     """Partition data.root over server and clients and write the image stores."""
-    from pipeline.data.prepare import alone, prepare
-    from pipeline.params import with_settings
+    from pipeline.data.prepare import alone, prepare, with_folder
     from pipeline.setup.fit import check_networks, name_traps
 
     owner = alone(site, server=server)
-    config = with_settings(config, "--data", data={"root": data})
+    config = with_folder(config, data)
     check_networks(config)
     name_traps(config)
     return prepare(

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.disk import is_folder_name
+from pipeline.disk import is_folder_name, is_site_name
 from pipeline.methods import METHODS, Method, methods_for
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]  # no array of torch or ONNX Runtime is longer
@@ -63,6 +63,26 @@ def _folder_name(name: str) -> str:
     if not is_folder_name(name):
         raise ValueError("expected the name of a folder: no slash, not empty, no leading dot")
     return name
+
+
+def _site_name(name: str) -> str:
+    if not is_site_name(name):
+        raise ValueError(
+            "expected the name of a site: no slash or colon, no leading dot, no space around it, "
+            "and not 'server'"
+        )
+    return name
+
+
+def _different(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse names that some file systems would take for one."""
+    spellings = [name.casefold() for name in names]
+    twice = [name for name in names if spellings.count(name.casefold()) > 1]
+    if twice:
+        raise ValueError(
+            f"expected each site once, but {', '.join(twice)} are one name, or differ in case alone"
+        )
+    return names
 
 
 def _mask_pattern(pattern: str) -> str:
@@ -188,6 +208,12 @@ class SamConfig(Section):
         """The prompt with what decides its masks: ``none`` or ``points:<per side>``."""
         return f"points:{self.points_per_side}" if self.prompt == "points" else self.prompt
 
+    @property
+    def adapter_rank(self) -> int | None:
+        """The rank of LoRA; None for a teacher that is trained whole or not at all."""
+        has_lora = self.prompt == "none" and not self.variant.startswith("timm:")
+        return self.lora_rank if has_lora else None
+
 
 class PrecomputeConfig(Section):
     """Stage one: how the teacher is run."""
@@ -277,7 +303,9 @@ class FederateConfig(Section):
     method: Method = "sam_fed"  # what clients learn from, and exchange
     rounds: Count = 15  # the final model is the last one's
     # clients at sites of their own, which the server knows by name alone; empty: the partition's
-    sites: tuple[Annotated[str, AfterValidator(_folder_name)], ...] = ()
+    sites: Annotated[
+        tuple[Annotated[str, AfterValidator(_site_name)], ...], AfterValidator(_different)
+    ] = ()
     clients_per_round: Count | None = None  # drawn anew each round; null = all
     # a round that ends with fewer usable updates is repeated once, then the run stops
     min_clients: Annotated[Count, _NOTHING] = 1

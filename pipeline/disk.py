@@ -169,6 +169,11 @@ def is_folder_name(name: str) -> bool:
     return fits and re.fullmatch(r"[^./\\:][^/\\:]*", name) is not None
 
 
+def is_site_name(name: str) -> bool:
+    """Tell whether a client may have this name: a folder's, but not the server's, and trimmed."""
+    return is_folder_name(name) and name == name.strip() and name.casefold() != "server"
+
+
 def _files(root: Path) -> Iterator[Path]:
     for folder, _, names in os.walk(root, followlinks=True):
         yield from (Path(folder, name) for name in names)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
@@ -81,12 +82,47 @@ def _validated(raw: dict[str, Any], source: str, overridden: tuple[Key, ...]) ->
         key = ".".join(location) or "(top level)"
         if unknown:
             raise ConfigError(f"{source}: unknown key '{key}'{_advice(location)}") from error
-        value, message = first["input"], first["msg"].removeprefix("Value error, ")
         at = "" if source == f"--set {key}" else f"{key}: "
-        found = "" if isinstance(value, dict | BaseModel) else f"found {value!r}, "
-        text = first["type"] in ("string_type", "path_type") and isinstance(value, int | float)
-        end = "; write it in quotes" if text else ""
-        raise ConfigError(f"{source}: {at}{found}{message[0].lower()}{message[1:]}{end}") from error
+        given = isinstance(first["input"], dict | BaseModel)  # a section, which says much more
+        found = "" if given else f"found {first['input']!r}, "
+        expected = _expected(first, _plain_types(_type_of(location)))
+        raise ConfigError(f"{source}: {at}{found}{expected}") from error
+
+
+#: What a value should have been, by the type of pydantic's error and with what it knows.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "tuple_type": "a list, e.g. [{value}]",
+    "model_type": "keys and their values",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+    "multiple_of": "a multiple of {multiple_of}",
+}
+
+
+def _expected(error: ErrorDetails, kinds: tuple[Any, ...]) -> str:
+    """Return what was expected instead of a value that may be one of these types."""
+    value, known = error["input"], error.get("ctx", {})
+    if error["type"] not in _EXPECTED:  # one of our own checks
+        message = error["msg"].removeprefix("Value error, ")
+        return message[0].lower() + message[1:]
+    text = _EXPECTED[error["type"]].format(value=value, **known)
+    quotes = error["type"] in ("string_type", "path_type") and isinstance(value, int | float)
+    or_null = " or null" if type(None) in kinds else ""
+    return f"expected {text}{or_null}{'; write it in quotes' if quotes else ''}"
 
 
 def _blamed(source: str, location: Key, overridden: tuple[Key, ...], *, unknown: bool) -> str:

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.disk import is_folder_name, read_json, write_json
+from pipeline.disk import is_site_name, read_json, write_json
 from pipeline.errors import DataError, StageError
 from pipeline.stores.label_store import RowKey
 
@@ -207,7 +207,7 @@ def _fault(partition: Partition) -> str | None:
     if not partition.owners:
         return "server train is empty; expected images in it"
     for client in partition.clients:
-        if client == "server" or not is_folder_name(client):
+        if not is_site_name(client):
             return f"client '{client}' cannot name a folder; rename it"
     for owner in partition.owners:
         for split, ids in partition.splits(owner).items():

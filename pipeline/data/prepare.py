@@ -31,9 +31,10 @@ from pipeline.data.partition import (
 from pipeline.data.published import read_published
 from pipeline.data.reading import FrameFile, Read, frame_file, read_all
 from pipeline.data.survey import Seen, Survey
-from pipeline.disk import flush, is_folder_name, write_bytes, writer_lock
+from pipeline.disk import flush, is_site_name, write_bytes, writer_lock
 from pipeline.errors import ConfigError, DataError
 from pipeline.folders import discard, folder_beside
+from pipeline.params import with_settings
 from pipeline.progress import Progress
 from pipeline.stores.image_store import write_image_store
 
@@ -114,6 +115,21 @@ def prepare(
     return PrepareResult(partition, folder, survey)
 
 
+def with_folder(config: Config, folder: Path | None) -> Config:
+    """Return the settings with ``--data DIR`` in place of ``data.root``; warn where that differs.
+
+    Stage one reads the images of ``data.root`` again.
+    """
+    if folder is None:
+        return config
+    if folder.resolve() != config.data.root.resolve():
+        log.warning(
+            "--data %s: data.root is %s, which later stages read; set data.root to this folder",
+            folder, config.data.root,
+        )  # fmt: skip
+    return with_settings(config, "--data", data={"root": folder})
+
+
 def alone(site: str | None, *, server: bool) -> str | None:
     """Return whose ``data.root`` is, by ``--site NAME`` or ``--server``; None if it is everybody's.
 
@@ -122,7 +138,7 @@ def alone(site: str | None, *, server: bool) -> str | None:
     """
     if server and site is not None:
         raise ConfigError("--site and --server: give one of them")
-    if site is not None and (site == "server" or not is_folder_name(site)):
+    if site is not None and not is_site_name(site):
         raise ConfigError(
             f"--site {site!r}: cannot name a folder; avoid / \\ : and a dot in front, and 'server'"
         )

@@ -189,7 +189,7 @@ def _read(file: Path, folder: Path, bundle: Bundle, config: Config) -> _Sent:
         labels = None if about.identity is None else _sam(folder, about, manifest)
     except (ValidationError, ValueError, LookupError, FileNotFoundError, DataError) as error:
         raise DataError(
-            f"{file}: holds no public set ({type(error).__name__}); export it again"
+            f"{file}: holds no public set that this samfed can read; export it again"
         ) from error
     for key in ("image_size", "num_classes"):
         found, expected = getattr(about, key), getattr(config.data, key)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from pipeline.disk import is_folder_name
+from pipeline.disk import is_site_name
 from pipeline.errors import DataError
 
 log = logging.getLogger("samfed.data")
@@ -193,7 +193,7 @@ def _fault(image_id: str, site: str, *, seen: bool) -> str | None:
         return "empty image_id or site"
     if seen:
         return f"'{image_id}' is listed twice"
-    if not is_folder_name(site) or site == "server":  # a client is named after its site
+    if not is_site_name(site):  # a client is named after its site
         return (
             f"site {site!r} cannot name a client's folder; avoid / \\ : and a dot in front, and "
             "'server'"

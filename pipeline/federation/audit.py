@@ -17,8 +17,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config import Config
-from pipeline.disk import to_json
-from pipeline.errors import DataError, StageError
+from pipeline.disk import is_folder_name, to_json
+from pipeline.errors import ConfigError, DataError, StageError
 from pipeline.stores.plain_data import tensors_of
 
 
@@ -101,9 +101,12 @@ def audit(config: Config, run: str | None = None) -> Audit:
     """Read what the clients of this cache sent in a run, ``federate.name`` if None.
 
     Raises:
-        StageError: nothing was sent in such a run; names those that there are.
+        ConfigError: no run can have this name. StageError: nothing was sent in such a run; names
+        those that there are.
     """
     name = run or config.federate.name
+    if not is_folder_name(name):
+        raise ConfigError(f"run {name!r}: expected the name of a folder under cache/sent")
     folder = config.cache.root / "sent"
     files = sorted((folder / name).glob("*.jsonl"))
     if not files:

@@ -24,7 +24,7 @@ def in_process(contexts: Sequence[ClientContext], workplace: Workplace) -> Itera
     if contexts[0].config.federate.round_timeout_s is not None:
         log.warning(
             "federate.round_timeout_s: no client can be stopped in this process, so it is waited "
-            "for; use --workers or --scheduler"
+            "for; use --workers, --scheduler or --superlink"
         )
     yield InProcess([Client(context, workplace) for context in contexts])
 

@@ -126,10 +126,9 @@ def load_inputs(config: Config) -> RunInputs:
     uses_sam = METHODS[config.federate.method].uses_sam
     identity = _expected_identity(config, partition) if uses_sam else None
     names = config.federate.sites or tuple(partition.clients)
-    if not names or len(set(names)) < len(names):
+    if not names:
         raise ConfigError(
-            f"federate.sites: found {', '.join(names) or 'none, and no client in ' + str(path)}; "
-            "name each site that takes part once"
+            f"federate.sites: found none, and no client in {path}; name each site that takes part"
         )
     networks = config.model.clients
     encoders = {

@@ -8,6 +8,7 @@ from typing import Literal, NoReturn
 
 from pipeline.cluster import choose_cluster
 from pipeline.config import Config
+from pipeline.disk import is_site_name
 from pipeline.errors import ConfigError
 from pipeline.federation.cluster import reach
 from pipeline.federation.runs import RunFolder
@@ -60,8 +61,10 @@ class Places:
             key: the site's private key; None where the SuperLink asks for none.
 
         Raises:
-            SamfedError: as ``flower.node.run_node``.
+            ConfigError: no client can have this name. SamfedError: as ``flower.node.run_node``.
         """
+        if not is_site_name(name):
+            raise ConfigError(f"--name {name!r}: expected this site's name in federate.sites")
         check_flower()
         from pipeline.federation.flower.link import Link
         from pipeline.federation.flower.node import run_node

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from segment_anything.modeling import Sam
 
-from pipeline.config import Config, SamConfig
+from pipeline.config import Config
 from pipeline.data.images import load_labelled
 from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import file_sha256, write_bytes, write_json, writer_lock
@@ -136,7 +136,7 @@ def _adapt(
 ) -> tuple[Sam, State]:
     """Train a teacher; returns it, LoRA not merged, and what of its state was trained."""
     sam = build_base(config.sam, num_classes=config.data.num_classes)
-    names = add_adapter(sam, _rank(config.sam))
+    names = add_adapter(sam, config.sam.adapter_rank)
     items = load_labelled(config, partition, partition.server.train)
     pixels, masks = input_frames(items, sam.image_encoder.img_size)
     sam.to(resolve_device(config.sam.device))
@@ -169,12 +169,6 @@ def _fingerprint(config: Config, partition: Partition) -> str:
     return hashlib.sha256(canonical_json(decides)).hexdigest()
 
 
-def _rank(settings: SamConfig) -> int | None:
-    """Return the rank of LoRA; None for a teacher that is trained whole or not at all."""
-    has_lora = settings.prompt == "none" and not settings.variant.startswith("timm:")
-    return settings.lora_rank if has_lora else None
-
-
 def _card(config: Config, partition: Partition, sam: Sam, adapter: State) -> TeacherCard:
     buffers = dict(sam.named_buffers())
     trained = [value for name, value in adapter.items() if name not in buffers]
@@ -183,7 +177,7 @@ def _card(config: Config, partition: Partition, sam: Sam, adapter: State) -> Tea
         input_size=sam.image_encoder.img_size,
         num_classes=config.data.num_classes,
         prompt=config.sam.prompt_policy,
-        lora_rank=_rank(config.sam),
+        lora_rank=config.sam.adapter_rank,
         base_sha256=base_checkpoint(config.sam)[1],
         adapter_sha256="none",
         parameters=sum(parameter.numel() for parameter in sam.parameters()),

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -38,13 +38,13 @@ _WRITTEN_BYTES = 8 * 2**20
 _SCARCE_BYTES, _TOO_FEW_BYTES = 5 * 10**9, 10**8
 _SLOW_MB_S = 20
 
-Kind = Literal["ok", "warning", "problem"]
+Kind = Literal["ok", "skipped", "warning", "problem"]
 Lines = Iterator[tuple[Kind, str]]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; what is no ``ok`` says what to do."""
+    """One thing that was looked at, or skipped; what is no ``ok`` says what to do."""
 
     kind: Kind
     what: str
@@ -65,7 +65,7 @@ class DoctorResult:
     def as_json(self) -> dict[str, Any]:
         """Return the findings, and how many of each kind there are."""
         kinds = [each.kind for each in self.findings]
-        count = {kind: kinds.count(kind) for kind in ("ok", "warning", "problem")}
+        count = {kind: kinds.count(kind) for kind in get_args(Kind)}
         return {**count, "findings": [asdict(each) for each in self.findings]}
 
     def failures(self) -> list[str]:

@@ -137,7 +137,7 @@ def _stage_two(config: Config) -> Lines:
 
 def _key(path: Path | None) -> Lines:
     if path is None:
-        yield "ok", "none given (--key), so not looked at"
+        yield "skipped", "none given; look at this site's with --key FILE"
         return
     try:
         from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -163,7 +163,7 @@ def _certificates(reach: Reach) -> Lines:
         yield "problem", "--insecure: whoever is on the way reads and changes everything"
         return
     if reach.root_certificates is None:
-        yield "ok", "those of the public authorities (--root-certificates names others)"
+        yield "skipped", "none given, so the public authorities'; others: --root-certificates FILE"
         return
     for found in _context(reach).get_ca_certs():
         subject: Any = found["subject"]
@@ -172,7 +172,7 @@ def _certificates(reach: Reach) -> Lines:
 
 def _server(reach: Reach) -> Lines:
     if reach.superlink is None:
-        yield "ok", "none given (--superlink), so not looked for"
+        yield "skipped", "none given; look for it with --superlink HOST:PORT"
         return
     host, _, port = reach.superlink.rpartition(":")
     if not host or not port.isdigit():

@@ -1,8 +1,9 @@
-"""One file that carries a part of a cache from the server to its sites, checked byte by byte.
+"""One file that carries a part of a cache from the server to its sites.
 
 A zip that any program opens, nothing in it compressed: ``manifest.json`` and the files that it
 lists, each with its size and sha256. They are JSON, safetensors and ONNX; nothing in it is ever
-executed, and nothing is taken from it before all of it has been checked.
+executed, and nothing is taken from it before every file in it has been checked. What a zip says of
+them beside (dates, a second copy of sizes) is not read: the sha256 of the whole covers it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ _MANIFEST = "manifest.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's first: the same content gives the same bytes
 _MANIFEST_BYTES = 2**20  # at most
 _BLOCK = 2**20
+
+
+class _DamageError(Exception):
+    """A bundle is not what was written; the message says in what."""
 
 
 class _File(BaseModel):
@@ -106,13 +111,14 @@ def unpacked(path: Path, kind: str, *, beside: Path) -> Iterator[tuple[Path, Bun
         samfed wrote it.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; run `samfed {kind} export` at the server")
+        found = "found a folder, expected a file" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {found}; run `samfed {kind} export` at the server")
     with TemporaryDirectory(dir=beside, prefix=f".{kind}-import-") as name:
         folder = Path(name)
         with _reading(path, kind), zipfile.ZipFile(path) as archive:
             manifest = _manifest(path, kind, archive)
             if sorted(archive.namelist()) != sorted([_MANIFEST, *manifest.files]):
-                raise ValueError("it holds other files than its manifest says")
+                raise _DamageError("it holds other files than its manifest says")
             for each, expected in manifest.files.items():
                 _unpack(archive, each, expected, folder)
         sizes = {each: file.bytes for each, file in manifest.files.items()}
@@ -125,17 +131,15 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except (
+        _DamageError,
         zipfile.BadZipFile,
-        ValidationError,
         ValueError,
         LookupError,
         EOFError,
         NotImplementedError,  # of zip: a feature that we never write
         RuntimeError,  # of zip: encrypted
-        RecursionError,
     ) as error:
-        reason = "its manifest" if isinstance(error, ValidationError) else str(error)
-        reason = (reason.splitlines() or [type(error).__name__])[0]
+        reason = str(error) if isinstance(error, _DamageError) else "it is no zip of samfed's"
         raise DataError(
             f"{path}: damaged, or no file of `samfed {kind} export` ({reason}); copy it again"
         ) from error
@@ -144,27 +148,34 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 def _manifest(path: Path, kind: str, archive: zipfile.ZipFile) -> _Manifest:
     info = archive.getinfo(_MANIFEST)
     if info.file_size > _MANIFEST_BYTES or info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError("its manifest is too large")
-    raw = json.loads(archive.read(info))
-    found = (raw["kind"], raw["format"], raw["labels"])
+        raise _DamageError("its manifest is too large")
+    content = archive.read(info)
+    try:
+        raw = json.loads(content)
+        found, made_by = (raw["kind"], raw["format"], raw["labels"]), raw["samfed"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _DamageError("its manifest cannot be read") from error
     if found[0] != kind:
         raise DataError(f"{path}: found a {found[0]} export, expected a {kind} export")
     if found[1:] != (FORMAT, LABEL_VERSION):
         raise FormatError(
-            f"{path}: of samfed {raw['samfed']} (format {found[1]}, labels {found[2]}), this is "
+            f"{path}: of samfed {made_by} (format {found[1]}, labels {found[2]}), this is "
             f"samfed {__version__} (format {FORMAT}, labels {LABEL_VERSION}); install the server's"
         )
-    return _Manifest.model_validate(raw)
+    try:
+        return _Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise _DamageError("its manifest says other things than expected") from error
 
 
 def _unpack(archive: zipfile.ZipFile, name: str, expected: _File, folder: Path) -> None:
     """Write one file of a bundle, checked; no name leads out of ``folder``."""
     info = archive.getinfo(name)
     if not is_folder_name(name) or info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name!r} is no plain file")
+        raise _DamageError(f"{name!r} is no plain file")
     if info.file_size != expected.bytes:
-        raise ValueError(f"{name} has {info.file_size} bytes, expected {expected.bytes}")
+        raise _DamageError(f"{name} has {info.file_size} bytes, expected {expected.bytes}")
     with archive.open(info) as source, (folder / name).open("xb") as target:
         shutil.copyfileobj(source, target, _BLOCK)
     if file_sha256(folder / name) != expected.sha256:
-        raise ValueError(f"{name} has another sha256 than the manifest says")
+        raise _DamageError(f"{name} has another sha256 than the manifest says")

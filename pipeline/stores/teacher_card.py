@@ -77,6 +77,7 @@ class TeacherCard(BaseModel):
         wanted: dict[str, object] = {
             "variant": config.sam.variant,
             "prompt": config.sam.prompt_policy,
+            "lora_rank": config.sam.adapter_rank,
             "num_classes": config.data.num_classes,
             "input_size": config.sam.input_size or self.input_size,
             "server_sha256": self.server_sha256 if server_sha256 is None else server_sha256,

@@ -81,6 +81,9 @@ def test_the_command(labelled: Config) -> None:
     assert fails(4, "site", "audit", "other", *params) == (
         f"{config.cache.root / 'sent' / 'other'}: nothing was sent in this run; found runs: shown"
     )
+    assert fails(2, "site", "audit", "../shown", *params) == (
+        "run '../shown': expected the name of a folder under cache/sent"
+    )
     file = sent_file(config.cache.root, "shown", CLIENT)
     with file.open("ab") as log:
         log.write(b'{"time": "2026-')

@@ -387,7 +387,7 @@ def test_a_client_of_this_process_is_waited_for(
     federate(changed(labelled, "here", rounds=1, round_timeout_s=1e-6))
     assert caplog.messages[0] == (
         "federate.round_timeout_s: no client can be stopped in this process, so it is waited for; "
-        "use --workers or --scheduler"
+        "use --workers, --scheduler or --superlink"
     )
 
 

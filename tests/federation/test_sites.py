@@ -17,7 +17,7 @@ from engines import changed, models
 
 from pipeline.config import Config
 from pipeline.data.partition import Partition, load_partition, save_partition
-from pipeline.data.prepare import prepare
+from pipeline.data.prepare import prepare, with_folder
 from pipeline.data.public import import_public
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, DataError, IdentityError, SamfedError, StageError
@@ -309,8 +309,6 @@ def test_clients_elsewhere_are_not_looked_for_here(apart: Apart, tmp_path: Path)
     nobody = replaced(server, "federate", sites=())
     with pytest.raises(ConfigError, match=r"^federate.sites: found none, and no client in .*json;"):
         federate(nobody)
-    with pytest.raises(ConfigError, match=r"^federate.sites: found north, north; name each"):
-        federate(replaced(server, "federate", sites=("north", "north")))
     assert not (tmp_path / "cache" / "runs").exists()
 
 
@@ -347,6 +345,23 @@ def test_names_that_no_site_can_have(apart: Apart, tmp_path: Path) -> None:
     assert both == "--site and --server: give one of them"
 
 
+def test_a_folder_that_the_settings_do_not_name_is_warned_of(
+    apart: Apart, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stage one reads ``data.root``, and would fail on the images of another folder."""
+    images, own = apart.folder / "north" / "images", tiny_config(tmp_path / "x", tmp_path / "cache")
+    assert with_folder(own, images).data.root == images
+    assert caplog.messages == [
+        f"--data {images}: data.root is {tmp_path / 'x'}, which later stages read; set data.root "
+        "to this folder"
+    ]
+    caplog.clear()
+    same = replaced(own, "data", root=images)
+    assert with_folder(same, images / ".." / "images").data.root.resolve() == images
+    assert with_folder(own, None) is own
+    assert caplog.messages == []
+
+
 def test_an_import_that_does_not_fit_changes_nothing(apart: Apart, north: Config) -> None:
     before = listing(north.cache.root)
     small = replaced(north, "data", image_size=64)
@@ -354,6 +369,8 @@ def test_an_import_that_does_not_fit_changes_nothing(apart: Apart, north: Config
         import_public(small, apart.sent["public"])
     with pytest.raises(IdentityError, match="variant is vit_t, the settings ask for vit_b; take"):
         import_teacher(replaced(north, "sam", variant="vit_b"), apart.sent["teacher"])
+    with pytest.raises(IdentityError, match="lora_rank is 2, the settings ask for 3; take the ser"):
+        import_teacher(replaced(north, "sam", lora_rank=3), apart.sent["teacher"])
     for act, kind in ((import_teacher, "teacher"), (import_public, "public")):
         damaged = north.cache.root.parent / f"{kind}.damaged"
         content = bytearray(apart.sent[kind].read_bytes())

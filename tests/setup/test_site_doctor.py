@@ -67,9 +67,13 @@ def test_a_site_that_can_take_part(site: Config) -> None:
         f"{train} images here, 2 of the server's to train on, 4 to calibrate with: all can be read"
     )
     assert f"{train} of {train} images" in found["labels"][1]
+    # what is looked at only where an option names it
+    skipped = {what for what, (kind, _) in found.items() if kind == "skipped"}
+    assert skipped == {"key", "certificates", "server"}
     before = sorted(path for path in site.cache.root.rglob("*"))
     params = ("--params", write_params(site.cache.root.parent / "params.yaml", site))
-    assert answer("site", "doctor", *params)["problem"] == 0
+    counts = answer("site", "doctor", *params)
+    assert (counts["problem"], counts["skipped"]) == (0, 3)
     assert sorted(path for path in site.cache.root.rglob("*")) == before
 
 

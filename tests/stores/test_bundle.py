@@ -63,15 +63,28 @@ def test_damage_anywhere_is_one_line(file: Path) -> None:
             refused.append(str(error))
     assert len(refused) > len(large) // 37
     assert all(line.startswith(f"{file}: ") and "\n" not in line for line in refused)
+    reasons = {line.partition(" export` (")[2].partition(")")[0] for line in refused}
+    known = ("", "it ", "its manifest ", "a.json has ", "b has ")
+    assert all(reason == "" or reason.startswith(known[1:]) for reason in reasons)
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
-        assert fault(file).startswith("damaged, or no file of `samfed public export` (")
+        assert fault(file) == (
+            "damaged, or no file of `samfed public export` (it is no zip of samfed's); copy it "
+            "again"
+        )
 
 
 def test_what_it_is_not_is_said(file: Path) -> None:
     assert fault(file, "teacher") == "found a public export, expected a teacher export"
     missing = file.with_name("missing")
     assert fault(missing) == "no such file; run `samfed public export` at the server"
+    missing.mkdir()
+    assert fault(missing) == (
+        "found a folder, expected a file; run `samfed public export` at the server"
+    )
+    with zipfile.ZipFile(file.with_name("zip"), "w") as archive:
+        archive.writestr("photograph.png", b"x")
+    assert "(it is no zip of samfed's)" in fault(file.with_name("zip"))
 
 
 def rewritten(file: Path, manifest: dict[str, object], *more: tuple[str, bytes]) -> Path:
