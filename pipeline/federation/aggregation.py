@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from pipeline.config import AggregationName
-from pipeline.federation.updates import Updates
+from pipeline.federation.updates import BLOCK, Updates
 from pipeline.segmentation.networks import State
+from pipeline.stores.plain_data import not_finite
 
 
 def fewest_updates(rule: AggregationName, byzantine: int) -> int:
@@ -47,9 +48,7 @@ def check_update(update: State, broadcast: State) -> str | None:
             return f"'{name}' has shape {tuple(new.shape)}, expected {tuple(old.shape)}"
         if new.dtype != old.dtype:
             return f"'{name}' is {new.dtype}, expected {old.dtype}"
-        if new.is_floating_point() and not bool(torch.isfinite(new).all()):
-            return f"'{name}' is not finite"
-    return None
+    return not_finite(update)
 
 
 def update_norms(update: State, broadcast: State, part: Collection[str]) -> tuple[float, float]:
@@ -57,12 +56,18 @@ def update_norms(update: State, broadcast: State, part: Collection[str]) -> tupl
 
     Once in all of them, and once in those of ``part``.
     """
-    squares = {
-        name: float((update[name].double() - old.double()).square().sum())
-        for name, old in broadcast.items()
-        if old.is_floating_point()
-    }
-    return math.sqrt(sum(squares.values())), math.sqrt(sum(squares[name] for name in part))
+    floats = [name for name, old in broadcast.items() if old.is_floating_point()]
+    inside = _squared_change(update, broadcast, list(part))
+    outside = _squared_change(update, broadcast, [name for name in floats if name not in part])
+    return math.sqrt(inside + outside), math.sqrt(inside)
+
+
+def _squared_change(update: State, broadcast: State, names: Sequence[str]) -> float:
+    if not names:
+        return 0.0
+    flat = (torch.cat([s[name].reshape(-1) for name in names]) for s in (update, broadcast))
+    pairs = zip(*(each.split(BLOCK) for each in flat), strict=True)
+    return sum(float((new.double() - old.double()).square().sum()) for new, old in pairs)
 
 
 def aggregate(
@@ -117,16 +122,15 @@ def _mean(
     updates: Updates, weights: Mapping[str, float], names: Collection[str] | None = None
 ) -> State:
     """Return the weighted mean of the float entries (of ``names``), added in the clients' order."""
-    sums = {
-        name: torch.zeros_like(old, dtype=torch.float64)
-        for name, old in updates.broadcast.items()
-        if old.is_floating_point() and (names is None or name in names)
-    }
-    for client, weight in weights.items():
-        update = updates.read(client)
-        for name, total in sums.items():
-            total += update[name].double() * weight
-    return {name: total / sum(weights.values()) for name, total in sums.items()}
+    means: State = {}
+    for dtype in (each for each in updates.dtypes if each.is_floating_point):
+        total = torch.zeros(updates.numbers_of(dtype), dtype=torch.float64)
+        for client, weight in weights.items():
+            values = updates.numbers(client, dtype).split(BLOCK)
+            for part, value in zip(total.split(BLOCK), values, strict=True):
+                part += value.double() * weight
+        means |= updates.entries(dtype, total / sum(weights.values()))
+    return {name: mean for name, mean in means.items() if names is None or name in names}
 
 
 def _trimmed_mean(updates: Updates, name: str, cut: int) -> Tensor:
@@ -141,16 +145,19 @@ def _trimmed_mean(updates: Updates, name: str, cut: int) -> Tensor:
 
 def _finish(updates: Updates, combined: State) -> State:
     """Return the combined floats in their dtypes, and the integers."""
-    return {
-        name: combined[name].to(old.dtype) if name in combined else _largest(updates, name)
-        for name, old in updates.broadcast.items()
-    }
+    found = combined | _largest(updates)
+    return {name: found[name].to(old.dtype) for name, old in updates.broadcast.items()}
 
 
-def _largest(updates: Updates, name: str) -> Tensor:
-    old = updates.broadcast[name]
-    parts = [block.amax(dim=0) for block in updates.blocks(name)]
-    return torch.maximum(old, torch.cat(parts).reshape(old.shape)) if parts else old
+def _largest(updates: Updates) -> State:
+    """Return the maximum of each entry that is no float, over the updates and the broadcast."""
+    largest: State = {}
+    for dtype in (each for each in updates.dtypes if not each.is_floating_point):
+        values = updates.flat(updates.broadcast, dtype)
+        for client in updates.weights:
+            values = torch.maximum(values, updates.numbers(client, dtype))
+        largest |= updates.entries(dtype, values)
+    return largest
 
 
 # --------------------------------------------------------------------------- rules

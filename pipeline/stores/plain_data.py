@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, ClassVar, TypeVar, get_args
 
 import numpy as np
+import safetensors.numpy
 import safetensors.torch
 import torch
 from pydantic import ConfigDict, TypeAdapter
@@ -45,11 +46,12 @@ def to_bytes(value: Any) -> bytes:
     tensors: State = {}
     plain = {"type": type(value).__name__, "value": _take_out(value, (), tensors)}
     text = json.dumps(plain, sort_keys=True)
-    # copies: two entries may share a tensor, which safetensors refuses
-    copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    metadata = {"content": text, "sha256": _digest(text, copies)}
-    # as one entry: safetensors writes several in random order
-    return safetensors.torch.save(copies, metadata={"samfed": json.dumps(metadata)})
+    whole = {name: value.contiguous() for name, value in tensors.items()}
+    metadata = {"content": text, "sha256": _digest(text, whole)}
+    # as one entry: safetensors writes several in random order. Its way for arrays gives the same
+    # bytes as that for tensors in a quarter of the time, and takes entries that share their memory
+    arrays = {name: value.numpy() for name, value in whole.items()}
+    return safetensors.numpy.save(arrays, metadata={"samfed": json.dumps(metadata)})
 
 
 def from_bytes(content: bytes, kind: Any) -> Any:
@@ -91,10 +93,15 @@ def save(path: Path, value: Any) -> None:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name the first tensor that holds NaN or infinity; None if there is none."""
-    for name, value in tensors.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            return f"'{name}' is not finite"
-    return None
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    # all at once: a network has hundreds of entries
+    if not floats or _finite(torch.cat([value.reshape(-1) for value in floats.values()])):
+        return None
+    return next(f"'{name}' is not finite" for name, value in floats.items() if not _finite(value))
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
 
 
 def load(path: Path, kind: type[Value], *, stage: str = "federate") -> Value:
