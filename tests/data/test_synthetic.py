@@ -158,7 +158,7 @@ def test_an_interrupted_write_leaves_nothing_half_written(
 
 @pytest.mark.parametrize("value", ["images_per_site=0", "size_px=31", "seed=-1"])
 def test_settings_out_of_range(value: str) -> None:
-    with pytest.raises(ConfigError, match=r"^--set synth\.\w+: found -?\d+, input should be"):
+    with pytest.raises(ConfigError, match=r"^--set synth\.\w+: found -?\d+, expected "):
         load_config(None, (f"synth.{value}",))
 
 

@@ -640,7 +640,7 @@ def test_commands_before_the_ones_they_need(project: Project) -> None:
 
 def test_bad_options_of_the_commands(project: Project) -> None:
     line = fails(2, "precompute-sam", "--backend", "tensorrt", *project.options)
-    assert "precompute.backend: found 'tensorrt', input should be 'torch' or 'onnx'" in line
+    assert "precompute.backend: found 'tensorrt', expected 'torch' or 'onnx'" in line
     line = fails(2, "export-onnx", "--set", "precompute.precision=bf16", *project.options)
     assert line.startswith("precompute.precision: bf16 is not offered by the onnx backend")
     lock = project.cache / "locks" / "export-onnx.lock"
