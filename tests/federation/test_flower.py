@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from http.client import HTTPSConnection
 from pathlib import Path
 
@@ -24,10 +25,11 @@ from pipeline.config import Config
 from pipeline.data.partition import ServerPart, load_partition, save_partition
 from pipeline.data.public import export_public, import_public
 from pipeline.errors import NetworkError, SamfedError
+from pipeline.federation.audit import audit
 from pipeline.federation.cluster import reach
 from pipeline.federation.flower import engine as engine_module
 from pipeline.federation.flower import node
-from pipeline.federation.flower.engine import FlowerEngine
+from pipeline.federation.flower.engine import FlowerEngine, over_grid
 from pipeline.federation.flower.launch import launch
 from pipeline.federation.flower.letters import Letter
 from pipeline.federation.flower.link import Link
@@ -92,6 +94,7 @@ def deployment(
         for name, site in sites.items():
             started.add_node(name, site.cache.root.parent / "params.yaml")
         yield started
+    assert started.running() == []  # nor anything that Flower started by itself
 
 
 def with_private_models(run: RunFolder, sites: dict[str, Config]) -> dict[str, bytes]:
@@ -269,6 +272,37 @@ def test_who_does_not_fit_is_named_before_the_first_round(
     assert refused(one, two).startswith(
         "site_a: data.image_size: found 32 at the site, expected 64 as at the server; "
     )
+
+
+@pytest.mark.parametrize(("compression", "mode"), [("int8", "client"), ("float16", "server")])
+def test_fewer_bytes_and_privacy_change_nothing_on_the_way(
+    server: Config, sites: dict[str, Config], quick: None, compression: str, mode: str
+) -> None:
+    """The same models, bytes and promise as here, where all places draw from one secret."""
+    for place in (server, *sites.values()):
+        (place.cache.root / "noise.key").write_bytes(b"k" * 32)
+    privacy = server.privacy.model_copy(update={"mode": mode})
+    model = server.model.model_copy(update={"normalisation": "group"})
+    one, two = (
+        changed(
+            server.model_copy(update={"privacy": privacy, "model": model}),
+            f"{where}_{mode}",
+            compression=compression,
+        )
+        for where in ("here", "there")
+    )
+    here = federate(one)
+    grid = Sites([answering(sites, name) for name in SITES])
+    there = federate(two, connect=partial(over_grid, grid))  # type: ignore[arg-type]
+    assert models(there) == models(here)
+    for ours, theirs in zip(here.history(), there.history(), strict=True):
+        assert theirs["privacy"] == ours["privacy"]
+        assert theirs["privacy"]["epsilon"] > 0
+        for name in SITES:
+            report, other = theirs["clients"][name], ours["clients"][name]
+            assert set(report) == {"images", "seconds", "bytes_up", "bytes_down"}
+            assert report["bytes_up"] == other["bytes_up"] < report["bytes_down"]
+    assert audit(sites[SITES[0]], two.federate.name).totals()["fit"]["weights"] > 0
 
 
 def test_a_request_that_a_node_lost_is_sent_again(

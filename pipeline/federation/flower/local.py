@@ -14,11 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 
+import psutil
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -34,6 +35,7 @@ from pipeline.federation.flower.link import Link
 
 HERE = "127.0.0.1"
 START_SECONDS = 120.0
+_HOME = "FLWR_HOME"
 _BIN = Path(sys.executable).parent  # where Flower's commands lie
 _PACKAGE = Path(__file__).parents[3]
 
@@ -60,6 +62,7 @@ class Deployment:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._tls = folder.resolve(), folder.resolve() / "tls"
+        self._home = self._folder / "flwr"
         self.certificate = make_certificate(self._tls)
         self.link = Link(f"{HERE}:{free_port()}", self.certificate)
         self._fleet = self.link  # where sites reach it
@@ -106,13 +109,17 @@ class Deployment:
 
     def add_node(self, name: str, params: Path) -> None:
         """Make and register a site's key, and start its node with the site's settings."""
+        self._nodes[name] = params.resolve(), self.register(name)
+        self.start_node(name)
+
+    def register(self, name: str) -> Path:
+        """Make and register a site's key; return its file."""
         path = self._folder / f"{name}.key"
         public = make_key(path).public_key()
         request = RegisterNodeRequest(public_key=public_key_to_bytes(public), name=name)
         with self.link.open(ControlHttpClient, "flwr CLI") as control, self.link.reaching():
             control.RegisterNode(request)
-        self._nodes[name] = params.resolve(), path
-        self.start_node(name)
+        return path
 
     def start_node(self, name: str) -> None:
         """Start a node that has been added; whoever starts a run waits for it."""
@@ -134,15 +141,30 @@ class Deployment:
         return self._folder / f"{name}.log"
 
     def stop(self) -> None:
-        """End all processes, and wait for them."""
+        """End all processes, and wait for them.
+
+        Flower starts some of its own in sessions of their own, which outlive their parent for a
+        while, and would go on writing to the folder. They are known by their FLWR_HOME.
+        """
         for process in reversed(self._processes.values()):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        while ours := self.running():
+            for each in ours:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+            psutil.wait_procs(ours)
+        for process in self._processes.values():
+            process.wait()
+
+    def running(self) -> list[psutil.Process]:
+        """Return the processes of this deployment, those too that Flower started."""
+        every = psutil.process_iter(["environ"])  # None of one that has ended
+        return [p for p in every if (p.info["environ"] or {}).get(_HOME) == str(self._home)]
 
     def _start(self, name: str, *command: object) -> None:
         here = {
-            "FLWR_HOME": str(self._folder / "flwr"),
+            _HOME: str(self._home),
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
             "PYTHONPATH": os.pathsep.join([str(_PACKAGE), os.environ.get("PYTHONPATH", "")]),
             "PATH": os.pathsep.join([str(_BIN), os.environ["PATH"]]),
