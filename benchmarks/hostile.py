@@ -1,7 +1,7 @@
 """What hostile clients cost, by rule of aggregation: Dice over images that nobody trains on.
 
     python benchmarks/hostile.py [--clients 5] [--hostile 1] [--params FILE] [--steps 8]
-                                 [--rows honest "sign flipped" ...]
+                                 [--rounds 4] [--rows honest "sign flipped" ...] [--rules krum ...]
 
 Clients draw from one pool, so that they differ by chance alone; labels are the truth, spoilt a
 little (``inputs.py``), for every client but label-flipping ones. Others train as everybody does
@@ -40,6 +40,7 @@ ATTACKS: dict[str, Callable[[Tensor], Tensor]] = {
     "scaled x 100": lambda change: 100 * change,
     "noise": lambda change: 10 * change.square().mean().sqrt() * torch.randn(change.shape),
 }
+RULES = get_args(AggregationName)
 ROWS = ("honest", *ATTACKS, "labels flipped")
 
 
@@ -87,7 +88,7 @@ def settings(args: argparse.Namespace, folder: Path) -> Config:
     federated = {
         "method": "sam_only",
         "byzantine": args.hostile,
-        "rounds": 4,
+        "rounds": args.rounds,
         "local_steps": args.steps,
         "pretrain_steps": 60,
         "learning_rate": 1e-3,
@@ -123,6 +124,8 @@ def main() -> None:
     parser.add_argument("--hostile", type=int, default=1)
     parser.add_argument("--params", type=Path)
     parser.add_argument("--steps", type=int, default=8, help="of each client in a round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rules", nargs="+", default=RULES, choices=RULES)
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -131,9 +134,8 @@ def main() -> None:
         liars = with_settings(config, "benchmark", cache={"root": Path(folder) / "flipped"})
         prepare_with_labels(honest)
         prepare_with_labels(liars, flipped=args.hostile)
-        rules = get_args(AggregationName)
-        print(f"| {args.hostile} of {args.clients} clients | {' | '.join(rules)} |")
-        print(f"|{'---|' * (len(rules) + 1)}")
+        print(f"| {args.hostile} of {args.clients} clients | {' | '.join(args.rules)} |")
+        print(f"|{'---|' * (len(args.rules) + 1)}")
         for name in args.rows:
             attack = ATTACKS.get(name)
             base = liars if name == "labels flipped" else honest
@@ -143,7 +145,7 @@ def main() -> None:
                     args.hostile,
                     attack,
                 )
-                for rule in rules
+                for rule in args.rules
             ]
             print(f"| {name} | {' | '.join(row)} |", flush=True)
 
