@@ -9,7 +9,6 @@ share a first model, and whether two runs are seeds of one experiment all follow
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -25,8 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.disk import is_folder_name, is_site_name
 from pipeline.methods import METHODS, Method, methods_for
+from pipeline.names import check_mask_pattern, different_names, folder_name, site_name
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]  # no array of torch or ONNX Runtime is longer
 CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
@@ -59,40 +58,6 @@ _AUDIT = Decides(experiment=False)  # changes what a run reports, and no model
 _TEACHER = Decides(run=False)  # rounds depend on it through the labels' identity
 
 
-def _folder_name(name: str) -> str:
-    if not is_folder_name(name):
-        raise ValueError("expected the name of a folder: no slash, not empty, no leading dot")
-    return name
-
-
-def _site_name(name: str) -> str:
-    if not is_site_name(name):
-        raise ValueError(
-            "expected the name of a site: no slash or colon, no leading dot, no space around it, "
-            "and not 'server'"
-        )
-    return name
-
-
-def _different(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuse names that some file systems would take for one."""
-    spellings = [name.casefold() for name in names]
-    twice = [name for name in names if spellings.count(name.casefold()) > 1]
-    if twice:
-        raise ValueError(
-            f"expected each site once, but {', '.join(twice)} are one name, or differ in case alone"
-        )
-    return names
-
-
-def _mask_pattern(pattern: str) -> str:
-    if not re.fullmatch(r"[^/\\{}*]*\{id\}[^/\\{}*]*\.(\*|png|jpe?g|tiff?|bmp|gif)", pattern):
-        raise ValueError(
-            "expected a file name with {id} and an image ending, e.g. {id}_mask.png or {id}.*"
-        )
-    return pattern
-
-
 def _refuse_box(prompt: object) -> object:
     if prompt == "box":  # an adapted teacher labels better
         raise ValueError("the box prompt was removed; use none (adapted), or points (SAM as it is)")
@@ -111,7 +76,7 @@ class DataConfig(Section):
 
     root: Path = Path("data/synthetic")  # folder with images/, masks/ and optionally sites.csv
     # name of the mask of image {id} in masks/; .* is any of png jpg jpeg tif tiff bmp gif
-    mask_pattern: Annotated[str, AfterValidator(_mask_pattern)] = "{id}.*"
+    mask_pattern: Annotated[str, AfterValidator(check_mask_pattern)] = "{id}.*"
     num_classes: Annotated[int, Field(ge=1, le=254), _FIRST_MODEL] = 1  # K foreground classes
     class_names: tuple[str, ...] = ()  # of the classes 1..K, for tables and pages
     # side of the client's frame, px
@@ -299,12 +264,12 @@ class FederateConfig(Section):
 
     decides = _RUN
 
-    name: Annotated[str, AfterValidator(_folder_name), _NOTHING] = "sam_fed"  # under cache/runs
+    name: Annotated[str, AfterValidator(folder_name), _NOTHING] = "sam_fed"  # under cache/runs
     method: Method = "sam_fed"  # what clients learn from, and exchange
     rounds: Count = 15  # the final model is the last one's
     # clients at sites of their own, which the server knows by name alone; empty: the partition's
     sites: Annotated[
-        tuple[Annotated[str, AfterValidator(_site_name)], ...], AfterValidator(_different)
+        tuple[Annotated[str, AfterValidator(site_name)], ...], AfterValidator(different_names)
     ] = ()
     clients_per_round: Count | None = None  # drawn anew each round; null = all
     # a round that ends with fewer usable updates is repeated once, then the run stops

@@ -25,6 +25,7 @@ GROUND = {
     "errors",
     "folders",
     "methods",
+    "names",
     "params",
     "progress",
     "runtime",
