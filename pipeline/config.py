@@ -266,7 +266,8 @@ class FederateConfig(Section):
 
     name: Annotated[str, AfterValidator(folder_name), _NOTHING] = "sam_fed"  # under cache/runs
     method: Method = "sam_fed"  # what clients learn from, and exchange
-    rounds: Count = 15  # the final model is the last one's
+    rounds: Count = 15
+    average_rounds: Count = 1  # the final model is the mean over so many last rounds
     # clients at sites of their own, which the server knows by name alone; empty: the partition's
     sites: Annotated[
         tuple[Annotated[str, AfterValidator(site_name)], ...], AfterValidator(different_names)
@@ -290,7 +291,8 @@ class FederateConfig(Section):
     # images of D_p in a step; batch norm needs two
     labelled_batch: Annotated[Count, Field(ge=2), _FIRST_MODEL] = 8
     unlabelled_batch: Count = 8  # images of a step whose labels are SAM's or the client's own
-    learning_rate: Annotated[PositiveFloat, _FIRST_MODEL] = 2e-3  # falls as a cosine over rounds
+    pretrain_learning_rate: Annotated[PositiveFloat, _FIRST_MODEL] = 2e-3  # falls as a cosine
+    learning_rate: PositiveFloat = 2e-3  # of the rounds; falls as a cosine over them
     weight_decay: Annotated[NonNegativeFloat, _FIRST_MODEL] = 1e-4  # AdamW's
     unlabelled_weight: NonNegativeFloat = 1.0  # lambda_u after its ramp
     ramp_rounds: CountOrNone = 2  # rounds over which lambda_u grows from 0
@@ -305,6 +307,11 @@ class FederateConfig(Section):
     warn_drift: Annotated[PositiveFloat, _NOTHING] = 3.0  # warn above so many times the median's
     threads: Annotated[Count, _REPETITION] = 2  # torch's; pinned, for equal results
     device: Annotated[str, _REPETITION] = "auto"  # of the clients: auto, cpu, cuda, cuda:N
+
+    @property
+    def played_rounds(self) -> int:
+        """How many rounds a run has: one where nothing is trained in it."""
+        return self.rounds if METHODS[self.method].trains else 1
 
 
 class EvaluateConfig(Section):

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Literal
 
 Method = Literal[
-    "supervised", "fedavg_ssl", "semifl", "fedmd", "rc_rf", "sam_only", "sam_fed", "shuffled",
-    "oracle",
+    "start", "supervised", "fedavg_ssl", "semifl", "fedmd", "rc_rf", "sam_only", "sam_fed",
+    "shuffled", "oracle",
 ]  # fmt: skip
 
 Target = Literal["none", "client", "received", "sam", "agreement", "truth"]
@@ -31,6 +31,7 @@ class MethodTraits:
     exchange: Exchange = "none"  # between own networks: nothing, mean logits (FedMD), RC and RF
     shuffles_labels: bool = False  # the control: SAM's labels of the wrong images
     distils_broadcast: bool = False  # a KL term to the broadcast model, where there is one
+    trains: bool = True  # in rounds; else a run ends with the first model
     tunes_at_server: bool = False  # the averaged model goes on with D_p alone (SemiFL)
 
     @property
@@ -53,6 +54,7 @@ _SAM_FED = MethodTraits("agreement", exchange="condensation", distils_broadcast=
 
 METHODS: Mapping[Method, MethodTraits] = MappingProxyType(
     {
+        "start": MethodTraits("none", trains=False),
         "supervised": MethodTraits("none"),
         "fedavg_ssl": MethodTraits("client", networks="equal"),
         "semifl": MethodTraits("received", networks="equal", tunes_at_server=True),

@@ -444,8 +444,8 @@ FIRST_MODEL = [
     "data.num_classes",
     "data.image_size",
     "federate.pretrain_steps",
+    "federate.pretrain_learning_rate",
     "federate.labelled_batch",
-    "federate.learning_rate",
     "federate.weight_decay",
 ]
 ROUNDS = [
@@ -480,6 +480,8 @@ ROUNDS = [
     "privacy.clip_norm",
     "privacy.noise_multiplier",
     "federate.local_steps",
+    "federate.learning_rate",
+    "federate.average_rounds",
     "federate.unlabelled_batch",
     "federate.unlabelled_weight",
     "federate.ramp_rounds",

@@ -38,6 +38,7 @@ from pipeline.federation.runs import RoundFiles, RunFolder
 from pipeline.federation.streams import Streams
 from pipeline.federation.targets import measure_calibration
 from pipeline.federation.views import as_tensor
+from pipeline.federation.weight_average import WeightAverage
 from pipeline.federation.workplace import Workplace
 from pipeline.methods import METHODS
 from pipeline.segmentation.likeness import (
@@ -67,6 +68,7 @@ class PrivateState(Plain):
     class_confidence: Tensor  # (K+1,) float32, ``AgreementState.class_confidence``
     weights: State | None  # of its own network, where it has one
     residual: State = field(default_factory=dict)  # what compression left out of its updates
+    average: WeightAverage = field(default_factory=WeightAverage)  # of its own network, last rounds
 
 
 class Client:
@@ -157,7 +159,7 @@ class Client:
             after = sent
             if weights is not None and settings.compression != "none":
                 after, residual = pack_update(sent, start, residual, settings.compression)
-            self._keep(request, result, residual)
+            self._keep(request, result, replace(before, residual=residual))
         return request.reply(
             metrics=result.metrics,
             fault=fault or "",
@@ -210,10 +212,10 @@ class Client:
     def _evaluate(self, request: EvaluateRequest) -> Reply:
         """Score the model that answers for its images; keep what the run leaves behind."""
         state = self._before(request)
-        weights = self._received(request) or _present(state.weights)
+        weights = self._received(request) or self._own(state, request.round_number)
         model = self._workplace.frozen(self._network, weights)
         if request.final:
-            self._conclude(request, state, model)
+            self._conclude(request, replace(state, weights=weights), model)
         if request.part is None or not getattr(self._context, request.part):
             return request.reply()  # a client without masks has nothing to score
         if request.part not in self._parts:
@@ -318,11 +320,20 @@ class Client:
             )
         return state
 
-    def _keep(self, request: FitRequest, result: LocalResult, residual: State) -> None:
+    def _own(self, state: PrivateState, number: int) -> State:
+        """Return the weights of its own network that count after a round: at last, the mean."""
+        weights = _present(state.weights)
+        over = number == self._config.federate.played_rounds
+        return state.average.mean(weights) if over else weights
+
+    def _keep(self, request: FitRequest, result: LocalResult, before: PrivateState) -> None:
         """Keep the state after a round, its own network's weights included."""
-        own = result.weights if request.weights is None else None
-        state = PrivateState(request.round_number, result.state.class_confidence, own, residual)
-        self._states.save(request.round_number, state, before=request.state_round)
+        number, own, average = request.round_number, None, before.average
+        if request.weights is None:
+            own = result.weights
+            average = average.after(number, own, settings=self._config.federate)
+        state = PrivateState(number, result.state.class_confidence, own, before.residual, average)
+        self._states.save(number, state, before=request.state_round)
 
 
 def mean_dice(model: nn.Module, part: ImageSet, *, num_classes: int) -> float:

@@ -117,7 +117,7 @@ def training_of(config: Config, public: PublicSet, *, images: int, clients: int 
     """Return how a model came to be, in counts."""
     return Training(
         method=config.federate.method,
-        rounds=config.federate.rounds,
+        rounds=config.federate.played_rounds,
         seed=config.seed,
         client=None,
         clients=clients,

@@ -28,9 +28,19 @@ def quality_warnings(config: Config, entries: Sequence[ClientEntry]) -> list[str
     ]
 
 
-def client_warnings(config: Config, name: str, entry: Entry) -> list[str]:
-    """Warn of poor agreement and of few kept pixels."""
-    found = []
+def first_told(found: dict[str, str], history: Sequence[Entry]) -> list[str]:
+    """Return the warnings that no earlier round gave: each once a run, client and kind.
+
+    Args:
+        found: warnings by how they begin, which names client and kind.
+    """
+    told = [text for entry in history for text in entry["warnings"]]
+    return [text for start, text in found.items() if not any(t.startswith(start) for t in told)]
+
+
+def client_warnings(config: Config, name: str, entry: Entry) -> dict[str, str]:
+    """Warn of poor agreement and of few kept pixels; by how the warnings begin."""
+    found = {}
     if METHODS[config.federate.method].uses_agreement:
         for key, limit, meaning in (
             ("agreement", config.agreement.warn_agreement, "foreground Dice of SAM and client"),
@@ -38,7 +48,8 @@ def client_warnings(config: Config, name: str, entry: Entry) -> list[str]:
         ):
             value = entry.get(key)
             if value is not None and value < limit:
-                found.append(f"{name}: {meaning} is {value:.2f}, below {limit:.2f}")
+                start = f"{name}: {meaning} is"
+                found[start] = f"{start} {value:.2f}, below {limit:.2f}"
     return found
 
 
@@ -64,20 +75,23 @@ def link_warnings(config: Config, clients: dict[str, Entry]) -> list[str]:
     ]
 
 
-def round_warnings(config: Config, clients: dict[str, Entry]) -> list[str]:
-    """Name the clients that changed their model far more than the median client did."""
+def round_warnings(config: Config, clients: dict[str, Entry]) -> dict[str, str]:
+    """Name the clients that changed their model far more than the median client did.
+
+    The warnings go by how they begin.
+    """
     found = {name: entry.get("drift") for name, entry in clients.items()}
     drifts = {name: value for name, value in found.items() if value is not None}
     known = [value for value in drifts.values() if math.isfinite(value)]
     if len(known) < FEWEST_TO_COMPARE:
-        return []
+        return {}
     usual, limit = median(known), config.federate.warn_drift
-    return [
-        f"{name}: drifts, it changed the model by {value:.1%}, more than {limit:g} times the "
-        f"median client's {usual:.1%}"
+    return {
+        f"{name}: drifts": f"{name}: drifts, it changed the model by {value:.1%}, more than "
+        f"{limit:g} times the median client's {usual:.1%}"
         for name, value in drifts.items()
         if value > limit * usual
-    ]
+    }
 
 
 def round_note(entry: Entry) -> str:

@@ -84,6 +84,7 @@ def local_update(
     device = next(model.parameters()).device
     learner = Learner(model, config, task.state)
     rule = TARGETS.get(traits.target)
+    steps = settings.local_steps if traits.trains else 0
     client = client if rule is None else rule.prepare(learner, client)
     optimizer = make_optimizer(model, task.learning_rate, settings.weight_decay)
     labelled = Sampling.labelled(task.streams, config, device)
@@ -91,7 +92,7 @@ def local_update(
     start = [each.detach().clone() for each in model.parameters()]
     sums: defaultdict[str, float] = defaultdict(float)
     with seeded(task.streams.word("dropout"), model):
-        for _ in range(settings.local_steps):
+        for _ in range(steps):
             images, truth = labelled_batch(public, labelled)
             pair = None
             if rule is not None:
@@ -106,7 +107,7 @@ def local_update(
             terms["gradient_norm"] = optimiser_step(model, optimizer, terms["loss"])
             for name, value in terms.items():
                 sums[name] += float(value.detach())
-    metrics: Metrics = {name: value / settings.local_steps for name, value in sums.items()}
+    metrics: Metrics = {name: value / steps for name, value in sums.items()}
     if traits.uses_sam:
         metrics |= shares_of(learner.counts)
     if traits.uses_agreement:

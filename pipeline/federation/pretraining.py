@@ -41,7 +41,7 @@ def first_model(
 
     def rates() -> Iterator[float]:
         for step in range(steps):
-            yield settings.learning_rate * cosine(step, steps)
+            yield settings.pretrain_learning_rate * cosine(step, steps)
             if progress is not None:  # the step is done
                 progress(
                     f"server start: {network.architecture}, {network.encoder}", step + 1, steps

@@ -27,6 +27,7 @@ from pipeline.disk import flush, naming
 from pipeline.errors import ConfigError, CorruptStoreError
 from pipeline.federation.schedule import participants
 from pipeline.federation.updates import Updates
+from pipeline.methods import METHODS
 from pipeline.segmentation.networks import State
 
 _KEY_BYTES = 32
@@ -39,9 +40,11 @@ def check_privacy(config: Config) -> None:
         ConfigError: one is not, or dp-accounting is not installed.
     """
     mode, rule = config.privacy.mode, config.federate.aggregation
+    traits = METHODS[config.federate.method]
     if not config.privacy.on:
         return
     reasons = {
+        "no update to hide: choose a federate.method that trains": not traits.trains,
         "no bound for logits: leave model.clients empty": config.heterogeneous,
         f"no bound for aggregation {rule}: set federate.aggregation=fedavg": rule != "fedavg",
         "no bound for batch norm's statistics: set model.normalisation=group": (

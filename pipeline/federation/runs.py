@@ -23,6 +23,7 @@ from pipeline.config import Config
 from pipeline.disk import file_sha256, to_json, write_bytes
 from pipeline.errors import ConfigError, CorruptStoreError, DataError, IdentityError, StageError
 from pipeline.federation.examples import Example, load_examples, save_examples
+from pipeline.federation.weight_average import WeightAverage
 from pipeline.folders import move, unused_name
 from pipeline.params import load_config
 from pipeline.segmentation.model_spec import ModelSpec, read_spec
@@ -44,6 +45,7 @@ class Checkpoint(Plain):
     partition: str  # sha256 of the partition.json that the run was made on
     fingerprint: str  # of all that decides the run's result
     moments: dict[str, State] = field(default_factory=dict)  # of the server's optimiser
+    average: WeightAverage = field(default_factory=WeightAverage)  # of shared weights, last rounds
 
     def address(self, client: str, number: int) -> dict[str, Any]:
         """Return what a request of round ``number`` to ``client`` says that builds on this one."""

@@ -30,7 +30,7 @@ class Rates:
         settings = config.federate
         ramp = min(1.0, number / settings.ramp_rounds) if settings.ramp_rounds else 1.0
         return cls(
-            learning_rate=settings.learning_rate * cosine(number - 1, settings.rounds),
+            learning_rate=settings.learning_rate * cosine(number - 1, settings.played_rounds),
             unlabelled_weight=settings.unlabelled_weight * ramp,
             kl_weight=settings.fusion_weight if number > settings.fusion_warmup_rounds else 0.0,
         )

@@ -23,6 +23,7 @@ from pipeline.federation.description import (
 )
 from pipeline.federation.diagnostics import (
     client_warnings,
+    first_told,
     link_warnings,
     quality_warnings,
     round_note,
@@ -38,6 +39,7 @@ from pipeline.federation.rounds import Engine, Round, Strategy, TooFewError, ask
 from pipeline.federation.runs import Checkpoint, RunFolder
 from pipeline.federation.schedule import Rates, check_participants, participants
 from pipeline.federation.tracking import Track
+from pipeline.federation.weight_average import WeightAverage
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.progress import Progress
 from pipeline.runtime import resolve_device, torch_threads
@@ -121,24 +123,24 @@ class Server:
             checkpoint = self._first()
             self.run.save_checkpoint(checkpoint)
         rounds = f"{settings.method}: rounds"
-        self._show(rounds, checkpoint.round, settings.rounds)
+        self._show(rounds, checkpoint.round, settings.played_rounds)
         if track is not None:
             for entry in self.run.history()[: checkpoint.round]:
                 track(entry)
-        for number in range(checkpoint.round + 1, settings.rounds + 1):
+        for number in range(checkpoint.round + 1, settings.played_rounds + 1):
             began = time.perf_counter()
             checkpoint, entry = self._play(checkpoint)
-            entry["val"] = self._validate(checkpoint)
+            entry["val"] = self._validate(self._final(checkpoint))
             entry |= {"privacy": self._guarantee(number)} if self.config.privacy.on else {}
             entry["seconds"] = round(time.perf_counter() - began, 3)
             self.run.append_history(entry)
             self.run.save_checkpoint(checkpoint)
             for warning in entry["warnings"]:
                 log.warning("round %d: %s", number, warning)
-            self._show(rounds, number, settings.rounds, round_note(entry))
+            self._show(rounds, number, settings.played_rounds, round_note(entry))
             if track is not None:
                 track(entry)
-        self._conclude(checkpoint)
+        self._conclude(self._final(checkpoint))
 
     def _guarantee(self, rounds: int) -> dict[str, float]:
         return guarantee(self.config, [entry.name for entry in self.engine.entries], rounds)
@@ -201,14 +203,28 @@ class Server:
                 this.reject_update(reply.client, reason)
         self.strategy.review(this)
         weights = self.strategy.finish(this)
+        found = round_warnings(config, this.reports)
         for client in this.left:
-            this.warnings += client_warnings(config, client, this.reports[client])
-        this.warnings += round_warnings(config, this.reports)
+            found |= client_warnings(config, client, this.reports[client])
+        this.warnings += first_told(found, self.run.history()[: before.round])
         if number == 1:
             this.warnings += link_warnings(config, this.reports)
         rounds = before.client_rounds | dict.fromkeys(this.left, number)
         after = replace(before, round=number, weights=weights, moments=this.moments)
-        return replace(after, client_rounds=rounds), this.entry()
+        return replace(after, client_rounds=rounds, average=self._average(after)), this.entry()
+
+    def _average(self, after: Checkpoint) -> WeightAverage:
+        """Return the mean of the last rounds' shared weights with those of a round."""
+        average, shared = after.average, self.strategy.shared(after.weights)
+        if shared is None:
+            return average
+        return average.after(after.round, shared, settings=self.config.federate)
+
+    def _final(self, after: Checkpoint) -> Checkpoint:
+        """Return a checkpoint with the weights that the run ends with, once the rounds are over."""
+        if after.round < self.config.federate.played_rounds:
+            return after
+        return replace(after, weights=after.average.mean(after.weights))
 
     def _evaluate(self, after: Checkpoint, names: Sequence[str], **ask: Any) -> Iterator[Reply]:
         """Ask clients to score the models as they are after a round."""

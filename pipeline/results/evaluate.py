@@ -75,7 +75,7 @@ def evaluate(
     found = Evaluation(
         method=federate.method,
         seed=used.seed,
-        rounds=federate.rounds,
+        rounds=federate.played_rounds,
         test=test,
         tolerance=tolerance,
         data=_data(partition),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
+
 from pipeline.config import Config
 from pipeline.federation.diagnostics import (
     client_warnings,
+    first_told,
     link_warnings,
     quality_warnings,
     round_note,
@@ -35,15 +38,28 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_good_client_is_not_mentioned() -> None:
-    assert client_warnings(settings(), "a", entry()) == []
+    assert client_warnings(settings(), "a", entry()) == {}
 
 
 def test_poor_agreement_and_few_pixels_name_the_client() -> None:
-    assert client_warnings(settings(), "a", entry(agreement=0.2, coverage=0.1)) == [
+    found = client_warnings(settings(), "a", entry(agreement=0.2, coverage=0.1))
+    assert first_told(found, []) == [
         "a: foreground Dice of SAM and client is 0.20, below 0.30",
         "a: share of pixels kept is 0.10, below 0.30",
     ]
-    assert client_warnings(settings(method="sam_only"), "a", entry(agreement=0.2)) == []
+    assert client_warnings(settings(method="sam_only"), "a", entry(agreement=0.2)) == {}
+
+
+def test_a_warning_comes_once_a_run_for_each_client_and_kind() -> None:
+    history = [{"warnings": ["a: foreground Dice of SAM and client is 0.25, below 0.30"]}]
+    poor = entry(agreement=0.2, coverage=0.1)
+    found = client_warnings(settings(), "a", poor) | client_warnings(settings(), "aa", poor)
+    assert first_told(found, history) == [
+        "a: share of pixels kept is 0.10, below 0.30",
+        "aa: foreground Dice of SAM and client is 0.20, below 0.30",
+        "aa: share of pixels kept is 0.10, below 0.30",
+    ]
+    assert first_told(found, [*history, {"warnings": first_told(found, history)}]) == []
 
 
 def test_a_link_slower_than_computing_by_hand() -> None:
@@ -67,13 +83,13 @@ def test_a_link_that_nobody_waits_for_is_not_mentioned() -> None:
 
 def test_a_client_that_drifts_is_named() -> None:
     clients = {name: entry(drift=drift) for name, drift in zip("abcd", (1, 1, 1, 3.1), strict=True)}
-    assert round_warnings(settings(), clients) == [
+    assert list(round_warnings(settings(), clients).values()) == [
         "d: drifts, it changed the model by 310.0%, more than 3 times the median client's 100.0%"
     ]
-    assert round_warnings(settings(warn_drift=4.0), clients) == []
-    assert round_warnings(settings(), {name: clients[name] for name in "ad"}) == []
+    assert round_warnings(settings(warn_drift=4.0), clients) == {}
+    assert round_warnings(settings(), {name: clients[name] for name in "ad"}) == {}
     broken = clients | {"d": entry(drift=math.nan)}
-    assert round_warnings(settings(), broken) == []
+    assert round_warnings(settings(), broken) == {}
 
 
 def test_inconsistent_sam_names_the_client() -> None:
@@ -110,6 +126,10 @@ def test_schedules_by_hand() -> None:
     rates = [Rates.of(config, number) for number in (1, 2, 4, 9)]
     assert [rate.unlabelled_weight for rate in rates] == [0.5, 1.0, 2.0, 2.0]
     assert Rates.of(settings(ramp_rounds=0), 1).unlabelled_weight == 1.0
+    slow = settings(learning_rate=1e-3, pretrain_learning_rate=4e-3, rounds=4)
+    assert [Rates.of(slow, number).learning_rate for number in (1, 3)] == pytest.approx(
+        [1e-3, 5.25e-4]
+    )
     warm = settings(fusion_warmup_rounds=2, fusion_weight=7.0)
     assert [Rates.of(warm, number).kl_weight for number in (1, 2, 3)] == [0.0, 0.0, 7.0]
 

@@ -113,7 +113,7 @@ class _Display:
             log.warning("round %d: %s", number, warning)
         if self.progress is not None:
             note = round_note(entry)
-            self.progress(f"{settings.method}: rounds", number, settings.rounds, note)
+            self.progress(f"{settings.method}: rounds", number, settings.played_rounds, note)
         if self.track is not None:
             self.track(entry)
 
