@@ -10,6 +10,7 @@ names is enough for the import. samfed never calls these operators.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,3 +74,9 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def visible_gpus() -> list[str]:
+    """Return this process's GPUs by the names that it was given, e.g. by SLURM."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
