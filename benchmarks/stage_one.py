@@ -1,13 +1,15 @@
 """Stage one against segment-anything as a user would call it: same images, weights and machine.
 
     python benchmarks/stage_one.py --variant vit_b --images 4 [--onnx] [--json]
-    python benchmarks/stage_one.py --variant vit_b mobile_sam mobile_sam@512 timm:resnet18@256
+    python benchmarks/stage_one.py --teachers --variant vit_b mobile_sam timm:resnet18@256
 
-Several teachers, some with a ``sam.input_size`` behind an @, are set side by side at the end.
+Several teachers, some with a ``sam.input_size`` behind an @, are set side by side at the end;
+``--teachers`` measures nothing else.
 
 Contenders, each in a process of its own: (a) a loop over ``SamPredictor`` in float32, (b) the same
 under bfloat16 autocast, (c) samfed in torch, from image files to a finished label store, (d) samfed
-in ONNX Runtime. Weights are random (speed does not depend on them; masks would say nothing).
+in ONNX Runtime, (e) as (c) in int8, where the CPU has VNNI. Weights are random (speed does not
+depend on them; masks would say nothing).
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ from pipeline.sam.onnx import MODEL_FORMAT, OUTPUTS, OnnxTeacher
 from pipeline.stores.label_store import LabelStore, RowKey
 from pipeline.stores.teacher_card import TeacherCard
 
+STOCK = ("predictor_fp32", "predictor_bf16")
 LABEL_SIZE = 256
 IMAGE_HW = (900, 1200)
 
@@ -313,6 +316,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--onnx", action="store_true", help="also (d); the export takes minutes")
+    parser.add_argument("--teachers", action="store_true", help="(c) alone, for each variant")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -320,6 +324,9 @@ def arguments() -> argparse.Namespace:
 
 
 def run_child(options: argparse.Namespace) -> dict[str, Any]:
+    if options.child == "samfed_int8":
+        options.precision = "int8"
+        return run_torch(options.folder, options)
     runs = {"samfed_torch": run_torch, "export": export_model, "samfed_onnx": run_onnx}
     if options.child in runs:
         return runs[options.child](options.folder, options)
@@ -329,7 +336,8 @@ def run_child(options: argparse.Namespace) -> dict[str, Any]:
 def measure(options: argparse.Namespace, teacher: str) -> dict[str, dict[str, Any]]:
     """Run every contender with this teacher, each in a process of its own."""
     results: dict[str, dict[str, Any]] = {}
-    children = ["predictor_fp32", "predictor_bf16", "samfed_torch"]
+    children = ["samfed_torch"] if options.teachers else [*STOCK, "samfed_torch"]
+    children += ["samfed_int8"] if "int8" in options.ceilings and "timm:" not in teacher else []
     children += ["export", "samfed_onnx"] if options.onnx else []
     with tempfile.TemporaryDirectory() as name:
         make_inputs(Path(name), teacher, options.images)
@@ -339,7 +347,8 @@ def measure(options: argparse.Namespace, teacher: str) -> dict[str, dict[str, An
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ)
             if child != "export":
                 results[child] = json.loads(done.stdout)
-        compare(Path(name), results, options.ceilings)
+        if not options.teachers:
+            compare(Path(name), results, options.ceilings)
     return results
 
 
@@ -352,18 +361,15 @@ def main() -> None:
         print(json.dumps(run_child(options)))
         return
     device = resolve_device(options.device)
-    ceilings = options.ceilings = measure_ceilings(device)
+    ceilings = options.ceilings = {} if options.teachers else measure_ceilings(device)
     results = {teacher: measure(options, teacher) for teacher in options.variant}
     if options.json:
         report = {"device": str(device), "ceilings_flop_per_s": ceilings, "results": results}
         print(json.dumps(report, indent=1))
         return
-    print("ceilings: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in ceilings.items()))
-    for teacher, of_teacher in results.items():
-        print(f"\n{teacher}")
-        show(of_teacher)
-    if len(results) > 1:
-        show_teachers(results)
+    if not options.teachers:
+        show(results, ceilings)
+    show_teachers({teacher: of["samfed_torch"] for teacher, of in results.items()})
 
 
 if __name__ == "__main__":

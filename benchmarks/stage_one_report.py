@@ -12,6 +12,7 @@ CONTENDERS = {
     "predictor_bf16": "(b) the same, bf16 autocast",
     "samfed_torch": "(c) samfed, torch",
     "samfed_onnx": "(d) samfed, ONNX Runtime",
+    "samfed_int8": "(e) samfed, torch, int8",
 }
 
 
@@ -28,27 +29,29 @@ def compare(folder: Path, results: dict[str, dict[str, Any]], ceilings: dict[str
         result["share_of_ceiling"] = rate / ceilings[precision]
 
 
-def show(results: dict[str, dict[str, Any]]) -> None:
+def show(results: dict[str, dict[str, dict[str, Any]]], ceilings: dict[str, float]) -> None:
+    """Print the contenders, by teacher."""
+    print("ceilings: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in ceilings.items()))
     names = ("images/s", "x (a)", "error", "MiB", "of peak", "CPU s")
-    print(f"{'contender':30} " + " ".join(f"{name:>8}" for name in names))
-    for name, row in results.items():
-        outside = row.get("outside_network")
-        tail = "" if outside is None else f"  outside the network {outside:.1%}"
-        print(
-            f"{CONTENDERS[name]:30} {row['images_per_s']:8.3f} {row['speedup']:8.2f} "
-            f"{row['relative_error']:8.1e} {row['peak_mib']:8.0f} "
-            f"{row['share_of_ceiling']:8.0%} {row['cpu_s_per_image']:8.2f}{tail}"
-        )
+    for teacher, rows in results.items():
+        print(f"\n{teacher:30} " + " ".join(f"{name:>8}" for name in names))
+        for name, row in rows.items():
+            outside = row.get("outside_network")
+            tail = "" if outside is None else f"  outside the network {outside:.1%}"
+            print(
+                f"{CONTENDERS[name]:30} {row['images_per_s']:8.3f} {row['speedup']:8.2f} "
+                f"{row['relative_error']:8.1e} {row['peak_mib']:8.0f} "
+                f"{row['share_of_ceiling']:8.0%} {row['cpu_s_per_image']:8.2f}{tail}"
+            )
 
 
-def show_teachers(results: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """Set samfed in torch with each teacher side by side; ratios are of CPU seconds."""
-    rows = {teacher: of["samfed_torch"] for teacher, of in results.items()}
-    first, base = next(iter(rows.items()))
-    print(f"\n{'(c) with':36} precision images/s CPU s an image  of {first}'s  1,000 images")
+def show_teachers(rows: dict[str, dict[str, Any]]) -> None:
+    """Print samfed in torch with each teacher; times are of CPU seconds, against the first."""
+    first = next(iter(rows.values()))["cpu_s_per_image"]
+    print(f"\n{'(c) with':30} precision images/s    CPU s    times      MiB")
     for teacher, row in rows.items():
         seconds = row["cpu_s_per_image"]
         print(
-            f"{teacher:36} {row['precision']:>9} {row['images_per_s']:8.2f} {seconds:14.3f} "
-            f"{seconds / base['cpu_s_per_image']:11.3f} {1000 / row['images_per_s'] / 60:9.1f} min"
+            f"{teacher:30} {row['precision']:>9} {row['images_per_s']:8.2f} {seconds:8.3f} "
+            f"{first / seconds:8.1f} {row['peak_mib']:8.0f}"
         )
