@@ -1,8 +1,10 @@
 """Linear layers of an image encoder in 8-bit integers, for CPUs that multiply these fast (VNNI).
 
-Weights have one scale an output channel, activations one a token, found anew for every input (Yao
-et al., "ZeroQuant", 2022), so that an image's embedding does not depend on the batch around it. The
-products are oneDNN's, exact in 32-bit integers; what lies between the linear layers stays as it is.
+Weights have one scale an output channel, activations a scale and a middle a token, found anew for
+every input (Yao et al., "ZeroQuant", 2022), so that an image's embedding does not depend on the
+batch around it. With ``x = scale * q + middle`` and ``w`` the weights' rounded values,
+``w . x = scale * (w . q) + middle * sum(w)``. The products are oneDNN's, exact in 32-bit integers;
+what lies between the linear layers stays as it is.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 
-_LEVELS = 127  # of either sign
-_ZERO = 128  # VNNI multiplies unsigned by signed: activations are shifted by this
+_WEIGHT_LEVELS = 127  # of either sign
+_TOKEN_LEVELS = 255  # above a token's smallest value
+_MIDDLE = 128  # the level of a token's middle
 _TOKENS = 256  # at a time, so that what lies between two steps stays in the processor's cache
 _INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
@@ -36,8 +39,9 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         self.dtype, self.out_features = dtype, linear.out_features
-        self.scales = _scale(weight)[:, 0]
+        self.scales = _above_zero(weight.abs().amax(dim=1) / _WEIGHT_LEVELS)
         levels = (weight / self.scales[:, None]).round().to(torch.int8)
+        self.sums = levels.sum(dim=1) * self.scales
         self.packed = torch.ops.onednn.qlinear_prepack(levels, None)
         self.zeros = torch.zeros(self.out_features, dtype=torch.int32)
         bias = linear.bias
@@ -49,21 +53,23 @@ class Int8Linear(nn.Module):
         out = torch.empty(len(tokens), self.out_features, dtype=self.dtype)
         for part, place in zip(tokens.split(_TOKENS), out.split(_TOKENS), strict=True):
             values = part.float()
-            scale = _scale(values)
-            levels = (values / scale).round_().add_(_ZERO).to(torch.uint8)
-            torch.addcmul(self.bias, self.multiply(levels), scale, out=place)
+            lowest, highest = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
+            scale = _above_zero((highest - lowest) / _TOKEN_LEVELS)
+            levels = ((values - lowest) / scale).round_().to(torch.uint8)
+            constant = torch.addcmul(self.bias, lowest + _MIDDLE * scale, self.sums)
+            torch.addcmul(constant, self.multiply(levels), scale, out=place)
         return out.view(*x.shape[:-1], self.out_features)
 
     def multiply(self, levels: Tensor) -> Tensor:
         """Return (N, D) float32: the weights' true values times (N, C) uint8 levels.
 
         Args:
-            levels: counted from 128, which stands for 0.
+            levels: as above a token's smallest value; 128 stands for 0.
         """
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
             levels,
             1.0,  # the activations' scale, which oneDNN wants to be one for all tokens
-            _ZERO,
+            _MIDDLE,
             self.packed,
             self.scales,
             self.zeros,
@@ -94,10 +100,9 @@ class Int8Mlp(nn.Module):
         return torch.cat([self.lin2(self.act(self.lin1(part))) for part in parts]).view(x.shape)
 
 
-def _scale(values: Tensor) -> Tensor:
-    """Return what one level of each row is worth: (N, 1) of (N, C), above zero."""
-    smallest = torch.finfo(torch.float32).tiny
-    return values.abs().amax(dim=1, keepdim=True).clamp_(min=smallest * _LEVELS).div_(_LEVELS)
+def _above_zero(scale: Tensor) -> Tensor:
+    """Return scales by which can be divided, where all values are equal as well."""
+    return scale.clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def quantise(encoder: nn.Module, *, dtype: torch.dtype) -> None:
