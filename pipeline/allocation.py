@@ -2,7 +2,8 @@
 
 glibc maps each large block anew and unmaps it when it is freed, so every layer of a network pays a
 page fault for each 4 KiB of its activations. With higher thresholds the process keeps what it has
-freed and takes it again: fewer faults, as much memory as the largest batch needs.
+freed and takes it again: fewer faults, and as much memory as the largest batch needs, until it is
+returned.
 """
 
 from __future__ import annotations
@@ -22,3 +23,10 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _BYTES)) and bool(mallopt(_TRIM_THRESHOLD, _BYTES))
+
+
+def return_freed_memory() -> None:
+    """Give the system what this process has kept of what it freed, where malloc is glibc's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

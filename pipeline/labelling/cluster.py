@@ -18,6 +18,7 @@ from functools import partial
 import torch
 
 from pipeline import __version__
+from pipeline.allocation import return_freed_memory
 from pipeline.cluster import Cluster, check_worker
 from pipeline.config import Config
 from pipeline.disk import file_sha256
@@ -136,5 +137,6 @@ def _give_back(held: _Held) -> None:
         _held.clear()
     del held.teacher
     gc.collect()
+    return_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
