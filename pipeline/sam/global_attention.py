@@ -50,7 +50,9 @@ def attend_flexibly(
     def add_positions(score: Tensor, b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + rows[b, head, i, j // width] + cols[b, head, i, j % width]
 
-    attend: Any = _compiled_flex() if compiled else flex_attention
+    # within an encoder that is compiled it is compiled with it
+    alone = compiled and not torch.compiler.is_compiling()
+    attend: Any = _compiled_flex() if alone else flex_attention
     out: Tensor = attend(q, k, v, score_mod=add_positions, scale=1.0)
     return out
 

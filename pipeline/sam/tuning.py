@@ -104,7 +104,10 @@ class BFloat16Norm(nn.Module):
 
 def _inductor(encoder: nn.Module) -> Callable[[Tensor], Tensor]:
     compiled: Callable[[Tensor], Tensor] = torch.compile(
-        encoder, dynamic=False, options=COMPILE_OPTIONS
+        encoder,
+        fullgraph=True,  # else what cannot be compiled runs as it is, without a word
+        dynamic=False,
+        options=COMPILE_OPTIONS,
     )
     return compiled
 
