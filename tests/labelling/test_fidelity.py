@@ -38,7 +38,8 @@ class Changed(MemoryAwareTeacher):
     """The teacher in fp32, whose masks are then changed; counts the images that it is given."""
 
     def __init__(self, job: Job, change: str = "") -> None:
-        super().__init__(load_teacher(asking(job.config, "fp32"), job.partition), batch_size=8)
+        exact = asking(job.config, "fp32", residual="fp32")
+        super().__init__(load_teacher(exact, job.partition), batch_size=8)
         self.change, self.images = change, 0
 
     def label(self, images: Sequence[NDArray[np.uint8]], size: int) -> PseudoLabels:

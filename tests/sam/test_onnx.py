@@ -8,6 +8,7 @@ import logging
 import resource
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -499,7 +500,9 @@ class Machine:
 
     def start(self, path: Path, options: Any, *, providers: list[Any], **more: Any) -> Any:
         names = [name if isinstance(name, str) else name[0] for name in providers]
-        only = options.has_session_config_entry("session.disable_cpu_ep_fallback")
+        only = False
+        with suppress(RuntimeError):  # the entry is not set
+            only = options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
         self.asked.append([*names, "only"] if only else names)
         if only and self.refuses:
             raise RuntimeError("nodes are assigned to the CPU, but fallback to it was disabled")
