@@ -230,7 +230,7 @@ def run_torch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     first = [np.asarray(Image.open(file).convert("RGB")) for file in files[:2]]
     with torch.inference_mode():
         pixels, valid_hw = (part.to(device) for part in to_input_frame(first, card.input_size))
-        inside = inside_image(valid_hw, card.input_size)
+        inside = inside_image(valid_hw, pixels.shape[-2:])
         parts = [
             teaching.forward(teacher.sam, pixels[i : i + 1], inside[i : i + 1], dtype=teacher.dtype)
             for i in range(2)
@@ -254,7 +254,7 @@ class WithLogits(TeacherNetwork):
 
     def forward(self, pixels: Tensor, valid_hw: Tensor) -> tuple[Tensor, ...]:
         pixels = pixels.permute(0, 3, 1, 2)
-        inside = inside_image(valid_hw, pixels.shape[-1])
+        inside = inside_image(valid_hw, pixels.shape[-2:])
         logits, iou = teaching.forward(self.sam, pixels, inside)
         frame = to_client_frame(logits, valid_hw, self.size_hw)
         return *teaching.to_labels(frame, iou), logits

@@ -38,6 +38,7 @@ AggregationName = Literal["fedavg", "median", "trimmed_mean", "krum", "multi_kru
 ServerOptimizer = Literal["none", "fedavgm", "fedadam"]
 Compression = Literal["none", "float16", "int8"]
 Flips = Literal["none", "horizontal", "both"]
+Frame = Literal["pad", "content"]
 Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
 
 
@@ -153,6 +154,8 @@ class SamConfig(Section):
     checkpoint: Path | None = None  # of SAM, or timm: of the backbone; .pth or .safetensors
     # timm and mobile_sam only, pixels
     input_size: Annotated[int, Field(ge=64, le=4096, multiple_of=32)] | None = None
+    # pad: every image in a square; content: in whole patches, without the rest of the square
+    frame: Frame = "pad"
     # none: adapted; points: SAM as it comes, prompted by a grid
     prompt: Annotated[Literal["none", "points"], BeforeValidator(_refuse_box)] = "none"
     points_per_side: Annotated[int, Field(ge=1, le=64)] = 16  # points: of the grid

@@ -24,7 +24,7 @@ from pipeline.data.partition import PARTITION_FILE, PUBLIC_FILE, Partition, load
 from pipeline.disk import file_sha256
 from pipeline.errors import DataError, IdentityError, SamfedError, StageError
 from pipeline.federation.inputs import ClientContext, PublicRows
-from pipeline.stores.label_store import LabelStore
+from pipeline.stores.label_store import LabelStore, differences
 
 log = logging.getLogger("samfed.site")
 
@@ -106,11 +106,10 @@ def _check_labels(told: ClientContext, cache: Path) -> None:
         return
     advice = "import the server's teacher, and run `samfed precompute-sam` again"
     for owner in ("server", told.name):
-        found = LabelStore(cache / "sam" / f"{owner}.zarr").identity.model_dump()
-        for field, expected in told.identity.model_dump().items():
-            if found[field] != expected:
-                what = f"{field} of the labels in {cache / 'sam' / owner}.zarr"
-                raise _differs(told, what, found[field], expected, advice)
+        own = LabelStore(cache / "sam" / f"{owner}.zarr").identity
+        for field, found, expected in differences(own, told.identity):
+            what = f"{field} of the labels in {cache / 'sam' / owner}.zarr"
+            raise _differs(told, what, found, expected, advice)
 
 
 def _with_own_weights(told: ClientContext, own: Config) -> Any:

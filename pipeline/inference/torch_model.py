@@ -94,6 +94,8 @@ class TeacherModel:
         card, self.class_names = teacher.card, class_names
         self._teacher, self.num_classes = teacher, card.num_classes
         self.digest = f"{card.base_sha256}-{card.adapter_sha256}-{card.prompt}"
+        if card.frame != "pad":
+            self.digest += f"-{card.frame}"
         self._side = max(1, card.input_size // LOGIT_STRIDE)  # px, as fine as its logits are
 
     def frame(self, image: Pixels) -> Pixels:

@@ -26,7 +26,7 @@ from pipeline.labelling.job import Meter, owner_images, store_lock, store_path
 from pipeline.progress import Progress
 from pipeline.stores.arrays import canonical_json
 from pipeline.stores.integrity import Fault, check_store
-from pipeline.stores.label_store import Identity, LabelStore
+from pipeline.stores.label_store import Identity, LabelStore, differences
 from pipeline.stores.teacher_card import CARD_FILE, load_card
 
 _KILLED = "left by a killed run"
@@ -171,8 +171,7 @@ def _differences(
     """Return the identity's fields, and ``images``, that are not what a run would ask for."""
     if identity is None or partition is None:
         return None
-    wanted = identity.model_dump()
-    fields = [name for name, value in store.identity.model_dump().items() if value != wanted[name]]
+    fields = [name for name, *_ in differences(store.identity, identity)]
     if store.path.stem == "server" and not partition.has_public:
         return fields  # at a site, whose manifest does not name the server's images
     ids = owner_images(partition).get(store.path.stem, ())

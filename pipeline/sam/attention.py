@@ -12,13 +12,26 @@ product::
 so a fused ``scaled_dot_product_attention`` computes the same function with no bias tensor. Its
 cost is the wider dot product, which a CPU feels where there are many tokens: there the logits are
 made in slices that stay in its cache, with both terms added in place (``benchmarks/attention.py``).
+
+**Frames smaller than SAM's square** (``sam.frame: content``). A frame of h x w tokens, h, w <= N,
+gets the first rows and columns of the absolute position embedding and the middle of each table of
+relative positions, which are those of the same tokens in the square of N x N. Its result equals the
+square's at these tokens if, in the square, what lies outside the h x w tokens
+
+* is masked as keys in the global blocks,
+* is zero behind the first norm of the window blocks. That is what SAM's windows hold beyond the
+  square, which they do not divide: such zeros stay keys, here as there,
+* is zero before the 3 x 3 convolution of the neck, as beyond the square, and
+* is masked as keys where the mask decoder's tokens attend to the image.
+
+So no token sees another one's padding, windows lie where they lay, and a square is SAM's own.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.image_encoder import Attention, ImageEncoderViT, get_rel_pos
+from segment_anything.modeling.image_encoder import Attention, ImageEncoderViT
 from torch import Tensor, nn
 
 from pipeline.sam.global_attention import Attend
@@ -51,8 +64,8 @@ class FoldedAttention(nn.Module):
         # q . Rh (B, heads, H*W, H) and q . Rw (B, heads, H*W, W)
         height, width = x.shape[1:3]
         grid = q.unflatten(2, (height, width))
-        rel_h = get_rel_pos(height, height, self.rel_pos_h).to(q.dtype)  # (H, H, d)
-        rel_w = get_rel_pos(width, width, self.rel_pos_w).to(q.dtype)  # (W, W, d)
+        rel_h = relative_positions(self.rel_pos_h, height).to(q.dtype)  # (H, H, d)
+        rel_w = relative_positions(self.rel_pos_w, width).to(q.dtype)  # (W, W, d)
         rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h).flatten(2, 3)
         cols = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).flatten(2, 3)
         sliced = slices_pay(q) if self.slices is None else self.slices
@@ -60,6 +73,20 @@ class FoldedAttention(nn.Module):
         out = attend(q * self.scale, k, v, rows, cols).transpose(1, 2).reshape(x.shape)
         projected: Tensor = self.proj(out)
         return projected
+
+
+def relative_positions(table: Tensor, count: int) -> Tensor:
+    """Return the embedding of i - j for each pair of ``count`` tokens in a row or column.
+
+    Args:
+        table: (2N-1, d), of the differences 1-N..N-1; N >= ``count``. segment-anything's own
+            ``get_rel_pos`` would stretch a table that is too long.
+
+    Returns:
+        (count, count, d).
+    """
+    steps = torch.arange(count, device=table.device)
+    return table[steps[:, None] - steps + len(table) // 2]
 
 
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -99,6 +126,19 @@ def slices_pay(q: Tensor) -> bool:
     """
     wanted = torch.is_grad_enabled() or torch.compiler.is_exporting()
     return q.device.type == "cpu" and q.shape[2] >= _SLICED_TOKENS and not wanted
+
+
+class ImageEncoder(ImageEncoderViT):  # type: ignore[misc]
+    """segment-anything's encoder, also for frames that are smaller than its square."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode (B, 3, h, w), whole patches, at most the square, into (B, C, h/16, w/16)."""
+        tokens = self.patch_embed(x)
+        tokens = tokens + self.pos_embed[:, : tokens.shape[1], : tokens.shape[2]]
+        for block in self.blocks:
+            tokens = block(tokens)
+        out: Tensor = self.neck(tokens.permute(0, 3, 1, 2))
+        return out
 
 
 def fold_attention(encoder: ImageEncoderViT) -> ImageEncoderViT:

@@ -15,18 +15,12 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import (
-    ImageEncoderViT,
-    MaskDecoder,
-    PromptEncoder,
-    Sam,
-    TwoWayTransformer,
-)
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, first_line
-from pipeline.sam.attention import fold_attention
+from pipeline.sam.attention import ImageEncoder, fold_attention
 from pipeline.sam.tiny_vit import TinyVitEncoder
 
 STRIDE = 16  # pixels of the input per cell of the embedding, in every variant
@@ -114,7 +108,7 @@ class TimmImageEncoder(nn.Module):
 
 
 def build_sam(variant: str, *, input_size: int | None = None, num_multimask: int = 3) -> Sam:
-    """Build an untrained SAM of ``variant`` with exact fused attention.
+    """Build an untrained SAM of ``variant`` with exact fused attention, for frames of any shape.
 
     Args:
         variant: ``vit_t``, ``vit_b``, ``vit_l``, ``vit_h``, ``mobile_sam`` or ``timm:<name>``.
@@ -143,7 +137,7 @@ def build_sam(variant: str, *, input_size: int | None = None, num_multimask: int
             f"made for {own_size}; leave it null"
         )
     norm = partial(nn.LayerNorm, eps=1e-6)
-    vit = ImageEncoderViT(**ENCODERS[variant], patch_size=STRIDE, norm_layer=norm, use_rel_pos=True)
+    vit = ImageEncoder(**ENCODERS[variant], patch_size=STRIDE, norm_layer=norm, use_rel_pos=True)
     decoder = _SMALL_DECODERS.get(variant, Decoder())
     return _assemble(fold_attention(vit), decoder, num_multimask)
 
@@ -187,6 +181,12 @@ def _assemble(encoder: nn.Module, sizes: Decoder, num_multimask: int) -> Sam:
     )
 
 
+def no_mask(sam: Sam, embeddings: Tensor) -> Tensor:
+    """Return the dense prompt (B, C, h, w) that says there is no mask, for these embeddings."""
+    dense: Tensor = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]
+    return dense.to(embeddings).expand_as(embeddings)
+
+
 def decode_masks(
     sam: Sam, embeddings: Tensor, sparse: Tensor, dense: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -209,7 +209,9 @@ def decode_masks(
     tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight], dim=0)
     tokens = torch.cat([tokens.unsqueeze(0).expand(batch, -1, -1), sparse], dim=1)
     source = embeddings + dense
-    position = sam.prompt_encoder.get_dense_pe().to(source.dtype).expand(batch, -1, -1, -1)
+    height, width = source.shape[-2:]  # of a content frame, less than the whole
+    position = sam.prompt_encoder.get_dense_pe()[:, :, :height, :width]
+    position = position.to(source.dtype).expand(batch, -1, -1, -1)
     hidden, source = decoder.transformer(source, position, tokens)
     upscaled = decoder.output_upscaling(source.transpose(1, 2).reshape(embeddings.shape))
     hyper = torch.stack(

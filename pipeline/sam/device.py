@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.sam.frame import fit_longest_side, to_input_frame
+from pipeline.sam.frame import fit_longest_side, fitted_hw, frame_hw, to_input_frame
 from pipeline.stores.label_store import PseudoLabels
 
 Image = NDArray[np.uint8]
@@ -92,13 +92,15 @@ class Upload:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, images: Sequence[Image], size: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Sequence[Image], size: int, patch: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return what ``to_input_frame`` returns, on the device; work there waits for the copy."""
         if self._stream is None:
-            pixels, valid_hw = to_input_frame(images, size)
+            pixels, valid_hw = to_input_frame(images, size, patch)
             return pixels.to(self._device), valid_hw.to(self._device)
         with torch.cuda.stream(self._stream):
-            shape = (len(images), size, size, 3)
+            shape = (len(images), *frame_hw(fitted_hw(images[0], size), size, patch), 3)
             batch = torch.zeros(shape, dtype=torch.uint8, device=self._device)
             sizes = []
             for image, place in zip(images, batch, strict=True):

@@ -93,14 +93,14 @@ class TeacherNetwork(nn.Module):
         """Label a batch.
 
         Args:
-            pixels: (B, S, S, 3) uint8, padded. valid_hw: (B, 2) int64, height and width of the
+            pixels: (B, h, w, 3) uint8, padded. valid_hw: (B, 2) int64, height and width of the
                 image in it (``to_input_frame`` makes both).
 
         Returns:
             masks (B, L, L) uint8, confidences (B, L, L) uint8, predicted_iou (B,) float32.
         """
         pixels = pixels.permute(0, 3, 1, 2)  # here, where the device does it
-        inside = inside_image(valid_hw, pixels.shape[-1])
+        inside = inside_image(valid_hw, pixels.shape[-2:])
         logits, iou = forward(self.sam, pixels, inside, dtype=self.dtype)
         return to_labels(to_client_frame(logits, valid_hw, self.size_hw), iou)
 

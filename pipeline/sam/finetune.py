@@ -27,6 +27,7 @@ from pipeline.folders import discard, folder_beside
 from pipeline.progress import Progress
 from pipeline.runtime import resolve_device, torch_threads
 from pipeline.sam.checkpoints import base_checkpoint, build_base, note_unofficial
+from pipeline.sam.frame import frame_patch
 from pipeline.sam.lora import add_adapter, merge_lora
 from pipeline.sam.prompts import MULTIMASK, PointGrid, check_prompt
 from pipeline.sam.teacher import ADAPTER_FILE, Teacher
@@ -138,7 +139,7 @@ def _adapt(
     sam = build_base(config.sam, num_classes=config.data.num_classes)
     names = add_adapter(sam, config.sam.adapter_rank)
     items = load_labelled(config, partition, partition.server.train)
-    pixels, masks = input_frames(items, sam.image_encoder.img_size)
+    frames = input_frames(items, sam.image_encoder.img_size, frame_patch(config.sam))
     sam.to(resolve_device(config.sam.device))
     training = Training(sam, names, config, fingerprint=_fingerprint(config, partition))
     if checkpoint is not None and checkpoint.is_file():
@@ -147,7 +148,7 @@ def _adapt(
             log.info("going on after epoch %d of %d", state.epoch, config.sam.epochs)
         else:
             log.info("beginning anew: the training that was stopped had other settings or images")
-    for epoch in training.epochs(pixels, masks, progress=progress):
+    for epoch in training.epochs(frames, progress=progress):
         log.debug("epoch %d: loss %.4f", epoch.number, epoch.loss)
         if checkpoint is not None:
             save(checkpoint, training.state())
@@ -177,6 +178,7 @@ def _card(config: Config, partition: Partition, sam: Sam, adapter: State) -> Tea
         input_size=sam.image_encoder.img_size,
         num_classes=config.data.num_classes,
         prompt=config.sam.prompt_policy,
+        frame=config.sam.frame,
         lora_rank=config.sam.adapter_rank,
         base_sha256=base_checkpoint(config.sam)[1],
         adapter_sha256="none",

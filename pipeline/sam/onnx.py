@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
@@ -19,9 +19,9 @@ from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError, first_line
 from pipeline.runtime import resolve_device
 from pipeline.sam.device import Finished, Image
-from pipeline.sam.frame import fit_longest_side, to_input_frame
+from pipeline.sam.frame import fit_longest_side, frame_patch, groups_of_frames, to_input_frame
 from pipeline.sam.teacher import checked_card
-from pipeline.stores.label_store import PseudoLabels
+from pipeline.stores.label_store import Identity, PseudoLabels, differences
 from pipeline.stores.sealed_onnx import checked_properties
 from pipeline.stores.teacher_card import TeacherCard, label_precision
 
@@ -117,15 +117,20 @@ def check_file(path: Path, card: TeacherCard, *, label_size: int, precision: str
             f"precompute.precision: '{precision}' asked for, but {path} holds {held}; {_AGAIN}"
         )
     identity = card.identity(label_size=label_size, precision=precision)
-    found: dict[str, object] = {"format": properties.get("samfed.format")}
-    if found["format"] == MODEL_FORMAT:
-        found |= json.loads(properties["samfed.identity"])
-    for field, value in {"format": MODEL_FORMAT, **identity.model_dump()}.items():
-        if found.get(field) != value:
-            raise IdentityError(
-                f"{path}: {field} is {found.get(field)}, expected {value}; {_AGAIN}"
-            )
+    differs: list[tuple[str, object, object]]
+    differs = [("format", properties.get("samfed.format"), MODEL_FORMAT)]
+    if differs[0][1] == MODEL_FORMAT:
+        differs = differences(_identity(path, properties), identity)
+    for field, found, expected in differs:
+        raise IdentityError(f"{path}: {field} is {found}, expected {expected}; {_AGAIN}")
     return held
+
+
+def _identity(path: Path, properties: Mapping[str, str]) -> Identity:
+    try:
+        return Identity.model_validate_json(properties["samfed.identity"])
+    except ValueError as error:
+        raise IdentityError(f"{path}: identity of another samfed; {_AGAIN}") from error
 
 
 def check_model(settings: Config, card: TeacherCard) -> None:
@@ -191,8 +196,13 @@ class OnnxTeacher:
         """
         if size != self.label_size:
             raise IdentityError(f"the onnx model makes labels of {self.label_size} px, not {size}")
-        pixels, valid_hw = to_input_frame(images, self.card.input_size)
-        return PseudoLabels(*self.run(pixels.permute(0, 2, 3, 1).numpy(), valid_hw.numpy()))
+        side, patch = self.card.input_size, frame_patch(self.card)
+        groups, parts = groups_of_frames(images, side, patch), []
+        for group in groups:
+            pixels, valid_hw = to_input_frame([images[place] for place in group], side, patch)
+            parts.append(self.run(pixels.permute(0, 2, 3, 1).numpy(), valid_hw.numpy()))
+        order = np.argsort([place for group in groups for place in group])
+        return PseudoLabels(*(np.concatenate(part)[order] for part in zip(*parts, strict=True)))
 
     def run(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         """Run ``INPUTS`` to ``OUTPUTS``, bound to the device: one copy in, one copy out."""

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.sam.build import decode_masks
+from pipeline.sam.build import decode_masks, no_mask
+from pipeline.sam.frame import LOGIT_STRIDE
 
 MULTIMASK = 3  # masks that SAM proposes for an ambiguous prompt, beside the unambiguous one
 
@@ -65,8 +66,8 @@ def decode_points(sam: Sam, embeddings: Tensor, points: Tensor) -> tuple[Tensor,
     """
     labels = torch.ones(points.shape[:2], device=points.device)
     with torch.autocast(embeddings.device.type, enabled=False):
-        sparse, dense = sam.prompt_encoder(points=(points, labels), boxes=None, masks=None)
-    return decode_masks(sam, embeddings, sparse.to(embeddings), dense.to(embeddings))
+        sparse, _ = sam.prompt_encoder(points=(points, labels), boxes=None, masks=None)
+    return decode_masks(sam, embeddings, sparse.to(embeddings), no_mask(sam, embeddings))
 
 
 class PointGrid:
@@ -77,34 +78,29 @@ class PointGrid:
         self.grid = torch.from_numpy(grid).float()
         self.decode = decode
 
-    def __call__(
-        self, sam: Sam, embeddings: Tensor, valid_hw: Tensor, input_size: int
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, sam: Sam, embeddings: Tensor, valid_hw: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two-class logits and IoU estimates of each image's best mask.
 
         Args:
             embeddings: (B, C, h, w). valid_hw: (B, 2), height and width of the image in the frame.
-            input_size: side of that frame, px.
 
         Returns:
-            logits (B, 2, 4h, 4w) of the padded frame; estimates (B, 2), 0 where there is no mask.
+            logits (B, 2, 4h, 4w) of the frame; estimates (B, 2), 0 where there is no mask.
         """
         pairs = zip(embeddings, valid_hw.tolist(), strict=True)
-        found = [self._best(sam, one, size_hw, input_size) for one, size_hw in pairs]
+        found = [self._best(sam, one, size_hw) for one, size_hw in pairs]
         foreground = torch.stack([logits for logits, _ in found])
         iou = torch.stack([estimate for _, estimate in found])
         logits = torch.stack([torch.zeros_like(foreground), foreground], dim=1)
         return logits, iou[:, None].expand(-1, 2)
 
-    def _best(
-        self, sam: Sam, embedding: Tensor, size_hw: Sequence[int], input_size: int
-    ) -> tuple[Tensor, Tensor]:
+    def _best(self, sam: Sam, embedding: Tensor, size_hw: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the logits (4h, 4w) of one image's best mask, and its IoU estimate ()."""
-        side = 4 * embedding.shape[-1]  # the decoder upscales the embedding by four
-        rows, cols = (-(-length * side // input_size) for length in size_hw)  # in the image
+        rows, cols = (-(-length // LOGIT_STRIDE) for length in size_hw)  # in the image
+        shape = [4 * side for side in embedding.shape[-2:]]  # the decoder upscales by four
         points = (self.grid * torch.tensor(size_hw[::-1])).to(embedding.device)
         best_rank = 0.0
-        best = (points.new_zeros((side, side)), points.new_zeros(()))
+        best = (points.new_zeros(shape), points.new_zeros(()))
         for part in points.split(POINTS_PER_PASS):  # bounds memory, as segment-anything does
             repeated = embedding.expand(len(part), -1, -1, -1)
             logits, iou = self.decode(sam, repeated, part[:, None])

@@ -19,10 +19,16 @@ from pipeline.data.partition import Partition
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, IdentityError, StageError
 from pipeline.runtime import resolve_device
-from pipeline.sam.build import decode_masks
+from pipeline.sam.build import decode_masks, no_mask
 from pipeline.sam.checkpoints import base_checkpoint, build_base, misfit
 from pipeline.sam.device import Download, Image, Upload, page_locked, plain_float32
-from pipeline.sam.frame import fit_longest_side, inside_image, to_client_frame
+from pipeline.sam.frame import (
+    fit_longest_side,
+    frame_patch,
+    groups_of_frames,
+    inside_image,
+    to_client_frame,
+)
 from pipeline.sam.int8 import has_vnni, quantise
 from pipeline.sam.lora import add_adapter, merge_lora
 from pipeline.sam.prompts import MULTIMASK, PointGrid
@@ -38,12 +44,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def encode(
     sam: Sam, pixels: Tensor, inside: Tensor, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return image embeddings (B, C, S/16, S/16) float32 of a whole batch.
+    """Return image embeddings (B, C, h/16, w/16) float32 of a whole batch.
 
     As in SAM, padding is zero after normalisation.
 
     Args:
-        pixels: (B, 3, S, S) in 0..255, padded. inside: (B, S, S) bool, False in the padding.
+        pixels: (B, 3, h, w) in 0..255, padded. inside: (B, h, w) bool, False in the padding.
         dtype: what the encoder computes in. What comes after it is a hundredth of the work and
             always float32: in bfloat16 it would double the error of the logits.
     """
@@ -59,13 +65,12 @@ def forward(
     """Run the prompt-free teacher on a whole batch; arguments as ``encode``'s.
 
     Returns:
-        logits (B, K+1, S/4, S/4) and IoU estimates (B, K+1).
+        logits (B, K+1, h/4, w/4) and IoU estimates (B, K+1).
     """
     embeddings = encode(sam, pixels, inside, dtype=dtype)
     batch, dim = embeddings.shape[:2]  # len() would fix the size of an exported graph's batch
     sparse = embeddings.new_zeros((batch, 0, dim))
-    dense = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None].expand_as(embeddings)
-    return decode_masks(sam, embeddings, sparse, dense)
+    return decode_masks(sam, embeddings, sparse, no_mask(sam, embeddings))
 
 
 def image_score(masks: Tensor, iou: Tensor) -> Tensor:
@@ -199,15 +204,31 @@ class Teacher:
     def probabilities(
         self, images: Sequence[Image], size_hw: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Return class probabilities (B, K+1, *size_hw) and IoU estimates (B, K+1), float32."""
-        size = self.card.input_size
-        pixels, valid_hw = self._upload(images, size)
-        inside = inside_image(valid_hw, size)
+        """Return class probabilities (B, K+1, *size_hw) and IoU estimates (B, K+1), float32.
+
+        Images of one frame share a pass.
+        """
+        groups = groups_of_frames(images, self.card.input_size, frame_patch(self.card))
+        parts = [self._one_frame([images[place] for place in group], size_hw) for group in groups]
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([place for group in groups for place in group]).argsort()
+        probabilities, iou = (
+            torch.cat(part)[order.to(self.device)] for part in zip(*parts, strict=True)
+        )
+        return probabilities, iou
+
+    def _one_frame(
+        self, images: Sequence[Image], size_hw: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return what ``probabilities`` does, for images that share a frame."""
+        pixels, valid_hw = self._upload(images, self.card.input_size, frame_patch(self.card))
+        inside = inside_image(valid_hw, pixels.shape[-2:])
         if self.prompter is None:
             logits, iou = forward(self.sam, pixels, inside, dtype=self.dtype)
         else:
             embeddings = encode(self.sam, pixels, inside, dtype=self.dtype)
-            logits, iou = self.prompter(self.sam, embeddings, valid_hw, size)
+            logits, iou = self.prompter(self.sam, embeddings, valid_hw)
         return to_client_frame(logits, valid_hw, size_hw), iou.float()
 
     def begin(self, images: Sequence[Image], size: int) -> Download:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,17 @@ from pipeline.segmentation.losses import IGNORE, supervised_loss
 from pipeline.stores.plain_data import Plain, State, not_finite
 
 _MAX_GRADIENT_NORM = 1.0  # usual for transformers
+
+
+class LabelledFrame(NamedTuple):
+    """An image (3, h, w) uint8 in its input frame, and its mask (h, w) uint8."""
+
+    pixels: Tensor
+    mask: Tensor
+
+
+#: Images (b, 3, h, w) float in 0..255 and masks (b, h, w) uint8, augmented.
+View = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,19 +118,16 @@ class Training:
         return {name: state[name].cpu().contiguous() for name in self._names}
 
     def epochs(
-        self, pixels: Tensor, masks: Tensor, *, progress: Progress | None = None
+        self, frames: Sequence[LabelledFrame], *, progress: Progress | None = None
     ) -> Iterator[Epoch]:
         """Train, and yield each epoch that is finished.
 
         The last, smaller batch of an epoch is filled from its start.
 
-        Args:
-            pixels: (N, 3, S, S) uint8, padded. masks: (N, S, S) uint8, IGNORE in the padding.
-
         Raises:
             NotFiniteError: the loss or the weights have become NaN or infinite.
         """
-        settings, count = self._config.sam, len(pixels)
+        settings, count = self._config.sam, len(frames)
         batch = min(settings.batch_size, count)
         per_epoch = -(-count // batch)
         steps = per_epoch * settings.epochs
@@ -132,8 +141,9 @@ class Training:
             total = torch.zeros(())
             for step, chosen in enumerate(batches, start=epoch * per_epoch):
                 factor = learning_rate_factor(settings, step, steps)
-                views = _augment(pixels[chosen], masks[chosen], rng, settings=self._config.augment)
-                loss = self._step(*views, factor)
+                drawn = [frames[place] for place in chosen]
+                views = _augment(drawn, rng, settings=self._config.augment)
+                loss = self._step(views, factor)
                 if not bool(loss.isfinite()):
                     raise diverged(settings, epoch + 1, f"the loss is {float(loss)}")
                 total = total + loss
@@ -145,12 +155,12 @@ class Training:
             self._done = epoch + 1
             yield Epoch(self._done, float(total) / per_epoch)
 
-    def _step(self, images: Tensor, masks: Tensor, factor: float) -> Tensor:
+    def _step(self, views: Iterable[View], factor: float) -> Tensor:
         """Take a step on an augmented batch at ``factor`` times the rates; return its loss."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self._optimizer.zero_grad()
-        loss = _loss(self._sam, images, masks, settings=self._config.sam)
+        loss = _loss(self._sam, views, settings=self._config.sam)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._sam.parameters(), _MAX_GRADIENT_NORM)
         self._optimizer.step()
@@ -187,26 +197,61 @@ def _optimizer(sam: Sam, settings: SamConfig) -> torch.optim.AdamW:
 
 
 def _augment(
-    pixels: Tensor, masks: Tensor, rng: np.random.Generator, *, settings: AugmentConfig
-) -> tuple[Tensor, Tensor]:
-    """Draw a random view of frames: images (B, 3, S, S) float in 0..255, masks (B, S, S) uint8."""
-    images = pixels.float().div_(255)
-    grid = sampling_grid(random_affine(len(pixels), rng, settings=settings), images)
-    images = warp_images(images, grid, padding="zeros")
-    target = warp_labels(masks, grid, padding="zeros", fill=IGNORE)
-    return change_appearance(images, HEAVY, rng, grey=is_grey(pixels)).mul_(255), target
+    batch: Sequence[LabelledFrame], rng: np.random.Generator, *, settings: AugmentConfig
+) -> Iterator[View]:
+    """Draw a random view of each frame; yield those of one shape together.
+
+    A frame that is not square lies on its side after an odd number of quarter turns.
+    """
+    views: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    maps = random_affine(len(batch), rng, settings=settings)
+    for (pixels, mask), drawn in zip(batch, maps, strict=True):
+        turned = bool(drawn[0, 0].abs() < drawn[0, 1].abs())
+        grid = upright_grid(drawn, mask.shape, mask.T.shape if turned else mask.shape)
+        image = warp_images(pixels[None].float().div_(255), grid, padding="zeros")
+        target = warp_labels(mask[None], grid, padding="zeros", fill=IGNORE)
+        views.setdefault(target.shape, []).append((image, target, is_grey(pixels[None])))
+    for alike in views.values():
+        images, targets, grey = (torch.cat(part) for part in zip(*alike, strict=True))
+        yield change_appearance(images, HEAVY, rng, grey=grey).mul_(255), targets
 
 
-def _loss(sam: Sam, images: Tensor, target: Tensor, *, settings: SamConfig) -> Tensor:
+def upright_grid(drawn: Tensor, from_hw: Sequence[int], to_hw: Sequence[int]) -> Tensor:
+    """Return a ``sampling_grid`` of one image that keeps angles where sides differ: (1, h, w, 2).
+
+    Args:
+        drawn: (2, 3), a map of ``random_affine``, in the square's coordinates -1..1.
+        from_hw: height and width of the image. to_hw: of the view, in pixels of the same size.
+    """
+    sides = drawn.new_tensor([to_hw[1], to_hw[0], 1]) / drawn.new_tensor(from_hw[::-1])[:, None]
+    sides[:, 2] = 1  # a shift is relative to the image
+    return sampling_grid((drawn * sides)[None], drawn.new_empty((1, *to_hw)))
+
+
+def _loss(sam: Sam, views: Iterable[View], *, settings: SamConfig) -> Tensor:
     """Return the loss of one augmented batch: 0.2 CE + 0.8 Dice, and the IoU head's error."""
-    device = sam.pixel_mean.device
-    images, target = images.to(device), target.to(device).long()
-    logits, iou = forward(sam, images, target != IGNORE)
-    # the cell's centre decides its class; interpolation would invent classes
-    low = target[:, LOGIT_STRIDE // 2 :: LOGIT_STRIDE, LOGIT_STRIDE // 2 :: LOGIT_STRIDE]
+    parts = []
+    for images, target in views:
+        images, target = images.to(sam.device), target.to(sam.device).long()
+        logits, iou = forward(sam, images, target != IGNORE)
+        # the cell's centre decides its class; interpolation would invent classes
+        low = target[:, LOGIT_STRIDE // 2 :: LOGIT_STRIDE, LOGIT_STRIDE // 2 :: LOGIT_STRIDE]
+        parts.append((logits, low, iou))
+    logits, low, iou = _side_by_side(parts)
     # supervised_loss weighs CE and Dice 2(1-a) and 2a
     loss = supervised_loss(logits, low, dice_weight=settings.dice_weight) / 2
     return loss + F.mse_loss(iou, real_iou(logits.detach(), low))
+
+
+def _side_by_side(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
+    """Join logits, targets and IoU estimates of several shapes; what is added is ignored."""
+    shapes = [low.shape[1:] for _, low, _ in parts]
+    height, width = (max(sides) for sides in zip(*shapes, strict=True))
+    joined = []
+    for logits, low, iou in parts:
+        missing = (0, width - low.shape[2], 0, height - low.shape[1])
+        joined.append((F.pad(logits, missing), F.pad(low, missing, value=IGNORE), iou))
+    return tuple(torch.cat(part) for part in zip(*joined, strict=True))
 
 
 def real_iou(logits: Tensor, target: Tensor) -> Tensor:
@@ -226,15 +271,20 @@ def real_iou(logits: Tensor, target: Tensor) -> Tensor:
     return ratio.masked_fill(~union.flatten(2).any(dim=2), 1.0)
 
 
-def input_frames(items: Iterable[LabelledImage], size: int) -> tuple[Tensor, Tensor]:
-    """Put images and masks into the input frame, both (N, ..., S, S) uint8; padding is IGNORE."""
-    pixels, masks = [], []
+def input_frames(
+    items: Iterable[LabelledImage], size: int, patch: int | None = None
+) -> list[LabelledFrame]:
+    """Put images and masks into the input frame; in a mask, padding is IGNORE.
+
+    Args:
+        patch: as ``frame_hw``'s.
+    """
+    frames = []
     for item in items:  # one at a time: originals may be large
-        frame, valid_hw = to_input_frame([item.image], size)
+        pixels, valid_hw = to_input_frame([item.image], size, patch)
         height, width = valid_hw[0].tolist()
         resized = Image.fromarray(item.mask).resize((width, height), Image.Resampling.NEAREST)
-        mask = np.full((size, size), IGNORE, np.uint8)
+        mask = np.full(pixels.shape[-2:], IGNORE, np.uint8)
         mask[:height, :width] = np.asarray(resized)
-        pixels.append(frame)
-        masks.append(torch.from_numpy(mask))
-    return torch.cat(pixels), torch.stack(masks)
+        frames.append(LabelledFrame(pixels[0], torch.from_numpy(mask)))
+    return frames

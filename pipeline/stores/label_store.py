@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.config import Frame
 from pipeline.disk import file_sha256
 from pipeline.errors import IdentityError, StageError, StoreError
 from pipeline.folders import folder_beside
@@ -59,11 +60,19 @@ class Identity(BaseModel):
     num_classes: int  # K foreground classes
     method_version: int = LABEL_VERSION
     precision: str | None = None  # only where it moves masks: timm: teachers, and int8
+    # left out of files where it is pad, as in stores that are older than the choice
+    frame: Annotated[Frame, Field(exclude_if=lambda frame: frame == "pad")] = "pad"
 
     @property
     def digest(self) -> str:
         """First 16 hexadecimal digits of the sha256 of the fields."""
         return hashlib.sha256(canonical_json(self.model_dump())).hexdigest()[:16]
+
+
+def differences(found: Identity, wanted: Identity) -> list[tuple[str, object, object]]:
+    """List the fields in which two identities differ, with both values."""
+    pairs = [(name, getattr(found, name), getattr(wanted, name)) for name in Identity.model_fields]
+    return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 class RowKey(NamedTuple):
@@ -360,10 +369,7 @@ def check_identity(path: Path, found: Identity, wanted: Identity) -> None:
     Raises:
         IdentityError: names the first field that differs, both values, and the way out.
     """
-    asked = wanted.model_dump()
-    for field, value in found.model_dump().items():
-        if value != asked[field]:
-            raise IdentityError(
-                f"{path}: {field} is {value}, the run asks for {asked[field]}; "
-                "run `samfed precompute-sam`"
-            )
+    for field, value, asked in differences(found, wanted):
+        raise IdentityError(
+            f"{path}: {field} is {value}, the run asks for {asked}; run `samfed precompute-sam`"
+        )

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.config import Config
+from pipeline.config import Config, Frame
 from pipeline.disk import read_json
 from pipeline.errors import DataError, IdentityError
 from pipeline.stores.label_store import Identity
@@ -34,6 +34,7 @@ class TeacherCard(BaseModel):
     calibration_images: int
     calibration_dice: float  # mean foreground Dice per image, 0..1, at the images' own size
     seed: int
+    frame: Frame = "pad"  # what of SAM's square its images run in; cards of before have none
     base_copy_sha256: str | None = None  # of the copy of the checkpoint that came along, if any
 
     def as_json(self) -> dict[str, Any]:
@@ -63,6 +64,7 @@ class TeacherCard(BaseModel):
             label_size=label_size,
             num_classes=self.num_classes,
             precision=label_precision(self.variant, precision),
+            frame=self.frame,
         )
 
     def check(self, config: Config, server_sha256: str | None, *, path: Path) -> None:
@@ -77,6 +79,7 @@ class TeacherCard(BaseModel):
         wanted: dict[str, object] = {
             "variant": config.sam.variant,
             "prompt": config.sam.prompt_policy,
+            "frame": config.sam.frame,
             "lora_rank": config.sam.adapter_rank,
             "num_classes": config.data.num_classes,
             "input_size": config.sam.input_size or self.input_size,

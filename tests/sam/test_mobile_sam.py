@@ -130,7 +130,7 @@ class Embedding(nn.Module):
         self.sam = sam
 
     def forward(self, pixels: Tensor, valid_hw: Tensor) -> Tensor:
-        return encode(self.sam, pixels, inside_image(valid_hw, pixels.shape[-1]))
+        return encode(self.sam, pixels, inside_image(valid_hw, pixels.shape[-2:]))
 
 
 def test_its_encoder_can_be_exported() -> None:

@@ -128,7 +128,6 @@ def test_the_best_of_many_points_in_chunks() -> None:
         None,  # type: ignore[arg-type]
         torch.zeros(1, 8, 16, 16),
         torch.tensor([[256, 128]]),
-        256,
     )
     assert [len(coords) for coords in passes] == [64, 64, 16]
     every = torch.cat(passes)

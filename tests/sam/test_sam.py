@@ -159,7 +159,7 @@ def test_input_frame_keeps_the_aspect_and_pads() -> None:
     pixels, valid_hw = to_input_frame(images, 128)
     assert pixels.shape == (2, 3, 128, 128)
     assert valid_hw.tolist() == [[64, 128], [128, 32]]
-    inside = inside_image(valid_hw, 128)
+    inside = inside_image(valid_hw, (128, 128))
     assert inside.sum(dim=(1, 2)).tolist() == [64 * 128, 128 * 32]
     assert (pixels[0, 0][inside[0]] == 200).all()
     assert (pixels[0, 0][~inside[0]] == 0).all()
