@@ -2,10 +2,10 @@
 
 Threads decode and resize the next images while the teacher works, and one writes finished chunks
 behind it. On a GPU the next batch is begun before the labels of the last one are fetched. The same
-code runs in process and on a dask worker. A task's batches do not depend on where a run began or
-who else works, so neither do its bytes. Where the rows of a chunk are labelled in two runs, because
-an image could not be read at first, they had other batches, and perhaps another backend: the
-chunk's provenance names both.
+code runs in process and on a dask worker. A task's batches, each of images of one shape, do not
+depend on where a run began or who else works, so neither do its bytes. Where the rows of a chunk
+are labelled in two runs, because an image could not be read at first, they had other batches, and
+perhaps another backend: the chunk's provenance names both.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pipeline.labelling.fidelity import check_fidelity
 from pipeline.labelling.job import Job, Meter
 from pipeline.labelling.quality import measure
 from pipeline.sam.device import Image, Pending
+from pipeline.sam.frame import fitted_hw, frame_hw, frame_patch
 from pipeline.sam.onnx import load_onnx_teacher
 from pipeline.sam.teacher import load_teacher
 from pipeline.stores.label_store import (
@@ -108,7 +109,8 @@ def label_chunks(
     parts: list[PseudoLabels] = []
     with ThreadPoolExecutor(_readers(job)) as readers, ThreadPoolExecutor(1) as writer:
         try:
-            for batch, labels in _label(job, teacher, _read_ahead(job, teacher, tasks, readers)):
+            readings = _read_ahead(job, teacher, tasks, readers)
+            for batch, labels in _label(job, teacher, _batches(job, readings)):
                 if labels is not None:
                     parts.append(labels)
                     if meter is not None:
@@ -125,33 +127,69 @@ def label_chunks(
 
 
 @dataclass(frozen=True)
-class _Batch:
-    rows: tuple[int, ...]
-    images: list[Future[Image]]
+class _Reading:
     result: ChunkResult  # of its task, which grows batch by batch
-    last: bool  # of its task
+    row: int
+    image: Future[Image]
 
 
 def _read_ahead(
     job: Job, teacher: TeacherBackend, tasks: Iterable[ChunkTask], readers: ThreadPoolExecutor
-) -> Iterator[_Batch]:
-    """Decode the next batches, as the teacher takes them, while it works on this one."""
+) -> Iterator[_Reading]:
+    """Decode the next images, as the teacher takes them, while it works on the ones before."""
 
     def read(file: str, sha256: str) -> Image:
         return teacher.staged(load_image(job.config.data.root, file, sha256=sha256))
 
-    size, waiting = job.config.precompute.batch_size, deque[_Batch]()
-    ahead = max(_AHEAD, -(-_readers(job) // size))  # something to do for every thread
+    waiting: deque[_Reading] = deque()
+    # something to do for every thread
+    ahead = max(_AHEAD * job.config.precompute.batch_size, _readers(job))
     for task in tasks:
         result = ChunkResult(task)
-        for start in range(0, len(task.rows), size):
-            stop = start + size
-            images = [readers.submit(read, *file) for file in task.files[start:stop]]
-            last = stop >= len(task.rows)
-            waiting.append(_Batch(task.rows[start:stop], images, result, last))
+        for row, file in zip(task.rows, task.files, strict=True):
+            waiting.append(_Reading(result, row, readers.submit(read, *file)))
             if len(waiting) > ahead:
                 yield waiting.popleft()
     yield from waiting
+
+
+@dataclass(frozen=True)
+class _Batch:
+    rows: tuple[int, ...]
+    images: tuple[Image, ...]  # none if none of the task's could be read
+    result: ChunkResult
+    last: bool  # of its task
+
+
+def _batches(job: Job, readings: Iterable[_Reading]) -> Iterator[_Batch]:
+    """Form batches of images that share a frame: rows of one task, in their order, so far as read.
+
+    So they depend on nothing but the task.
+    """
+    side, patch = job.identity.input_size, frame_patch(job.identity)
+    groups: dict[tuple[int, int], list[tuple[int, Image]]] = {}
+    for reading in readings:
+        result, task = reading.result, reading.result.task
+        try:
+            image = reading.image.result()
+        except DataError as error:
+            result.failed.append(str(error))  # named at the end; the other images go on
+        else:
+            group = groups.setdefault(frame_hw(fitted_hw(image, side), side, patch), [])
+            if len(group) == job.config.precompute.batch_size:
+                yield _batch(group, result, last=False)
+                group.clear()
+            group.append((reading.row, image))
+        if reading.row == task.rows[-1]:
+            *others, final = [*groups.values()] or [[]]
+            yield from (_batch(group, result, last=False) for group in others)
+            yield _batch(final, result, last=True)
+            groups.clear()
+
+
+def _batch(group: Sequence[tuple[int, Image]], result: ChunkResult, *, last: bool) -> _Batch:
+    rows, images = tuple(row for row, _ in group), tuple(image for _, image in group)
+    return _Batch(rows, images, result, last)
 
 
 def _readers(job: Job) -> int:
@@ -201,22 +239,16 @@ class _Begun:
 
 
 def _begin(batch: _Batch, teacher: TeacherBackend, size: int) -> _Begun:
-    """Begin to label the batch's images that can be read."""
-    images: list[Image] = []
-    sample: dict[int, Image] = {}  # mirrored, by their place among the images
-    result = batch.result
-    for row, future in zip(batch.rows, batch.images, strict=True):
-        try:
-            image = future.result()
-        except DataError as error:
-            result.failed.append(str(error))  # named at the end; the other images go on
-            continue
-        if row in result.task.mirrored:
-            sample[len(images)] = np.ascontiguousarray(image[:, ::-1])
-        images.append(image)
-        result.rows.append(row)
-    if not images:
+    """Begin to label the batch's images."""
+    if not batch.images:
         return _Begun(batch, None, None, ())
+    images, result = batch.images, batch.result
+    result.rows += batch.rows
+    sample = {  # mirrored, by their place among the images
+        place: np.ascontiguousarray(images[place][:, ::-1])
+        for place, row in enumerate(batch.rows)
+        if row in result.task.mirrored
+    }
     labels = teacher.begin(images, size)
     if teacher.provenance() not in result.provenance:
         result.provenance.append(teacher.provenance())

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from PIL import Image
 from teachers import FakeTeacher, Hungry, content, labelled_rows, run, stand_in, write_noise
 
 from pipeline.config import Config
@@ -99,6 +100,44 @@ def test_ctrl_c_and_again(config: Config, whole: dict[str, bytes], stop: int) ->
     again = FakeTeacher()
     assert run(config, again).already_labelled == total
     assert again.batches == 0
+
+
+def test_batches_hold_images_of_one_shape(tmp_path: Path) -> None:
+    """And are the same ones where a run is stopped and begun again."""
+    write_noise(tmp_path / "data", count=90, size=48)
+    for file in sorted((tmp_path / "data").rglob("*.png")):
+        if int(file.stem) % 3 == 0:  # a third is 4:3
+            Image.fromarray(np.asarray(Image.open(file))[:36]).save(file)
+    config, shapes = settings(tmp_path / "data", tmp_path / "cache"), list[list[tuple[int, ...]]]()
+    prepare(config)
+
+    class Shaped(FakeTeacher):
+        def label(self, images: Any, size: int) -> PseudoLabels:
+            shapes.append([image.shape for image in images])
+            return super().label(images, size)
+
+    def teacher(stop: int | None = None) -> Shaped:
+        def interrupt(batch: int) -> None:
+            if batch == stop:
+                raise KeyboardInterrupt
+
+        made = Shaped(interrupt)
+        made.card = made.card.model_copy(update={"frame": "content"})
+        return made
+
+    run(config, teacher())
+    whole, batches = content(config.cache.root / "sam"), shapes.copy()
+    assert {len({*batch}) for batch in batches} == {1}
+    assert len({shape for batch in batches for shape in batch}) == 2
+    # no chunk has more than one batch of each shape that is not full
+    assert sum(len(batch) < 10 for batch in batches) <= 2 * 3
+    shapes.clear()
+    shutil.rmtree(config.cache.root / "sam")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, teacher(stop=9))
+    run(config, teacher())
+    assert content(config.cache.root / "sam") == whole
+    assert all(batch in batches for batch in shapes)
 
 
 def test_an_unreadable_image(config: Config, whole: dict[str, bytes], tmp_path: Path) -> None:
