@@ -70,11 +70,16 @@ def auto_precision(variant: str, device: str) -> str:
 
 
 def check_exportable(settings: Config) -> None:
-    """Refuse a prompt, which only the torch backend can give.
+    """Refuse a prompt and frames of many shapes, which only the torch backend can give.
 
     Raises:
-        ConfigError: ``sam.prompt`` is not none.
+        ConfigError: ``sam.prompt`` is not none, or ``sam.frame`` is content.
     """
+    if settings.sam.frame != "pad":
+        raise ConfigError(
+            f"sam.frame: found '{settings.sam.frame}', but an exported teacher takes squares "
+            "alone; set it to pad or use precompute.backend=torch"
+        )
     if settings.sam.prompt != "none":
         raise ConfigError(
             f"sam.prompt: found '{settings.sam.prompt}', but only an adapted teacher, which needs "
