@@ -224,7 +224,7 @@ def test_nothing_is_written_any_more_once_a_run_has_failed(
 ) -> None:
     """The threads of stage one are gone before its locks are free."""
 
-    def full(*args: object) -> None:
+    def full(*args: object, **named: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(LabelStore, "mark_done", full)
