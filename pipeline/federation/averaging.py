@@ -18,9 +18,9 @@ from pipeline.federation.aggregation import aggregate, check_update, fewest_upda
 from pipeline.federation.agreement import Calibration
 from pipeline.federation.compression import WEIGHT_STEPS, Packed, pack, unpack_update
 from pipeline.federation.diagnostics import FEWEST_TO_COMPARE
+from pipeline.federation.examples import public_examples
 from pipeline.federation.local_update import train_on_server
 from pipeline.federation.messages import FitRequest, Reply
-from pipeline.federation.panels import public_examples
 from pipeline.federation.privacy import Noise, noise_key, private_mean
 from pipeline.federation.rounds import Round, Strategy
 from pipeline.federation.runs import RunFolder

@@ -17,6 +17,7 @@ from pipeline.federation.audit import note_sent, sent_file
 from pipeline.federation.codistillation import distil, public_logits
 from pipeline.federation.compression import Packed, pack_update
 from pipeline.federation.description import FEWEST_IMAGES, describe, public_moments, training_of
+from pipeline.federation.examples import client_examples, public_examples
 from pipeline.federation.exchange import EXCHANGES
 from pipeline.federation.inputs import ClientContext, flip_dice, load_client, load_part
 from pipeline.federation.local_update import LocalResult, LocalTask, local_update
@@ -31,7 +32,6 @@ from pipeline.federation.messages import (
     Reply,
     Request,
 )
-from pipeline.federation.panels import client_examples, public_examples
 from pipeline.federation.pretraining import first_model
 from pipeline.federation.privacy import Noise, noise_key, private_update
 from pipeline.federation.runs import RoundFiles, RunFolder
