@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from pipeline.inference.card import model_card
 from pipeline.inference.loading import MODEL_FILE, Choice, find_model, load_model
 from pipeline.inference.onnx_model import INPUT, OUTPUTS, SPEC_KEY
 from pipeline.inference.torch_model import NetworkModel
+from pipeline.sam.export import to_onnx
 from pipeline.segmentation.likeness import distances, logits_and_features
 from pipeline.segmentation.networks import normalise
 from pipeline.stores.plain_data import to_bytes
@@ -91,29 +92,13 @@ def export_model(config: Config, choice: Choice, out: Path | None = None) -> Exp
     return Export({str(out / name): file_sha256(out / name) for name in names})
 
 
-@torch.no_grad()
 def _trace(model: NetworkModel) -> onnx.ModelProto:
     """Return the network of ``_FRAMES`` as an ONNX model with a free batch dimension."""
     size = model.spec.image_size
-    # two rows, because torch.export takes a dimension of one for a constant
-    frames = torch.zeros(2, 3, size, size)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's exporter warns of what it calls itself
-        program = torch.onnx.export(
-            ExportedNetwork(model).eval().cpu(),
-            (frames,),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=[_FRAMES],
-            output_names=[_PROBABILITIES, OUTPUTS[2]],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )
-    if program is None:  # what the signature allows for the exporter that is not used here
-        raise RuntimeError("torch.onnx.export returned no program")
-    for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # stack traces, with the paths of this computer
-    return program.model_proto
+    frames = {_FRAMES: torch.zeros(2, 3, size, size)}
+    outputs = (_PROBABILITIES, OUTPUTS[2])
+    found = to_onnx(ExportedNetwork(model), frames, outputs=outputs, opset=OPSET)
+    return onnx_ir.to_proto(found)
 
 
 def _graph(model: NetworkModel) -> onnx.ModelProto:

@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -153,26 +153,37 @@ def export_teacher(
     return Export(str(path), beside, megabytes, precision, label_size, opset)
 
 
-@torch.no_grad()
 def trace(
     network: nn.Module, *, input_size: int, outputs: Sequence[str] = OUTPUTS
 ) -> onnx_ir.Model:
     """Return ``network`` (of ``INPUTS``) as an ONNX graph with a free batch dimension."""
-    # two rows, because torch.export takes a dimension of one for a constant
     pixels = torch.zeros(2, input_size, input_size, 3, dtype=torch.uint8)
     valid_hw = torch.full((2, 2), input_size)
+    named = dict(zip(INPUTS, (pixels, valid_hw), strict=True))
+    return to_onnx(network, named, outputs=outputs, opset=OPSET)
+
+
+@torch.no_grad()
+def to_onnx(
+    network: nn.Module, inputs: Mapping[str, Tensor], *, outputs: Sequence[str], opset: int
+) -> onnx_ir.Model:
+    """Return ``network`` on the CPU as an ONNX graph whose first dimension, the batch, is free.
+
+    Args:
+        inputs: an example of each, by name, of two rows: torch.export takes one for a constant.
+    """
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter warns of what it calls itself
         program = torch.onnx.export(
-            network.eval(),
-            (pixels, valid_hw),
+            network.eval().cpu(),
+            tuple(inputs.values()),
             dynamo=True,
             verbose=False,
-            opset_version=OPSET,
-            input_names=INPUTS,
+            opset_version=opset,
+            input_names=list(inputs),
             output_names=outputs,
-            dynamic_shapes=({0: batch}, {0: batch}),
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
         )
     if program is None:  # what the signature allows for the exporter that is not used here
         raise RuntimeError("torch.onnx.export returned no program")
