@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run on every core already
 
+import gc
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ import pytest
 import yaml
 from click.testing import Result
 from filelock import FileLock
-from forks import Forks, start_server
+from forks import Forks, connected
 from typer.testing import CliRunner
 
 import cli
@@ -44,7 +45,8 @@ TINY = {
     "sam": {"epochs": 1, "batch_size": 2, "lora_rank": 2, "points_per_side": 3, "threads": 1},
     # one epoch makes no teacher that is worth a warning
     "precompute": {"batch_size": 3, "warn_consistency": 0, "warn_empty": 1},
-    "model": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]},
+    # one of timm's smallest: a step of such a network costs by its layers
+    "model": {"encoder": "tu-test_byobnet", "encoder_depth": 3, "decoder_channels": [16, 8, 8]},
     "federate": {
         "rounds": 2,
         "pretrain_steps": 2,
@@ -55,10 +57,24 @@ TINY = {
     },
 }
 
+# hundreds of thousands of objects live as long as the tests: to look for rubbish among them again
+# and again takes a tenth of the time
+gc.set_threshold(50_000, 20, 50)
+
 PREPARED = ("partition.json", "images", "oracle")
 ADAPTED = (*PREPARED, "teacher")
 LABELLED = (*ADAPTED, "sam")
 FINISHED = (*LABELLED, "runs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that start processes: no worker of pytest-xdist is left alone with one.
+
+    Files stay whole, as their fixtures are made once for each.
+    """
+    long = {item.path for item in items if "forks" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in long)
+
 
 # --------------------------------------------------------------------------- settings
 
@@ -127,14 +143,18 @@ def listing(folder: Path) -> dict[str, bytes]:
     }
 
 
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that all workers of pytest-xdist share."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 def build_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
     """Return a folder that ``build`` has filled, once for all workers of pytest-xdist.
 
     Every worker reads the same folder: whoever needs it first builds it, the others wait.
     """
-    base = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
+    base = shared_folder(factory)
     folder, done = base / name, base / f"{name}.done"
     with FileLock(base / f"{name}.lock"):
         if not done.exists():
@@ -284,7 +304,8 @@ class Project:
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    """Real processes of ``samfed`` that start without importing everything anew."""
-    with start_server() as server:
-        yield server
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Real processes that start without importing everything anew."""
+    server = connected(shared_folder(tmp_path_factory))
+    yield server
+    server.close()

@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import distributed
-
-ROOT = Path(__file__).parents[1]
+from forks import Fork, Forks
 
 
 class Workers:
     """A dask scheduler and workers, each a process that the command line starts."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, forks: Forks) -> None:
         self.file = folder / "scheduler.json"
-        self.processes = [
-            self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
-        ]
+        self._forks = forks
+        self.processes = [self._start("scheduler", "--port", "0")]
         self.address = ""
 
-    def _start(self, role: str, *options: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "dask", role, "--scheduler-file", str(self.file)]
-        command += ["--host", "127.0.0.1", "--no-dashboard"]
-        return subprocess.Popen(
-            [*command, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+    def _start(self, role: str, *options: str) -> Fork:
+        file = ("--scheduler-file", self.file)
+        here = ("--host", "127.0.0.1", "--no-dashboard")
+        return self._forks.start("python", "-m", "dask", role, *file, *here, *options)
 
-    def add(self, count: int) -> list[subprocess.Popen[bytes]]:
+    def add(self, count: int) -> list[Fork]:
         options = ("--no-nanny", "--nthreads", "1", "--death-timeout", "60")
         new = [self._start("worker", *options) for _ in range(count)]
         self.processes += new
         while not self.file.is_file():
-            assert self.processes[0].poll() is None, "the scheduler died"
+            assert self.processes[0].is_running(), "the scheduler died"
             time.sleep(0.1)
         self.address = json.loads(self.file.read_text())["address"]
         return new

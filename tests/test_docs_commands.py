@@ -13,6 +13,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -166,8 +167,10 @@ def parse_make(words: list[str]) -> None:
 
 
 def parse_dvc(words: list[str]) -> None:
-    parse = "import sys; from dvc.cli.parser import get_main_parser as p; p().parse_args()"
-    subprocess.run([sys.executable, "-c", parse, *words], check=True, capture_output=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what DVC imports warns of itself
+        from dvc.cli.parser import get_main_parser
+    get_main_parser().parse_args(words)
     folder = ROOT
     if words[0] == "--cd":
         folder, words = ROOT / words[1], words[2:]

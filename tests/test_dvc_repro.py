@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import yaml
@@ -42,7 +41,7 @@ esac
 """
 
 
-def test_the_tables_are_a_project_of_their_own(tmp_path: Path) -> None:
+def test_the_tables_are_a_project_of_their_own(tmp_path: Path, forks: Forks) -> None:
     """It makes what lies outside of it, and the root's status does not speak of it."""
     copy_of(tmp_path, ".dvc", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "benchmarks")
     for folder in ("data/polyp", "data/weights", "cache/polyp", "bin"):
@@ -51,7 +50,7 @@ def test_the_tables_are_a_project_of_their_own(tmp_path: Path) -> None:
     script = tmp_path / "bin/samfed"
     script.write_text(STAND_IN)
     script.chmod(0o755)
-    path = f"{script.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{script.parent}:{forks.bin}:{os.environ['PATH']}"
 
     def run(*command: str) -> str:
         done = subprocess.run(
@@ -73,7 +72,7 @@ class Project:
 
     def __init__(self, root: Path, images: Path, commands: Path) -> None:
         self.root = root
-        self.commands = commands  # a folder with `samfed`, to be first on PATH
+        self.commands = commands  # a folder with `samfed` and `dvc`, to be first on PATH
         copy_of(root, "pipeline", ".dvc", "dvc.yaml", "cli.py", ".dvcignore", ".gitignore")
         (root / "data").mkdir()
         (root / "cache").mkdir()
@@ -92,9 +91,7 @@ class Project:
 
     def run(self, *command: str) -> str:
         environment = os.environ | {
-            "PATH": os.pathsep.join(
-                [str(self.commands), str(Path(sys.executable).parent), os.environ["PATH"]]
-            )
+            "PATH": os.pathsep.join([str(self.commands), os.environ["PATH"]])
         }
         done = subprocess.run(
             command, cwd=self.root, env=environment, capture_output=True, text=True, check=False

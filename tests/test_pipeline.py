@@ -137,7 +137,7 @@ def test_kill_9_between_rounds_changes_nothing(
     params = write_params(tmp_path / "params.yaml", config)
     killed = RunFolder(whole.path.parent / "killed")
     for number in (1, 3):
-        process = forks.start("federate", "--params", str(params))
+        process = forks.start("samfed", "federate", "--params", params)
         while len(killed.history()) < number and process.is_running():
             time.sleep(0.01)
         process.kill(signal.SIGKILL)

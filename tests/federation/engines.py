@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+from forks import Forks
 
 from pipeline.config import Config, NetworkConfig
 from pipeline.federation.client import Client
@@ -21,8 +21,10 @@ from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.runtime import resolve_device
 from pipeline.stores.plain_data import from_bytes, to_bytes
 
-SMALL = {"encoder_depth": 3, "decoder_channels": (16, 8, 8)}
-NETWORKS = (NetworkConfig(**SMALL), NetworkConfig(encoder="tu-resnet10t", **SMALL))
+NETWORKS = tuple(
+    NetworkConfig(encoder=f"tu-{name}", encoder_depth=3, decoder_channels=(16, 8, 8))
+    for name in ("test_byobnet", "test_resnet")
+)
 
 
 def changed(config: Config, name: str, *, own: bool = False, **federate: Any) -> Config:
@@ -71,26 +73,20 @@ class Watched:
 class Site:
     """Another process in a folder of its own, which answers for one client."""
 
-    def __init__(self, folder: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+    def __init__(self, folder: Path, forks: Forks) -> None:
+        self._process, socket = forks.talk(__file__, cwd=folder)
+        with socket:
+            self._file = socket.makefile("rwb")
 
     def send(self, content: bytes) -> bytes:
         """Return the process's answer."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        write_frame(self._process.stdin, content)
-        return read_frame(self._process.stdout)
+        write_frame(self._file, content)
+        return read_frame(self._file)
 
     def close(self) -> None:
         """End the process."""
-        self._process.communicate()
-        assert self._process.returncode == 0
+        self._file.close()
+        assert self._process.wait() == 0
 
 
 class Remote:

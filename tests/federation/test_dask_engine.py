@@ -15,6 +15,7 @@ import pytest
 from conftest import call, digest, write_params
 from dask_processes import Workers, thread_workers
 from engines import Watched, changed, models
+from forks import Forks
 
 from pipeline.cluster import Cluster, check_worker, connect
 from pipeline.config import Config
@@ -29,9 +30,9 @@ from pipeline.federation.server import federate
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+def workers(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[Workers]:
     """A scheduler and two workers; the last test that uses them ends the scheduler."""
-    started = Workers(tmp_path_factory.mktemp("dask"))
+    started = Workers(tmp_path_factory.mktemp("dask"), forks)
     started.add(2)
     yield started
     started.stop()

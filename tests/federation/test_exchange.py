@@ -25,15 +25,15 @@ NETWORKS = tuple(
     for each in (
         {
             "architecture": "segformer",
-            "encoder": "tu-lcnet_050",
+            "encoder": "tu-test_efficientnet",
             "encoder_depth": 5,
             "decoder_channels": [16],
         },
-        {"encoder": "tu-resnet10t", "encoder_depth": 3, "decoder_channels": [16, 8, 8]},
-        {"architecture": "linknet", "encoder": "tu-regnetx_002", "encoder_depth": 5},
+        {"encoder": "tu-test_byobnet", "encoder_depth": 3, "decoder_channels": [16, 8, 8]},
+        {"architecture": "linknet", "encoder": "tu-test_resnet", "encoder_depth": 5},
         {
             "architecture": "segformer",
-            "encoder": "tu-mobilenetv4_conv_small_050",
+            "encoder": "tu-test_convnext3",
             "encoder_depth": 5,
             "decoder_channels": [16],
         },

@@ -6,7 +6,7 @@ import shutil
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from http.client import HTTPSConnection
@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 from conftest import LABELLED, call, copy_cache, fails, write_params
-from dask_processes import thread_workers
 from engines import changed, models
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
+from forks import Forks
 
-from pipeline.cluster import Cluster
 from pipeline.config import Config
 from pipeline.data.partition import ServerPart, load_partition, save_partition
 from pipeline.data.public import export_public, import_public
@@ -87,10 +86,11 @@ def make_site(folder: Path, server: Config, public: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def deployment(
-    sites: dict[str, Config], tmp_path_factory: pytest.TempPathFactory
+    sites: dict[str, Config], tmp_path_factory: pytest.TempPathFactory, forks: Forks
 ) -> Iterator[Deployment]:
     """A SuperLink, behind the proxy where there is nginx, and the sites' nodes."""
-    with deployed(tmp_path_factory.mktemp("flower"), nginx=NGINX) as started:
+    folder = tmp_path_factory.mktemp("flower")
+    with deployed(folder, nginx=NGINX, python=forks.python) as started:
         for name, site in sites.items():
             started.add_node(name, site.cache.root.parent / "params.yaml")
         yield started
@@ -105,18 +105,15 @@ def with_private_models(run: RunFolder, sites: dict[str, Config]) -> dict[str, b
     return found
 
 
-def everywhere(server: Config, sites: dict[str, Config], flower: RunFolder, *, own: bool) -> None:
-    """Compare a run over Flower with the same one here, and on dask."""
+def as_here(server: Config, sites: dict[str, Config], flower: RunFolder, *, own: bool) -> None:
+    """Compare a run over Flower with the same one here (of dask: ``test_dask_engine``)."""
     here = federate(changed(server, f"here_{own}", own=own))
-    with thread_workers(2) as client:
-        connect = reach(nullcontext(Cluster(client)))
-        dask = federate(changed(server, f"dask_{own}", own=own), connect=connect)
-    assert with_private_models(flower, sites) == models(here) == models(dask)
+    assert with_private_models(flower, sites) == models(here)
     assert [entry["val"] for entry in flower.history()] == [e["val"] for e in here.history()]
     assert not list(flower.path.glob("clients/*"))  # what is private stays at its site
 
 
-def test_here_on_dask_and_on_flower_one_model_though_a_node_is_killed(
+def test_here_and_on_flower_one_model_though_a_node_is_killed(
     server: Config, sites: dict[str, Config], deployment: Deployment
 ) -> None:
     def kill(what: str, done: int, total: int, note: str = "", /) -> None:
@@ -126,7 +123,7 @@ def test_here_on_dask_and_on_flower_one_model_though_a_node_is_killed(
 
     config = changed(server, "flower")
     flower = launch(config, deployment.link, progress=kill)
-    everywhere(server, sites, flower, own=False)
+    as_here(server, sites, flower, own=False)
 
 
 def test_networks_of_their_own_too_though_the_superlink_dies(
@@ -150,7 +147,7 @@ def test_networks_of_their_own_too_though_the_superlink_dies(
     options = ("--superlink", deployment.link.address, "--root-certificates")
     result = call("federate", "--params", params, *options, deployment.certificate, "--resume")
     assert result.exit_code == 0, result.output
-    everywhere(server, sites, RunFolder(config.cache.root / "runs/died"), own=True)
+    as_here(server, sites, RunFolder(config.cache.root / "runs/died"), own=True)
 
 
 def test_what_keeps_a_site_out_is_one_line(

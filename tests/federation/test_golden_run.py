@@ -57,6 +57,7 @@ def config(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
         tiny_images,
         tmp_path_factory.mktemp("golden"),
         partition={"scheme": "iid", "clients": 2, "server_images": 10, "calibration_min": 4},
+        model={"encoder": "tu-mobilenetv3_small_050"},  # the one that users get
         federate={
             "local_steps": 4,
             "pretrain_steps": 10,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import call, write_params
 from engines import Remote, Site, Watched, changed, models
+from forks import Forks
 from torch import Tensor
 
 from pipeline.config import Config
@@ -44,13 +45,13 @@ CLIENT = "site_b"
 
 @pytest.fixture(scope="module")
 def site(
-    shared_pipeline: Config, tmp_path_factory: pytest.TempPathFactory
+    shared_pipeline: Config, tmp_path_factory: pytest.TempPathFactory, forks: Forks
 ) -> Iterator[tuple[Site, Path]]:
     """A process that has one client's stores and D_p's, and where it runs."""
     folder, cache = tmp_path_factory.mktemp("site"), shared_pipeline.cache.root
     for store in ("images/server", f"images/{CLIENT}", "sam/server.zarr", f"sam/{CLIENT}.zarr"):
         shutil.copytree(cache / store, folder / "cache" / store)
-    process = Site(folder)
+    process = Site(folder, forks)
     yield process, folder
     process.close()
 

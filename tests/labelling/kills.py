@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
+from forks import Forks
 
 from pipeline.config import Config
 
@@ -37,39 +37,31 @@ def counting_steps(kill_at: int | None = None) -> Iterator[list[int]]:
         yield steps
 
 
-class Forks:
+class StageOnes:
     """Runs stage one in forks of a process that has imported everything and done nothing."""
 
-    def __init__(self, server: subprocess.Popen[str]) -> None:
-        self._server = server
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
 
     def run(self, config: Config, *, kill_at: int | None = None, user: int | None = None) -> int:
         """Return its exit code: of a kill at that step -9, of an OSError its number, else 0."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
         order: dict[str, Any] = {"root": str(config.data.root), "cache": str(config.cache.root)}
-        print(json.dumps(order | {"kill_at": kill_at, "user": user}), file=self._server.stdin)
-        self._server.stdin.flush()
-        return int(self._server.stdout.readline())
+        print(json.dumps(order | {"kill_at": kill_at, "user": user}), file=self._file, flush=True)
+        return int(self._file.readline())
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    command = [sys.executable, __file__]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stdout is not None
-        assert server.stdout.readline() == "ready\n"
-        yield Forks(server)
+def stage_ones(forks: Forks) -> Iterator[StageOnes]:
+    process, socket = forks.talk(__file__)
+    with socket, socket.makefile("rw") as file:
+        yield StageOnes(file)
+    assert process.wait() == 0
 
 
 def serve() -> None:
     """Run stage one in a fork for every line of standard input, and print its exit code."""
     from noise_cache import run, settings
 
-    print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()

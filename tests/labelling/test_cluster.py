@@ -7,8 +7,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +17,8 @@ import dask
 import distributed
 import pytest
 from conftest import ADAPTED, call, copy_cache, tiny_config, write_params
-from dask_processes import ROOT, Workers, group_is_there
+from dask_processes import Workers, group_is_there
+from forks import Forks
 from teachers import content
 
 from pipeline.cluster import connect, local_cluster
@@ -66,8 +65,8 @@ def config(prepared: Config, tmp_path: Path) -> Config:
 
 
 @pytest.fixture
-def workers(tmp_path: Path) -> Iterator[Workers]:
-    started = Workers(tmp_path)
+def workers(tmp_path: Path, forks: Forks) -> Iterator[Workers]:
+    started = Workers(tmp_path, forks)
     yield started
     started.stop()
 
@@ -80,7 +79,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing_but_its_shard(
 
     def kill(what: str, done: int, total: int) -> None:
         if done and not killed:  # every worker has a task from the start on
-            first.send_signal(signal.SIGKILL)
+            first.kill()
             killed.append(done)
 
     result = precompute(config, cluster=connect(workers.address), progress=kill)
@@ -92,7 +91,9 @@ def test_a_worker_killed_in_the_middle_costs_nothing_but_its_shard(
     assert (again.labelled, again.already_labelled) == (0, result.labelled)
 
 
-def test_ctrl_c_with_local_workers(config: Config, prepared: Config, tmp_path: Path) -> None:
+def test_ctrl_c_with_local_workers(
+    config: Config, prepared: Config, tmp_path: Path, forks: Forks
+) -> None:
     """A terminal sends it to the workers too: none is left, and what is done is kept.
 
     SIGTERM takes the same way (tests/test_signals.py).
@@ -101,26 +102,22 @@ def test_ctrl_c_with_local_workers(config: Config, prepared: Config, tmp_path: P
     params = write_params(tmp_path / "params.yaml", config)
     options = ("precompute-sam", "--json", "--params", str(params), "--workers")
     server = config.cache.root / "sam" / "server.zarr"  # its few images come first
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "cli.py"), *options, "1"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as run:
-        try:
-            while not (server.is_dir() and LabelStore(server).done().all()):
-                assert run.poll() is None
-                time.sleep(0.01)  # the rest takes a second or two
-            os.killpg(run.pid, signal.SIGINT)
-            out, err = run.communicate()
-            while group_is_there(run.pid):
-                time.sleep(0.05)  # dask's own helpers take a moment
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(run.pid, signal.SIGKILL)
-    assert (run.returncode, out) == (130, "")
+    said = [tmp_path / "out", tmp_path / "err"]
+    with said[0].open("w") as out, said[1].open("w") as err:
+        run = forks.start("samfed", *options, 1, files=(None, out.fileno(), err.fileno()))
+    try:
+        while not (server.is_dir() and LabelStore(server).done().all()):
+            assert run.is_running()
+            time.sleep(0.01)  # the rest takes a second or two
+        os.killpg(run.pid, signal.SIGINT)
+        code = run.wait()
+        while group_is_there(run.pid):
+            time.sleep(0.05)  # dask's own helpers take a moment
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    out, err = (path.read_text() for path in said)
+    assert (code, out) == (130, "")
     assert "interrupted: run the same command again to continue\n" in err  # beside dask's warnings
     assert "Traceback" not in err
     assert "leaked" not in err

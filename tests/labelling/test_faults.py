@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import Forks, counting_steps, forks
+from kills import StageOnes, counting_steps, stage_ones
 from noise_cache import config, finished, run, settings, whole
 from teachers import content, labelled_rows
 
@@ -24,7 +24,7 @@ from pipeline.data.partition import load_partition
 from pipeline.labelling.maintenance import verify
 from pipeline.stores.label_store import LabelStore
 
-__all__ = ["config", "finished", "forks", "whole"]  # fixtures
+__all__ = ["config", "finished", "stage_ones", "whole"]  # fixtures
 
 HERE = Path(__file__).parent
 KILLS = 20
@@ -35,7 +35,9 @@ def forget(config: Config) -> None:
     shutil.rmtree(config.cache.root / "sam", ignore_errors=True)
 
 
-def test_kill_9_at_20_moments(config: Config, whole: dict[str, bytes], forks: Forks) -> None:
+def test_kill_9_at_20_moments(
+    config: Config, whole: dict[str, bytes], stage_ones: StageOnes
+) -> None:
     """Spread over a run, from the first file that it flushes to its last mark."""
     forget(config)
     with counting_steps() as steps:
@@ -44,7 +46,7 @@ def test_kill_9_at_20_moments(config: Config, whole: dict[str, bytes], forks: Fo
     total, stopped = labelled_rows(config), set()
     for number in range(KILLS):
         forget(config)
-        assert forks.run(config, kill_at=1 + number * len(steps) // KILLS) == -9
+        assert stage_ones.run(config, kill_at=1 + number * len(steps) // KILLS) == -9
         before = labelled_rows(config)
         stopped.add(before)
         result, images = run(config)
@@ -54,7 +56,7 @@ def test_kill_9_at_20_moments(config: Config, whole: dict[str, bytes], forks: Fo
     assert {0} < stopped  # some before the first done mark, some after
 
 
-def test_a_read_only_cache(config: Config, whole: dict[str, bytes], forks: Forks) -> None:
+def test_a_read_only_cache(config: Config, whole: dict[str, bytes], stage_ones: StageOnes) -> None:
     """Root may write anywhere, so that the run is another user's."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -68,12 +70,12 @@ def test_a_read_only_cache(config: Config, whole: dict[str, bytes], forks: Forks
             path.chmod(0o555)
         user = 65534 if os.geteuid() == 0 else None
         try:
-            assert os.strerror(forks.run(there, user=user)) == "Permission denied"
+            assert os.strerror(stage_ones.run(there, user=user)) == "Permission denied"
             assert content(folder) == before
         finally:
             for path in folders:
                 path.chmod(0o755)
-        assert forks.run(there) == 0
+        assert stage_ones.run(there) == 0
         assert content(folder / "cache" / "sam") == whole
 
 

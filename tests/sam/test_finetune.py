@@ -23,7 +23,7 @@ from pipeline.data.prepare import prepare
 from pipeline.errors import CorruptStoreError, DataError, NotFiniteError
 from pipeline.sam.finetune import CHECKPOINT, finetune
 
-TIMM = {"variant": "timm:mobilenetv3_small_050", "input_size": 64}
+TIMM = {"variant": "timm:test_resnet", "input_size": 64}
 
 
 def with_sam(config: Config, **changed: Any) -> Config:
@@ -144,7 +144,7 @@ def test_kill_9_after_an_epoch(prepared: Config, tmp_path: Path, forks: Forks) -
     config = with_sam(prepared, epochs=3, batch_size=1)
     whole = copy_cache(config, tmp_path / "whole", PREPARED)
     params = write_params(tmp_path / "params.yaml", config)
-    process = forks.start("finetune-sam", "--params", str(params))
+    process = forks.start("samfed", "finetune-sam", "--params", params)
     while not (config.cache.root / CHECKPOINT).exists():
         assert process.is_running()
         time.sleep(0.001)

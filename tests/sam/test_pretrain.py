@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pipeline.sam  # noqa: F401  (before segment_anything imports torchvision)
@@ -55,8 +56,10 @@ def test_shipped_weights_segment_unseen_scenes() -> None:
 
 
 def test_the_command_line_trains_to_the_same_bytes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    few = partial(validate, scenes=2)
+    monkeypatch.setattr("tools.pretrain_vit_t.pretrain.validate", few)
     out = tmp_path / "vit_t.safetensors"
     main([str(out), "--steps", "1", "--seed", "3"])
     said = capsys.readouterr()

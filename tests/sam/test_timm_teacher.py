@@ -29,7 +29,7 @@ from pipeline.sam.transfer import export_teacher, import_teacher
 from pipeline.stores.label_store import LabelStore, PseudoLabels
 from pipeline.stores.teacher_card import label_precision, load_card
 
-BACKBONE = "mobilenetv3_small_050"
+BACKBONE = "test_resnet"
 BASES = ["random", "checkpoint"]
 
 

@@ -36,18 +36,21 @@ from pipeline.federation.flower.link import Link
 HERE = "127.0.0.1"
 START_SECONDS = 120.0
 _HOME = "FLWR_HOME"
-_BIN = Path(sys.executable).parent  # where Flower's commands lie
+_PYTHON = Path(sys.executable)
 _PACKAGE = Path(__file__).parents[3]
 
 
 @contextmanager
-def deployed(folder: Path, *, nginx: str | None = None) -> Iterator[Deployment]:
+def deployed(
+    folder: Path, *, nginx: str | None = None, python: Path = _PYTHON
+) -> Iterator[Deployment]:
     """Start a SuperLink in ``folder``; end it, and every node of it, with the block.
 
     Args:
         nginx: a program that stands between it and the sites, set up as ``docs/nginx.conf``.
+        python: the interpreter; Flower's commands lie beside it.
     """
-    started = Deployment(folder)
+    started = Deployment(folder, python=python)
     try:
         started.start_superlink()
         if nginx is not None:
@@ -60,7 +63,8 @@ def deployed(folder: Path, *, nginx: str | None = None) -> Iterator[Deployment]:
 class Deployment:
     """A SuperLink that asks for registered keys, and the nodes of some clients."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, python: Path = _PYTHON) -> None:
+        self._python, self._bin = python, python.parent
         self._folder, self._tls = folder.resolve(), folder.resolve() / "tls"
         self._home = self._folder / "flwr"
         self.certificate = make_certificate(self._tls)
@@ -83,7 +87,7 @@ class Deployment:
         port = self.link.address.rpartition(":")[2]
         self._start(
             "superlink",
-            *(_BIN / "flower-superlink", "--host", HERE, "--port", port),
+            *(self._bin / "flower-superlink", "--host", HERE, "--port", port),
             *("--enable-supernode-auth", "--database", self._folder / "superlink.db"),
             *("--ssl-certfile", self.certificate, "--ssl-ca-certfile", self.certificate),
             *("--ssl-keyfile", self._tls / "server.key"),
@@ -126,7 +130,7 @@ class Deployment:
         params, key = self._nodes[name]
         self._start(
             name,
-            *(sys.executable, "-m", "pipeline", "site", "run", "--params", params),
+            *(self._python, "-m", "pipeline", "site", "run", "--params", params),
             *("--name", name, "--superlink", self._fleet.address, "--key", key),
             *("--root-certificates", self.certificate),
         )
@@ -167,7 +171,7 @@ class Deployment:
             _HOME: str(self._home),
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
             "PYTHONPATH": os.pathsep.join([str(_PACKAGE), os.environ.get("PYTHONPATH", "")]),
-            "PATH": os.pathsep.join([str(_BIN), os.environ["PATH"]]),
+            "PATH": os.pathsep.join([str(self._bin), os.environ["PATH"]]),
         }
         with self.log(name).open("ab") as log:
             self._processes[name] = subprocess.Popen(
