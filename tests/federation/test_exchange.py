@@ -29,7 +29,7 @@ NETWORKS = tuple(
             "encoder_depth": 5,
             "decoder_channels": [16],
         },
-        {"encoder": "tu-test_byobnet", "encoder_depth": 3, "decoder_channels": [16, 8, 8]},
+        {"encoder": "tu-resnet10t", "encoder_depth": 3, "decoder_channels": [16, 8, 8]},
         {"architecture": "linknet", "encoder": "tu-test_resnet", "encoder_depth": 5},
         {
             "architecture": "segformer",

@@ -100,7 +100,8 @@ def test_ctrl_c_with_local_workers(
     Then the command again, to the end: nothing is said but the result.
     """
     params = write_params(tmp_path / "params.yaml", config)
-    options = ("precompute-sam", "--json", "--params", str(params), "--workers")
+    quiet = ("--json", "--progress", "none")  # it would say each half minute that it still works
+    options = ("precompute-sam", *quiet, "--params", str(params), "--workers")
     server = config.cache.root / "sam" / "server.zarr"  # its few images come first
     said = [tmp_path / "out", tmp_path / "err"]
     with said[0].open("w") as out, said[1].open("w") as err:
