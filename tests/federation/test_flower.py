@@ -25,7 +25,6 @@ from pipeline.data.partition import ServerPart, load_partition, save_partition
 from pipeline.data.public import export_public, import_public
 from pipeline.errors import NetworkError, SamfedError
 from pipeline.federation.audit import audit
-from pipeline.federation.cluster import reach
 from pipeline.federation.flower import engine as engine_module
 from pipeline.federation.flower import node
 from pipeline.federation.flower.engine import FlowerEngine, over_grid
