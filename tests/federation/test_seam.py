@@ -141,6 +141,7 @@ def test_the_servers_checkpoint_holds_no_clients_weights(labelled: Config) -> No
         "partition",
         "fingerprint",
         "moments",
+        "average",
     ]
     server = (run.path / "checkpoints" / "round_0002.safetensors").stat().st_size
     private = sorted((run.path / "clients" / CLIENT).glob("round_*"))
@@ -414,7 +415,7 @@ def test_hostile_clients_are_left_out(labelled: Config) -> None:
 
 def test_a_first_model_that_diverges_is_not_kept(labelled: Config) -> None:
     with pytest.raises(NotFiniteError, match=r"not written: '[\w.]+' is not finite; lower the le"):
-        federate(changed(labelled, "wild", learning_rate=1e30))
+        federate(changed(labelled, "wild", pretrain_learning_rate=1e30))
     assert list((labelled.cache.root / "starts").glob("*")) == []
 
 
