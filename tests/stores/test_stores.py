@@ -365,6 +365,8 @@ def test_rows_of_a_chunk_that_several_made(path: Path) -> None:
     """A record for each, once, in their order."""
     store = LabelStore.create(path, IDENTITY, keys())
     one, two = (PROVENANCE | {"backend": name} for name in ("one", "two"))
+    span = store.chunk_rows(0)
+    store.write_chunk(0, list(span), labels_of(keys()[span.start : span.stop]))
     store.mark_done(0, [0, 1], [one])
     alone = content(path)
     store.mark_done(0, [1], [one])
