@@ -24,10 +24,12 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# a process for each core; coverage of what these processes run, not of the commands they start
+# a process for each core; coverage of what these processes run, not of the commands they start.
+# torch cannot trace what slipcover counts: the tests that trace come by themselves
 test: check
 	$(BIN)/python -m slipcover --source pipeline --json --out .coverage.json \
 	  -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest tests/sam/test_tuning.py -k "flex or one_graph"
 	$(BIN)/python -m slipcover --merge .coverage.json --out .coverage.json \
 	  --skip-covered --fail-under 95
 

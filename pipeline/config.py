@@ -269,7 +269,7 @@ class FederateConfig(Section):
 
     name: Annotated[str, AfterValidator(folder_name), _NOTHING] = "sam_fed"  # under cache/runs
     method: Method = "sam_fed"  # what clients learn from, and exchange
-    rounds: Count = 15
+    rounds: Count = 15  # of local training and aggregation
     average_rounds: Count = 1  # the final model is the mean over so many last rounds
     # clients at sites of their own, which the server knows by name alone; empty: the partition's
     sites: Annotated[

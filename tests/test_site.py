@@ -63,7 +63,7 @@ def test_every_setting_has_a_meaning() -> None:
 def test_a_setting_is_shown_with_its_type_range_default_and_mark() -> None:
     page = reference.settings().splitlines()
     assert (
-        "| `rounds` | whole number > 0 | `15` | the final model is the last one's | run |" in page
+        "| `rounds` | whole number > 0 | `15` | of local training and aggregation | run |" in page
     )
     (size,) = (line for line in page if line.startswith("| `image_size` |"))
     assert "| whole number ≥ 16, ≤ 2048, in steps of 16 | `64` |" in size

@@ -27,10 +27,10 @@ from pipeline.results.evaluate_teacher import (
     evaluate_teacher,
     render_evaluation,
 )
+from pipeline.sam.device import Download
 from pipeline.sam.finetune import finetune
 from pipeline.sam.teacher import Teacher, load_teacher
 from pipeline.segmentation.metrics import dice_score
-from pipeline.stores.label_store import PseudoLabels
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +115,13 @@ def test_batches_and_threads_are_those_of_stage_one(
     """The same result but for kernels' rounding."""
     config, expected = adapted  # batches of 3 and 1
     run = config.precompute.model_copy(update={"batch_size": batch_size, "threads": 1})
-    label, calls = Teacher.label, []
+    begin, calls = Teacher.begin, []
 
-    def record(self: Teacher, images: Sequence[Any], size: int) -> PseudoLabels:
+    def record(self: Teacher, images: Sequence[Any], size: int) -> Download:
         calls.append((len(images), torch.get_num_threads()))
-        return label(self, images, size)
+        return begin(self, images, size)
 
-    monkeypatch.setattr(Teacher, "label", record)
+    monkeypatch.setattr(Teacher, "begin", record)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -142,14 +142,14 @@ def test_memory_that_does_not_suffice_for_a_batch(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config, expected = adapted
-    label = Teacher.label
+    begin = Teacher.begin
 
-    def lack(self: Teacher, images: Sequence[Any], size: int) -> PseudoLabels:
+    def lack(self: Teacher, images: Sequence[Any], size: int) -> Download:
         if len(images) > 1:
             raise MemoryError
-        return label(self, images, size)
+        return begin(self, images, size)
 
-    monkeypatch.setattr(Teacher, "label", lack)
+    monkeypatch.setattr(Teacher, "begin", lack)
     found = evaluate_teacher(config).as_json()
     assert "going on with batches of 1 (precompute.batch_size: 3)" in caplog.text
     assert found["dice"] == pytest.approx(expected["dice"], rel=1e-3, abs=1e-4)

@@ -130,7 +130,8 @@ class Embedding(nn.Module):
         self.sam = sam
 
     def forward(self, pixels: Tensor, valid_hw: Tensor) -> Tensor:
-        return encode(self.sam, pixels, inside_image(valid_hw, pixels.shape[-2:]))
+        rows = pixels.permute(0, 3, 1, 2)  # as they lie in a picture
+        return encode(self.sam, rows, inside_image(valid_hw, rows.shape[-2:]))
 
 
 def test_its_encoder_can_be_exported() -> None:
@@ -144,7 +145,7 @@ def test_its_encoder_can_be_exported() -> None:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    pixels = torch.randint(0, 256, (3, 3, 64, 64)).to(torch.uint8)
+    pixels = torch.randint(0, 256, (3, 64, 64, 3)).to(torch.uint8)
     inputs = (pixels, torch.tensor([[64, 64], [64, 40], [16, 64]]))
     with torch.no_grad():
         expected = network(*inputs).numpy()

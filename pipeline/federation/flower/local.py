@@ -136,9 +136,14 @@ class Deployment:
         )
 
     def kill(self, name: str) -> None:
-        """Let ``superlink`` or a site's node die at once, as a machine that loses power does."""
+        """Let ``superlink`` or a site's node die at once, as a machine that loses power does.
+
+        The ServerApps of runs are on the SuperLink's machine.
+        """
         self._processes[name].kill()
         self._processes[name].wait()
+        if name == "superlink":
+            self._kill_all(self._server_apps())
 
     def log(self, name: str) -> Path:
         """Return the file of what a process says."""
@@ -154,10 +159,7 @@ class Deployment:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         while ours := self.running():
-            for each in ours:
-                with suppress(psutil.NoSuchProcess):
-                    each.kill()
-            psutil.wait_procs(ours)
+            self._kill_all(ours)
         for process in self._processes.values():
             process.wait()
 
@@ -165,6 +167,22 @@ class Deployment:
         """Return the processes of this deployment, those too that Flower started."""
         every = psutil.process_iter(["environ"])  # None of one that has ended
         return [p for p in every if (p.info["environ"] or {}).get(_HOME) == str(self._home)]
+
+    def _server_apps(self) -> list[psutil.Process]:
+        """Return the processes that Flower started for runs at the server."""
+        found = []
+        for process in self.running():
+            with suppress(psutil.Error):
+                if any("flwr-serverapp" in word for word in process.cmdline()):
+                    found.append(process)
+        return found
+
+    @staticmethod
+    def _kill_all(processes: list[psutil.Process]) -> None:
+        for each in processes:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(processes)
 
     def _start(self, name: str, *command: object) -> None:
         here = {
