@@ -46,7 +46,7 @@ NOT_RUN = {
     "samfed cache ": "a family of commands",
     "samfed demo *": "takes minutes; tests/results/test_demo.py runs it with tiny settings",
     "samfed * --params benchmarks/*": "needs real data and hours",
-    "samfed * --set precompute.precision=int8": "needs a CPU with VNNI; test_fidelity.py runs it",
+    "samfed * --set precompute.precision=int8 *": "needs a CPU with VNNI; test_fidelity.py runs it",
     "samfed * --workers *": "starts processes that import torch; tests/labelling/ runs it",
     "samfed precompute-sam --scheduler *": "needs dask's workers; tests/labelling/ runs it",
     "samfed federate --scheduler *": "needs dask's workers; tests/federation/ runs it",
