@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run on every core already
+# where a test wants two threads all the same, they are not to spin while another test has the core
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import gc
 import hashlib
