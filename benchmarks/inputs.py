@@ -13,7 +13,8 @@ from pipeline.config import Config
 from pipeline.data.partition import Partition
 from pipeline.data.prepare import prepare
 from pipeline.stores.image_store import ImageSet, read_image_store
-from pipeline.stores.label_store import Identity, LabelStore, PseudoLabels
+from pipeline.stores.label_store import Identity, LabelStore
+from pipeline.stores.pseudo_labels import PseudoLabels
 
 _SHIFT = 2  # px that labels lie beside the truth, so that SAM and client have conflicts
 

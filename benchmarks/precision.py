@@ -26,7 +26,7 @@ from pipeline.params import load_config
 from pipeline.runtime import resolve_device
 from pipeline.sam.int8 import has_vnni
 from pipeline.sam.teacher import load_teacher
-from pipeline.stores.label_store import PseudoLabels
+from pipeline.stores.pseudo_labels import PseudoLabels
 
 
 def read_images(config: Config, partition: Partition, count: int) -> list[NDArray[np.uint8]]:

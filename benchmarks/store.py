@@ -34,7 +34,8 @@ from pipeline.labelling.job import Job
 from pipeline.labelling.worker import ChunkTask, label_chunks
 from pipeline.params import parse_config
 from pipeline.sam.device import Finished
-from pipeline.stores.label_store import LabelStore, PseudoLabels, RowKey, read_labels
+from pipeline.stores.label_store import LabelStore, RowKey, read_labels
+from pipeline.stores.pseudo_labels import PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard
 
 SIZE = 256

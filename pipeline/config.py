@@ -194,10 +194,11 @@ class PrecomputeConfig(Section):
     compile: bool = False  # CUDA: torch.compile the encoder, which takes minutes at the start
     # vit_*, global blocks; auto: slices on a CPU, else folded (benchmarks/attention.py)
     attention: Literal["auto", "bias", "flex"] = "auto"
-    # vit_*: what blocks add to; bf16 moves less memory on a GPU, and must keep the masks
-    residual: Literal["fp32", "bf16"] = "fp32"
-    # threads that decode images ahead of the teacher; null = one a core, or a worker's share
-    readers: Count | None = None
+    residual: Literal["fp32", "bf16"] = "fp32"  # vit_*: what blocks add to; bf16 must keep masks
+    # flips and turns of an image whose mean is its label: 2, its mirror image; 4, all flips
+    views: Annotated[Literal[1, 2, 4, 8], _TEACHER] = 1
+    probabilities: bool = False  # keep those of every class beside the labels
+    readers: Count | None = None  # threads that decode; null = one a core, or a worker's share
     threads: Count | None = None  # torch threads on the CPU; null = all, or a worker's share
     warn_consistency: Fraction = 0.7  # Dice of a flipped image's label below this is a warning
     warn_empty: Fraction = 0.5  # share of empty masks above this is a warning

@@ -198,9 +198,14 @@ def _value(key: Key, text: str, override: str) -> Any:
     kinds = _plain_types(_type_of(key))
     if type(None) in kinds and text.strip().lower() in _NULLS:
         return None
-    if any(kind in (str, Path) or get_origin(kind) is Literal for kind in kinds):
+    if any(kind in (str, Path) or _is_words(kind) for kind in kinds):
         return text
     return _yaml(text, f"--set {override}", "a value, e.g. 5 or [1, 2]")
+
+
+def _is_words(kind: Any) -> bool:
+    """Return whether a value is one of several words, not of several numbers."""
+    return get_origin(kind) is Literal and isinstance(get_args(kind)[0], str)
 
 
 def _anchored(annotation: Any, raw: Any, folder: Path) -> Any:

@@ -75,8 +75,8 @@ def test_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path, "precompute: {batch: 4}\n")
     assert message(path) == (
         f"{path}: unknown key 'precompute.batch' (nearest: precompute.batch_size); expected one of "
-        "backend, batch_size, precision, device, compile, attention, residual, readers, threads, "
-        "warn_consistency, warn_empty"
+        "backend, batch_size, precision, device, compile, attention, residual, views, "
+        "probabilities, readers, threads, warn_consistency, warn_empty"
     )
 
 
@@ -235,6 +235,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     assert config.partition.server_site is None
     assert (config.sam.variant, config.sam.epochs) == ("vit_b", 2)
     assert config.data.root == Path("a=b")
+    assert load_config(None, ("precompute.views=4",)).precompute.views == 4
 
 
 @pytest.mark.parametrize("override", ["federate.rounds", "=5", "federate..rounds=5", ".=1", ""])
@@ -265,6 +266,10 @@ def test_an_override_below_a_value(tmp_path: Path) -> None:
         (
             "federate.rounds=many",
             "--set federate.rounds: found 'many', expected a whole number",
+        ),
+        (
+            "precompute.views=3",
+            "--set precompute.views: found 3, expected 1, 2, 4 or 8",
         ),
         (
             "data.image_sise=64",
@@ -407,7 +412,7 @@ def test_every_whole_number_has_limits() -> None:
     found = [each for each in numbers(Config.model_json_schema()) if each[1]["type"] == "integer"]
     assert len(found) > 20
     for key, kind in found:
-        assert {"minimum", "exclusiveMinimum"} & set(kind), key
+        assert {"minimum", "exclusiveMinimum", "enum"} & set(kind), key
         assert {"maximum", "exclusiveMaximum"} & set(kind), key
 
 
@@ -494,7 +499,8 @@ ROUNDS = [
 ]
 REPETITION = ["seed", "federate.threads", "federate.device"]  # of one experiment
 AUDIT = ["federate.audit", "privacy.delta"]
-TEACHER = [f"sam.{key}" for key in Config().sam.model_dump()]  # rounds depend on its labels
+# rounds depend on its labels
+TEACHER = [*(f"sam.{key}" for key in Config().sam.model_dump()), "precompute.views"]
 NOTHING = [
     "data.class_names",
     "data.mask_pattern",
@@ -504,7 +510,7 @@ NOTHING = [
     *(
         f"partition.{key}" for key in Config().partition.model_dump()
     ),  # what it drew counts: partition.json's digest
-    *(f"precompute.{key}" for key in Config().precompute.model_dump()),
+    *(f"precompute.{key}" for key in Config().precompute.model_dump() if key != "views"),
     "agreement.warn_agreement",
     "agreement.warn_coverage",
     "federate.name",

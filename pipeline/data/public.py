@@ -30,15 +30,15 @@ from pipeline.folders import folder_beside
 from pipeline.stores.bundle import Bundle, unpacked, write_bundle
 from pipeline.stores.image_store import ImageSet, read_image_store, write_image_store
 from pipeline.stores.label_store import (
-    LABEL_ARRAYS,
     Identity,
     LabelStore,
-    PseudoLabels,
     RowKey,
     RowQuality,
     read_labels,
     write_empty,
 )
+from pipeline.stores.optional_arrays import has_probabilities
+from pipeline.stores.pseudo_labels import PseudoLabels, row_arrays
 from pipeline.stores.teacher_card import CARD_FILE, load_card
 
 KIND = "public"
@@ -55,6 +55,7 @@ class _About(BaseModel):
     identity: Identity | None = None  # of SAM's labels; None: there are none
     provenance: list[list[dict[str, str]]] = []  # of each of their chunks
     quality: list[RowQuality | None] = []  # of each of their rows
+    probabilities: bool = False  # whether those of every class are beside them
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def _labels_of(config: Config, manifest: Partition) -> tuple[_About, dict[str, A
     """Return what is known of SAM's labels of the calibration part, and the labels."""
     size, cache = config.data.image_size, config.cache.root
     card = load_card(cache / "teacher")
-    identity = card.identity(label_size=size, precision=config.precompute.precision)
+    identity = card.labels(config)
     rows = manifest.row_keys(manifest.server.calibration)
-    labels = read_labels(_label_path(cache), rows=rows, identity=identity)
+    read_labels(_label_path(cache), rows=rows, identity=identity)
     store = LabelStore(_label_path(cache))
     about = _About(
         image_size=size,
@@ -112,8 +113,9 @@ def _labels_of(config: Config, manifest: Partition) -> tuple[_About, dict[str, A
         identity=identity,
         provenance=store.provenance(),
         quality=store.quality(),
+        probabilities=has_probabilities(store),
     )
-    return about, vars(labels)
+    return about, store.read_arrays(store.arrays, range(len(store)))
 
 
 def import_public(config: Config, file: Path) -> Bundle:
@@ -166,12 +168,12 @@ def _write_labels(path: Path, sent: _Sent) -> None:
     about, labels = sent.about, sent.labels
     assert about.identity is not None
     assert labels is not None
-    store = write_empty(path, about.identity, sent.rows)
+    store = write_empty(path, about.identity, sent.rows, probabilities=about.probabilities)
     for chunk in range(store.chunks):
         rows = store.chunk_rows(chunk)
         inside = slice(rows.start, rows.stop)
-        part = PseudoLabels(*(getattr(labels, name)[inside] for name in LABEL_ARRAYS))
-        store.write_chunk(chunk, rows, part)
+        part = {name: getattr(labels, name)[inside] for name in store.arrays}
+        store.write_chunk(chunk, rows, PseudoLabels(**part))
         store.mark_done(chunk, rows, about.provenance[chunk], about.quality[inside])
 
 
@@ -208,12 +210,13 @@ def _images(folder: Path, split: str, ids: tuple[str, ...], size: int) -> ImageS
 
 
 def _sam(folder: Path, about: _About, manifest: Partition) -> PseudoLabels:
-    count, size = len(manifest.server.calibration), about.image_size
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(LABEL_ARRAYS, (count, size, size))
-    shapes["predicted_iou"] = (count,)
-    dtypes = dict.fromkeys(LABEL_ARRAYS, "uint8") | {"predicted_iou": "float32"}
-    if len(about.quality) != count or about.identity is None or about.identity.label_size != size:
+    count, size, identity = len(manifest.server.calibration), about.image_size, about.identity
+    if len(about.quality) != count or identity is None or identity.label_size != size:
         raise ValueError("labels of other images")
+    kept = {"views": identity.views, "probabilities": about.probabilities}
+    rows = row_arrays(size, identity.num_classes, **kept)
+    shapes = {name: (count, *shape) for name, (shape, _) in rows.items()}
+    dtypes = {name: dtype for name, (_, dtype) in rows.items()}
     return PseudoLabels(**_arrays(folder, "sam", shapes, dtypes))
 
 

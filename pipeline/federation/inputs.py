@@ -211,8 +211,7 @@ def _expected_identity(config: Config, partition: Partition) -> Identity:
     if (teacher / CARD_FILE).is_file():
         card = load_card(teacher)
         card.check(config, partition.server_sha256(), path=teacher)
-        precision = config.precompute.precision
-        return card.identity(label_size=config.data.image_size, precision=precision)
+        return card.labels(config)
     return LabelStore(config.cache.root / "sam" / "server.zarr").identity
 
 

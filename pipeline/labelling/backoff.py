@@ -13,7 +13,8 @@ import torch
 
 from pipeline.errors import NotFiniteError, SamfedError
 from pipeline.sam.device import Image, Pending
-from pipeline.stores.label_store import Provenance, PseudoLabels
+from pipeline.stores.label_store import Provenance
+from pipeline.stores.pseudo_labels import PseudoLabels, join
 from pipeline.stores.teacher_card import TeacherCard
 
 log = logging.getLogger("samfed.precompute")
@@ -148,12 +149,3 @@ def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return _OUT_OF_MEMORY.search(str(error)) is not None
-
-
-def join(parts: Sequence[PseudoLabels]) -> PseudoLabels:
-    """Concatenate labels along their images."""
-    return PseudoLabels(
-        masks=np.concatenate([part.masks for part in parts]),
-        confidences=np.concatenate([part.confidences for part in parts]),
-        predicted_iou=np.concatenate([part.predicted_iou for part in parts]),
-    )

@@ -42,9 +42,7 @@ def load_job(config: Config) -> Job:
     card = checked_card(config, partition)
     if config.precompute.backend == "onnx":
         check_model(config, card)
-    asked = config.precompute.precision
-    identity = card.identity(label_size=config.data.image_size, precision=asked)
-    return Job(config, partition, identity)
+    return Job(config, partition, card.labels(config))
 
 
 @dataclass

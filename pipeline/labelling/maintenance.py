@@ -27,6 +27,7 @@ from pipeline.progress import Progress
 from pipeline.stores.arrays import canonical_json
 from pipeline.stores.integrity import Fault, check_store
 from pipeline.stores.label_store import Identity, LabelStore, differences
+from pipeline.stores.optional_arrays import has_probabilities
 from pipeline.stores.teacher_card import CARD_FILE, load_card
 
 _KILLED = "left by a killed run"
@@ -70,6 +71,7 @@ class StoreInfo:
     rows: int = 0
     done: int = 0
     identity: dict[str, Any] = field(default_factory=dict)  # with its digest
+    probabilities: bool = False  # whether it keeps those of every class
     provenance: list[dict[str, Any]] = field(default_factory=list)  # records, each with its chunks
     # what is not as the present teacher and partition ask for; None where these are not there
     differs: list[str] | None = None
@@ -85,6 +87,8 @@ class StoreInfo:
             match = "of the present teacher and partition"
         size, who = _mib(self.bytes), self.identity
         sizes = f"input {who['input_size']} px, labels {who['label_size']} px"
+        sizes += f", {who['views']} views" if "views" in who else ""
+        sizes += ", with class probabilities" if self.probabilities else ""
         lines = [
             f"{self.path}: {self.done} of {self.rows} rows, {size}, {self.state}; {match}",
             f"  identity {who['digest']}: {who['variant']}, prompt {who['prompt']}, {sizes}, "
@@ -135,8 +139,7 @@ def info(config: Config) -> CacheInfo:
             partition = load_partition(cache / "partition.json")
     with found.naming_damage():
         if (cache / "teacher" / CARD_FILE).is_file():
-            size, precision = config.data.image_size, config.precompute.precision
-            identity = load_card(cache / "teacher").identity(label_size=size, precision=precision)
+            identity = load_card(cache / "teacher").labels(config)
     found.stores = [_store_info(path, identity, partition) for path in label_stores(cache)]
     owners = owner_images(partition) if partition is not None else {}
     for owner in sorted(set(owners) - {store.owner for store in found.stores}):
@@ -158,6 +161,7 @@ def _store_info(path: Path, identity: Identity | None, partition: Partition | No
         return found
     found.state = "complete" if done.all() else "unfinished"
     found.rows, found.done = len(store), int(done.sum())
+    found.probabilities = has_probabilities(store)
     found.identity = store.identity.model_dump() | {"digest": store.identity.digest}
     records = {canonical_json(record): record for record in every}
     chunks = Counter(map(canonical_json, every))

@@ -145,7 +145,11 @@ class _Stores:
         self._locks[owner] = self._all_locks.enter_context(ExitStack())
         self._locks[owner].enter_context(writer_lock(store_lock(cache, owner)))
         store, notice = open_label_store(
-            job.path(owner), job.identity, job.rows(owner), archive=cache / "archive" / owner
+            job.path(owner),
+            job.identity,
+            job.rows(owner),
+            archive=cache / "archive" / owner,
+            probabilities=job.config.precompute.probabilities,
         )
         if notice:
             log.warning(notice)
@@ -158,7 +162,9 @@ class _Stores:
         """Yield each chunk with work left, and its rows that are not done."""
         images = self._job.partition.images
         for owner, store in self.opened.items():
-            done, sample = store.done(), flip_sample(store.rows)
+            done, sample = store.done(), set[int]()
+            if store.identity.views == 1:  # else mirror images are among the views
+                sample = flip_sample(store.rows)
             for chunk in store.pending():
                 rows = tuple(row for row in store.chunk_rows(chunk) if not done[row])
                 keys = [store.rows[row] for row in rows]

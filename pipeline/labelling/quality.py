@@ -14,12 +14,8 @@ import numpy as np
 from pipeline.config import PrecomputeConfig
 from pipeline.segmentation.metrics import dice_score
 from pipeline.stores.arrays import Bytes
-from pipeline.stores.label_store import (
-    PseudoLabels,
-    RowKey,
-    RowQuality,
-    confidence_to_probability,
-)
+from pipeline.stores.label_store import RowKey, RowQuality
+from pipeline.stores.pseudo_labels import PseudoLabels, confidence_to_probability
 
 FLIPPED_IMAGES = 16  # of a store, labelled once more, mirrored; all if there are fewer
 
@@ -35,13 +31,16 @@ def measure(labels: PseudoLabels, mirrored: Mapping[int, Bytes]) -> list[RowQual
     """Return what n images' labels say of the teacher.
 
     Args:
-        mirrored: for some of 0..n-1 the (S, S) masks of their mirror images, uint8.
+        mirrored: for some of 0..n-1 the (S, S) masks of their mirror images, uint8; of labels that
+            are means over views it is not needed.
     """
     found = []
     for row, (mask, stored) in enumerate(zip(labels.masks, labels.confidences, strict=True)):
         foreground, sure = mask > 0, confidence_to_probability(stored)
         flip = None
-        if row in mirrored:
+        if labels.flip_dice is not None:
+            flip = float(labels.flip_dice[row])
+        elif row in mirrored:
             pair = (mirrored[row][:, ::-1] > 0).astype(np.uint8), foreground.astype(np.uint8)
             flip = dice_score(*pair, num_classes=1)
         found.append(

@@ -23,7 +23,7 @@ from pipeline.allocation import keep_freed_memory
 from pipeline.cores import usable_cores
 from pipeline.data.images import load_image
 from pipeline.errors import DataError
-from pipeline.labelling.backoff import MemoryAwareTeacher, TeacherBackend, join
+from pipeline.labelling.backoff import MemoryAwareTeacher, TeacherBackend
 from pipeline.labelling.fidelity import check_fidelity
 from pipeline.labelling.job import Job, Meter
 from pipeline.labelling.quality import measure
@@ -31,13 +31,8 @@ from pipeline.sam.device import Image, Pending
 from pipeline.sam.frame import fitted_hw, frame_hw, frame_patch
 from pipeline.sam.onnx import load_onnx_teacher
 from pipeline.sam.teacher import load_teacher
-from pipeline.stores.label_store import (
-    LabelStore,
-    Provenance,
-    PseudoLabels,
-    RowQuality,
-    check_identity,
-)
+from pipeline.stores.label_store import LabelStore, Provenance, RowQuality, check_identity
+from pipeline.stores.pseudo_labels import PseudoLabels, join
 
 _AHEAD = 2  # batches that wait, decoded, for the teacher, and chunks that wait for the disk
 _BEHIND = 1  # batches whose labels a GPU may still compute when the next one is begun

@@ -30,7 +30,7 @@ from pipeline.sam.teacher import Teacher, load_teacher, load_zero_shot
 from pipeline.segmentation.metrics import image_metrics
 from pipeline.segmentation.reliability import Reliability
 from pipeline.segmentation.statistics import summarise
-from pipeline.stores.label_store import confidence_to_probability
+from pipeline.stores.pseudo_labels import confidence_to_probability
 from pipeline.stores.teacher_card import TeacherCard
 
 TEACHERS = ("adapted", "points")

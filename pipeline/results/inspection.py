@@ -19,15 +19,10 @@ from pipeline.labelling.job import owner_images, store_path
 from pipeline.progress import Progress
 from pipeline.results.pages import heat_map, overlay, png_bytes, resized
 from pipeline.segmentation.palette import class_colour
-from pipeline.stores.arrays import read_rows
 from pipeline.stores.image_store import ImageStore
-from pipeline.stores.label_store import (
-    LABEL_ARRAYS,
-    LabelStore,
-    PseudoLabels,
-    confidence_to_probability,
-)
+from pipeline.stores.label_store import LabelStore
 from pipeline.stores.ome_zarr import Pixels, write_ome_zarr
+from pipeline.stores.pseudo_labels import PROBABILITIES, PseudoLabels, confidence_to_probability
 
 _PICTURE_PX = 384  # side of each of the three pictures, at least
 _GAP_PX = 8
@@ -52,7 +47,8 @@ class Shown:
     row: int
     classes: list[ClassShare]  # background, 0, first; those that are there
     predicted_iou: float
-    flip_dice: float | None  # with the mirrored image's label; of a sample alone
+    flip_dice: float | None  # with the mirrored image's label; of one view, of a sample alone
+    view_agreement: float | None  # mean Dice of the views' labels with this one, where it has views
     identity: dict[str, Any]
     provenance: list[dict[str, Any]]  # of all that labelled rows of its chunk
     picture: str
@@ -62,6 +58,8 @@ class Shown:
         flip = (
             "" if self.flip_dice is None else f", Dice with its mirror image {self.flip_dice:.2f}"
         )
+        if self.view_agreement is not None:
+            flip += f", its views' Dice with it {self.view_agreement:.2f}"
         by = "; ".join(", ".join(f"{k} {v}" for k, v in p.items()) for p in self.provenance)
         variant = self.identity["variant"]
         lines = [f"{self.client}, {self.image_id}: row {self.row}, labelled by {variant}"]
@@ -115,6 +113,7 @@ def show(config: Config, client: str, image_id: str, *, out: Path | None = None)
     picture = _picture(image.images[0], labels, truth)
     write_bytes(path, png_bytes(picture))
     quality = state.quality[start]
+    agreement = None if labels.view_agreement is None else float(labels.view_agreement[0])
     return Shown(
         client=client,
         image_id=image_id,
@@ -122,6 +121,7 @@ def show(config: Config, client: str, image_id: str, *, out: Path | None = None)
         classes=_shares(labels),
         predicted_iou=float(labels.predicted_iou[0]),
         flip_dice=None if quality is None else quality.flip_dice,
+        view_agreement=agreement,
         identity=store.identity.model_dump(),
         provenance=list(state.provenance),
         picture=str(path),
@@ -147,7 +147,8 @@ def _image_store(cache: Path, owner: str) -> ImageStore:
 
 
 def _labels(store: LabelStore, rows: range) -> PseudoLabels:
-    return PseudoLabels(*(read_rows(store.path, store.arrays[n], rows) for n in LABEL_ARRAYS))
+    names = [name for name in store.arrays if name != PROBABILITIES]
+    return PseudoLabels(**store.read_arrays(names, rows))
 
 
 def _shares(labels: PseudoLabels) -> list[ClassShare]:

@@ -7,7 +7,7 @@ when its call returns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.sam.frame import fit_longest_side, fitted_hw, frame_hw, to_input_frame
-from pipeline.stores.label_store import PseudoLabels
+from pipeline.stores.pseudo_labels import PseudoLabels
 
 Image = NDArray[np.uint8]
 
@@ -52,20 +52,22 @@ class Finished:
 class Download:
     """Labels on their way from the device, where what makes them may still be running."""
 
-    def __init__(self, tensors: Sequence[Tensor], images: Sequence[Image]) -> None:
-        """Begin to copy a batch's masks, confidences and predicted IoU to the host.
+    def __init__(self, tensors: Mapping[str, Tensor], images: Sequence[Image]) -> None:
+        """Begin to copy a batch's labels to the host.
 
         Args:
+            tensors: by the names that ``PseudoLabels`` gives them, all on one device.
             images: what they come from; kept until the copy is over, so that page-locked memory is
                 not used again while the device may still read it.
         """
         self._images = images
         # with non_blocking torch copies into page-locked memory; on the CPU this is no copy at all
-        self._host = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
         self._copied: torch.cuda.Event | None = None
-        if tensors[0].is_cuda:
+        device = tensors["masks"].device
+        if device.type == "cuda":
             self._copied = torch.cuda.Event(blocking=True)  # waiting leaves the core to readers
-            self._copied.record(torch.cuda.current_stream(tensors[0].device))
+            self._copied.record(torch.cuda.current_stream(device))
 
     def done(self) -> bool:
         """Tell whether the labels are on the host."""
@@ -75,7 +77,7 @@ class Download:
         """Wait for the labels and return them."""
         if self._copied is not None:
             self._copied.synchronize()
-        return PseudoLabels(*(tensor.numpy() for tensor in self._host))
+        return PseudoLabels(**{name: tensor.numpy() for name, tensor in self._host.items()})
 
 
 def page_locked(image: Image) -> Image:

@@ -27,6 +27,7 @@ from pipeline.progress import Progress
 from pipeline.sam.frame import inside_image, to_client_frame
 from pipeline.sam.onnx import (
     INPUTS,
+    MAPS,
     MODEL_FORMAT,
     OUTPUTS,
     auto_precision,
@@ -97,12 +98,14 @@ class TeacherNetwork(nn.Module):
                 image in it (``to_input_frame`` makes both).
 
         Returns:
-            masks (B, L, L) uint8, confidences (B, L, L) uint8, predicted_iou (B,) float32.
+            masks (B, L, L) uint8, confidences (B, L, L) uint8, predicted_iou (B,) float32, and
+            what these come from: probabilities (B, K+1, L, L) and iou (B, K+1) float32.
         """
         pixels = pixels.permute(0, 3, 1, 2)  # here, where the device does it
         inside = inside_image(valid_hw, pixels.shape[-2:])
         logits, iou = forward(self.sam, pixels, inside, dtype=self.dtype)
-        return to_labels(to_client_frame(logits, valid_hw, self.size_hw), iou)
+        probabilities, iou = to_client_frame(logits, valid_hw, self.size_hw), iou.float()
+        return *to_labels(probabilities, iou), probabilities, iou
 
 
 def export_teacher(
@@ -154,7 +157,7 @@ def export_teacher(
 
 
 def trace(
-    network: nn.Module, *, input_size: int, outputs: Sequence[str] = OUTPUTS
+    network: nn.Module, *, input_size: int, outputs: Sequence[str] = (*OUTPUTS, *MAPS)
 ) -> onnx_ir.Model:
     """Return ``network`` (of ``INPUTS``) as an ONNX graph with a free batch dimension."""
     pixels = torch.zeros(2, input_size, input_size, 3, dtype=torch.uint8)

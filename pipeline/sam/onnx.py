@@ -12,16 +12,19 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from pipeline.config import Config
+from pipeline.config import Config, PrecomputeConfig
 from pipeline.data.partition import Partition
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError, first_line
 from pipeline.runtime import resolve_device
 from pipeline.sam.device import Finished, Image
-from pipeline.sam.frame import fit_longest_side, frame_patch, groups_of_frames, to_input_frame
-from pipeline.sam.teacher import checked_card
-from pipeline.stores.label_store import Identity, PseudoLabels, differences
+from pipeline.sam.frame import fit_longest_side, frame_patch, to_input_frame
+from pipeline.sam.teacher import checked_card, to_arrays
+from pipeline.sam.views import SizeHW, mean_of_views
+from pipeline.stores.label_store import Identity, differences
+from pipeline.stores.pseudo_labels import PseudoLabels
 from pipeline.stores.sealed_onnx import checked_properties
 from pipeline.stores.teacher_card import TeacherCard, label_precision
 
@@ -29,8 +32,9 @@ log = logging.getLogger("samfed.sam.onnx")
 
 INPUTS = ("pixels", "valid_hw")
 OUTPUTS = ("masks", "confidences", "predicted_iou")
+MAPS = ("probabilities", "iou")  # what these come from, of every class; averaged over views
 #: Raised when inputs, outputs or what lies between them change: older files are then refused.
-MODEL_FORMAT = "2"
+MODEL_FORMAT = "3"
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _AGAIN = "run `samfed export-onnx` again"
@@ -167,11 +171,18 @@ class OnnxTeacher:
         self.card, self.label_size = card, label_size
         self.precision = check_file(path, card, label_size=label_size, precision=precision)
         self.session, self.device = start_session(path, device)
+        self.views = 1  # of each image, whose mean its label is
+        self.keeps_probabilities = False  # of every class, with the labels
         if self.precision == "fp16" and self.device.type != "cuda":
             raise ConfigError(
                 f"precompute.precision: {path} holds fp16, which needs a CUDA device; run "
                 "`samfed export-onnx --set precompute.precision=fp32`"
             )
+
+    def tune(self, run: PrecomputeConfig) -> OnnxTeacher:
+        """Run as many views, and keep what these settings ask for; return the teacher."""
+        self.views, self.keeps_probabilities = run.views, run.probabilities
+        return self
 
     def provenance(self) -> dict[str, str]:
         """Return what computes the labels; recorded with them, no part of their identity."""
@@ -202,21 +213,26 @@ class OnnxTeacher:
         if size != self.label_size:
             raise IdentityError(f"the onnx model makes labels of {self.label_size} px, not {size}")
         side, patch = self.card.input_size, frame_patch(self.card)
-        groups, parts = groups_of_frames(images, side, patch), []
-        for group in groups:
-            pixels, valid_hw = to_input_frame([images[place] for place in group], side, patch)
-            parts.append(self.run(pixels.permute(0, 2, 3, 1).numpy(), valid_hw.numpy()))
-        order = np.argsort([place for group in groups for place in group])
-        return PseudoLabels(*(np.concatenate(part)[order] for part in zip(*parts, strict=True)))
+        pixels, valid_hw = to_input_frame(images, side, patch)
+        if self.views == 1 and not self.keeps_probabilities:
+            return PseudoLabels(*self.run(*_rows(pixels, valid_hw)))
+        seen = mean_of_views(self._one_view, pixels, valid_hw, (size, size), views=self.views)
+        arrays = to_arrays(seen, views=self.views, probabilities=self.keeps_probabilities)
+        return PseudoLabels(**{name: tensor.numpy() for name, tensor in arrays.items()})
 
-    def run(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """Run ``INPUTS`` to ``OUTPUTS``, bound to the device: one copy in, one copy out."""
+    def _one_view(self, pixels: Tensor, valid_hw: Tensor, _: SizeHW) -> tuple[Tensor, Tensor]:
+        """Return probabilities and IoU estimates in the square that the model was made for."""
+        probabilities, iou = self.run(*_rows(pixels, valid_hw), names=MAPS)
+        return torch.from_numpy(probabilities), torch.from_numpy(iou)
+
+    def run(self, *inputs: NDArray[Any], names: Sequence[str] = OUTPUTS) -> list[NDArray[Any]]:
+        """Run ``INPUTS`` to the outputs ``names``, bound to the device: one copy in and out."""
         device, index = self.device.type, self.device.index or 0
         binding = self.session.io_binding()
         for name, array in zip(INPUTS, inputs, strict=True):
             value = ort.OrtValue.ortvalue_from_numpy(array, device, index)
             binding.bind_ortvalue_input(name, value)
-        for name in OUTPUTS:
+        for name in names:
             binding.bind_output(name, device, index)
         try:
             self.session.run_with_iobinding(binding)
@@ -226,6 +242,11 @@ class OnnxTeacher:
             raise
         outputs: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
         return outputs
+
+
+def _rows(pixels: Tensor, valid_hw: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return a batch (B, 3, h, w) as the model takes it: rows of pixels, and the images' sizes."""
+    return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy()), valid_hw.numpy()
 
 
 def start_session(path: Path, name: str) -> tuple[ort.InferenceSession, torch.device]:
@@ -315,4 +336,4 @@ def load_onnx_teacher(settings: Config, partition: Partition) -> OnnxTeacher:
         label_size=settings.data.image_size,
         device=settings.precompute.device,
         precision=settings.precompute.precision,
-    )
+    ).tune(settings.precompute)

@@ -59,6 +59,20 @@ def check_prompt(config: Config) -> None:
         raise ConfigError(f"sam.prompt: found '{config.sam.prompt}', but {reason}; set it to none")
 
 
+def check_views(config: Config) -> None:
+    """Refuse several views of a prompted SAM, whose masks may be of other objects in each.
+
+    Raises:
+        ConfigError: ``precompute.views`` is above 1 and ``sam.prompt`` is not none.
+    """
+    views = config.precompute.views
+    if views > 1 and config.sam.prompt != "none":
+        raise ConfigError(
+            f"precompute.views: found {views}, but sam.prompt '{config.sam.prompt}' picks one mask "
+            "of each view, perhaps of another object; set precompute.views to 1"
+        )
+
+
 def decode_points(sam: Sam, embeddings: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Prompt each embedding with foreground points, whose positions stay in float32.
 

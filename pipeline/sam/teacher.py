@@ -31,9 +31,10 @@ from pipeline.sam.frame import (
 )
 from pipeline.sam.int8 import has_vnni, quantise
 from pipeline.sam.lora import add_adapter, merge_lora
-from pipeline.sam.prompts import MULTIMASK, PointGrid
+from pipeline.sam.prompts import MULTIMASK, PointGrid, check_views
 from pipeline.sam.tuning import tune, tuning
-from pipeline.stores.label_store import PseudoLabels
+from pipeline.sam.views import Seen, in_order, mean_of_views
+from pipeline.stores.pseudo_labels import PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard, label_precision, load_card
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -102,6 +103,22 @@ def to_labels(probabilities: Tensor, iou: Tensor) -> tuple[Tensor, Tensor, Tenso
     return masks.to(torch.uint8), levels, image_score(masks, iou).masked_fill(broken, torch.nan)
 
 
+def to_arrays(seen: Seen, *, views: int, probabilities: bool) -> dict[str, Tensor]:
+    """Return ``PseudoLabels`` of what was seen, as tensors by name.
+
+    Args:
+        views: of which it is the mean. probabilities: whether to keep those of every class.
+    """
+    names = ("masks", "confidences", "predicted_iou")
+    arrays = dict(zip(names, to_labels(seen.probabilities, seen.iou), strict=True))
+    if views > 1:
+        arrays |= {"view_agreement": seen.agreement, "flip_dice": seen.flip_dice}
+    if probabilities:
+        levels = (seen.probabilities * 255).round().clamp(0, 255)
+        arrays["probabilities"] = levels.to(torch.uint8)
+    return arrays
+
+
 def resolve_precision(precision: str, device: torch.device, variant: str) -> str:
     """Return what the encoder computes in: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
 
@@ -158,6 +175,8 @@ class Teacher:
         self.sam = sam.eval().requires_grad_(False).to(self.device)
         self._upload = Upload(self.device)
         self.tuning: dict[str, str] = {}
+        self.views = 1  # of each image, whose mean its label is
+        self.keeps_probabilities = False  # of every class, with the labels
         if self.precision == "int8":
             quantise(self.sam.image_encoder, dtype=self.dtype)
         for module in self.sam.image_encoder.modules():
@@ -165,7 +184,9 @@ class Teacher:
                 module.to(self.dtype)  # else autocast would cast these weights for every batch
 
     def tune(self, run: PrecomputeConfig) -> Teacher:
-        """Run the encoder as these settings ask for it; return the teacher.
+        """Run as these settings ask for it; return the teacher.
+
+        A prompt picks one mask of an image, so that a prompted teacher has one view.
 
         Raises:
             ConfigError: the device or the encoder does not have what is asked for.
@@ -178,6 +199,8 @@ class Teacher:
             )
         self.sam.image_encoder = tune(self.sam.image_encoder, run, self.device)
         self.tuning = tuning(run)
+        self.views = run.views if self.prompter is None else 1
+        self.keeps_probabilities = run.probabilities
         return self
 
     def provenance(self) -> dict[str, str]:
@@ -199,30 +222,31 @@ class Teacher:
         image = fit_longest_side(image, self.card.input_size)
         return page_locked(image) if self.device.type == "cuda" else image
 
-    @torch.inference_mode()
-    @plain_float32()
     def probabilities(
         self, images: Sequence[Image], size_hw: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Return class probabilities (B, K+1, *size_hw) and IoU estimates (B, K+1), float32.
+        """Return class probabilities (B, K+1, *size_hw) and IoU estimates (B, K+1), float32."""
+        seen = self.see(images, size_hw)
+        return seen.probabilities, seen.iou
+
+    @torch.inference_mode()
+    @plain_float32()
+    def see(self, images: Sequence[Image], size_hw: tuple[int, int]) -> Seen:
+        """Return the mean of the images' views in a frame of ``size_hw``.
 
         Images of one frame share a pass.
         """
-        groups = groups_of_frames(images, self.card.input_size, frame_patch(self.card))
-        parts = [self._one_frame([images[place] for place in group], size_hw) for group in groups]
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([place for group in groups for place in group]).argsort()
-        probabilities, iou = (
-            torch.cat(part)[order.to(self.device)] for part in zip(*parts, strict=True)
-        )
-        return probabilities, iou
+        side, patch = self.card.input_size, frame_patch(self.card)
+        groups, parts = groups_of_frames(images, side, patch), []
+        for group in groups:
+            frames = self._upload([images[place] for place in group], side, patch)
+            parts.append(mean_of_views(self._one_view, *frames, size_hw, views=self.views))
+        return in_order(parts, groups)
 
-    def _one_frame(
-        self, images: Sequence[Image], size_hw: tuple[int, int]
+    def _one_view(
+        self, pixels: Tensor, valid_hw: Tensor, size_hw: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Return what ``probabilities`` does, for images that share a frame."""
-        pixels, valid_hw = self._upload(images, self.card.input_size, frame_patch(self.card))
+        """Return probabilities and IoU estimates of images in one frame, as they lie in it."""
         inside = inside_image(valid_hw, pixels.shape[-2:])
         if self.prompter is None:
             logits, iou = forward(self.sam, pixels, inside, dtype=self.dtype)
@@ -233,7 +257,9 @@ class Teacher:
 
     def begin(self, images: Sequence[Image], size: int) -> Download:
         """Begin to label (H, W, 3) uint8 images of any sizes, in the client's frame ``size``."""
-        return Download(to_labels(*self.probabilities(images, (size, size))), images)
+        seen = self.see(images, (size, size))
+        asked = self.keeps_probabilities
+        return Download(to_arrays(seen, views=self.views, probabilities=asked), images)
 
     def label(self, images: Sequence[Image], size: int) -> PseudoLabels:
         """Label images as ``begin`` does, and wait for it."""
@@ -245,7 +271,9 @@ def checked_card(settings: Config, partition: Partition) -> TeacherCard:
 
     Raises:
         StageError: not fine-tuned yet. IdentityError: the card is not what params.yaml asks for.
+        ConfigError: several views of a prompted teacher.
     """
+    check_views(settings)
     folder = settings.cache.root / "teacher"
     card = load_card(folder)
     server = partition.server_sha256() if partition.has_public else None

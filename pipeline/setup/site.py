@@ -90,7 +90,7 @@ def _teacher(config: Config) -> Lines:
 def _labels(config: Config) -> Lines:
     name, manifest = _own(config)
     card = checked_card(config, manifest)
-    asked = card.identity(label_size=config.data.image_size, precision=config.precompute.precision)
+    asked = card.labels(config)
     path = config.cache.root / "sam" / f"{name}.zarr"
     store = LabelStore(path)
     if store.identity != asked or store.rows != manifest.row_keys(manifest.clients[name].train):
@@ -113,8 +113,7 @@ def _stage_two(config: Config) -> Lines:
     )
     identity = None
     if METHODS[config.federate.method].uses_sam:
-        size, precision = config.data.image_size, config.precompute.precision
-        identity = checked_card(config, manifest).identity(label_size=size, precision=precision)
+        identity = checked_card(config, manifest).labels(config)
     told = ClientContext(
         name=name,
         index=0,

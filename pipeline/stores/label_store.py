@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,8 @@ from pipeline.errors import IdentityError, StageError, StoreError
 from pipeline.folders import folder_beside
 from pipeline.stores.arrays import (
     FORMAT,
+    METADATA_FILE,
     STORE_FILE,
-    Bytes,
     canonical_json,
     chunk_name,
     create_array,
@@ -33,17 +34,20 @@ from pipeline.stores.arrays import (
     store_metadata,
     write_sealed,
 )
+from pipeline.stores.pseudo_labels import (
+    LABEL_ARRAYS,
+    PROBABILITIES,
+    VIEW_AGREEMENT,
+    PseudoLabels,
+    row_arrays,
+)
 
 #: Version of how labels come from an image and a teacher. Raised whenever resizing, cropping,
 #: rounding or loading changes them, so that older labels are made anew. A golden-label test guards
 #: it.
 LABEL_VERSION = 2
 
-LABEL_ARRAYS = ("masks", "confidences", "predicted_iou")
-
 Provenance = dict[str, str]  # what computed labels: backend, precision, device, versions
-
-_CONFIDENCE_CLIP = (1 / 512, 511 / 512)
 
 
 class Identity(BaseModel):
@@ -62,6 +66,8 @@ class Identity(BaseModel):
     precision: str | None = None  # only where it moves masks: timm: teachers, and int8
     # left out of files where it is pad, as in stores that are older than the choice
     frame: Annotated[Frame, Field(exclude_if=lambda frame: frame == "pad")] = "pad"
+    # flips and turns whose mean the labels are; left out where it is 1, for the same reason
+    views: Annotated[int, Field(exclude_if=lambda views: views == 1)] = 1
 
     @property
     def digest(self) -> str:
@@ -82,19 +88,6 @@ class RowKey(NamedTuple):
     sha256: str
 
 
-@dataclass(frozen=True)
-class PseudoLabels:
-    """Teacher labels of n images.
-
-    masks (n, S, S) uint8 class indices; confidences (n, S, S) uint8, the probability of that class
-    in 0..255; predicted_iou (n,) float32, the teacher's own estimate of the IoU.
-    """
-
-    masks: Bytes
-    confidences: Bytes
-    predicted_iou: NDArray[np.float32]
-
-
 class RowQuality(NamedTuple):
     """What one image's labels say of the teacher without any truth."""
 
@@ -102,7 +95,8 @@ class RowQuality(NamedTuple):
     foreground_confidence: float | None  # over those labelled foreground; None if there are none
     area: float  # the foreground's share of the pixels
     predicted_iou: float
-    flip_dice: float | None  # with the mirrored image's labels, mirrored back; of a sample alone
+    # with the mirrored image's labels, mirrored back; of a sample alone where there is one view
+    flip_dice: float | None
 
 
 @dataclass(frozen=True)
@@ -135,13 +129,22 @@ class LabelStore:
         self.path = path
         content = read_store_file(path, "labels")
         self.identity = Identity.model_validate(content["identity"])
-        self.arrays = {name: open_array(path, name, content) for name in LABEL_ARRAYS}
+        every = (*LABEL_ARRAYS, VIEW_AGREEMENT, PROBABILITIES)  # stores of before have three
+        names = [name for name in every if f"{name}/{METADATA_FILE}" in content["metadata"]]
+        self.arrays = {name: open_array(path, name, content) for name in names}
 
     @classmethod
-    def create(cls, path: Path, identity: Identity, rows: Sequence[RowKey]) -> LabelStore:
+    def create(
+        cls,
+        path: Path,
+        identity: Identity,
+        rows: Sequence[RowKey],
+        *,
+        probabilities: bool = False,
+    ) -> LabelStore:
         """Create a store with no row done; it appears at ``path`` complete or not at all."""
         with folder_beside(path) as building:
-            write_empty(building, identity, rows)
+            write_empty(building, identity, rows, probabilities=probabilities)
         return cls(path)
 
     def __len__(self) -> int:
@@ -245,7 +248,10 @@ class LabelStore:
                 values = np.zeros((len(span), *array.shape[1:]), array.dtype)
                 if len(span) < self.rows_per_chunk:  # zarr would merge with it, damaged or not
                     (self.path / chunk_name(array, chunk)).unlink(missing_ok=True)
-            values[inside] = getattr(labels, name)
+            value = getattr(labels, name)
+            if value is None:
+                raise StoreError(f"{self.path}: has the array {name}, which these labels lack")
+            values[inside] = value
             array[span.start : span.stop] = values
 
     def digests(self, chunk: int) -> dict[str, str]:
@@ -301,39 +307,53 @@ class LabelStore:
             (self.path / name).unlink(missing_ok=True)
 
     def read(self) -> PseudoLabels:
-        """Read the labels of all rows.
+        """Read the labels of all rows, in the three arrays that every store has.
 
         Raises:
             StageError: a row is not done. CorruptStoreError: a done row is missing or damaged.
         """
+        self.check_finished()
+        return PseudoLabels(**self.read_arrays(LABEL_ARRAYS, range(len(self))))
+
+    def check_finished(self) -> None:
+        """Refuse a store with a row that is not done, as ``read`` does."""
         done = self.done()
         if not done.all():
             raise StageError(
                 f"{self.path}: {int(done.sum())} of {len(done)} rows are labelled; "
                 "run `samfed precompute-sam` to finish it"
             )
-        return self._read(range(len(self)))
 
     def read_chunk(self, chunk: int) -> PseudoLabels:
-        """Read a chunk with a done row; its rows that are not done mean nothing.
+        """Read every array of a chunk with a done row; its rows that are not done mean nothing.
 
         Raises:
             CorruptStoreError: it is missing or damaged.
         """
-        return self._read(self.chunk_rows(chunk))
+        return PseudoLabels(**self.read_arrays(self.arrays, self.chunk_rows(chunk)))
 
-    def _read(self, rows: range) -> PseudoLabels:
-        arrays = self.arrays.values()
-        return PseudoLabels(*(read_rows(self.path, array, rows) for array in arrays))
+    def read_arrays(self, names: Iterable[str], rows: range) -> dict[str, Any]:
+        """Read rows of the arrays ``names``, which the store has; errors as ``read_chunk``'s."""
+        return {name: read_rows(self.path, self.arrays[name], rows) for name in names}
 
 
-def write_empty(path: Path, identity: Identity, rows: Sequence[RowKey]) -> LabelStore:
-    """Write a label store with no row done into the folder ``path``."""
-    count, size = len(rows), identity.label_size
-    per_chunk = rows_per_chunk(size * size)
-    create_array(path, "masks", (count, size, size), rows=per_chunk)
-    create_array(path, "confidences", (count, size, size), rows=per_chunk)
-    create_array(path, "predicted_iou", (count,), rows=per_chunk, dtype="float32")
+def write_empty(
+    path: Path, identity: Identity, rows: Sequence[RowKey], *, probabilities: bool = False
+) -> LabelStore:
+    """Write a label store with no row done into the folder ``path``.
+
+    Args:
+        probabilities: whether it is to keep those of every class.
+    """
+    arrays = row_arrays(
+        identity.label_size,
+        identity.num_classes,
+        views=identity.views,
+        probabilities=probabilities,
+    )
+    per_chunk = rows_per_chunk(max(math.prod(shape) for shape, _ in arrays.values()))
+    for name, (shape, dtype) in arrays.items():
+        create_array(path, name, (len(rows), *shape), rows=per_chunk, dtype=dtype)
     content = {"kind": "labels", "format": FORMAT, "identity": identity.model_dump()}
     write_sealed(path / STORE_FILE, {**content, "metadata": store_metadata(path)})
     empty = LabelStore(path)
@@ -341,11 +361,6 @@ def write_empty(path: Path, identity: Identity, rows: Sequence[RowKey]) -> Label
         span = empty.chunk_rows(chunk)
         empty.forget_chunk(chunk, rows[span.start : span.stop])
     return empty
-
-
-def confidence_to_probability(confidences: Bytes) -> NDArray[np.float32]:
-    """Return stored confidences as probabilities, float32 in [1/512, 511/512]: never certain."""
-    return np.clip(confidences.astype(np.float32) / 255, *_CONFIDENCE_CLIP)
 
 
 def read_labels(path: Path, *, rows: Sequence[RowKey], identity: Identity) -> PseudoLabels:

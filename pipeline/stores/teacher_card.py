@@ -53,8 +53,12 @@ class TeacherCard(BaseModel):
             f"held-out images, adapted on {self.train_images}"
         )
 
-    def identity(self, *, label_size: int, precision: str) -> Identity:
-        """Return the identity of labels of ``label_size`` px at ``precompute.precision``."""
+    def identity(self, *, label_size: int, precision: str, views: int = 1) -> Identity:
+        """Return the identity of labels of ``label_size`` px at ``precompute.precision``.
+
+        Args:
+            views: of each image, whose mean the labels are.
+        """
         return Identity(
             variant=self.variant,
             base_sha256=self.base_sha256,
@@ -65,7 +69,14 @@ class TeacherCard(BaseModel):
             num_classes=self.num_classes,
             precision=label_precision(self.variant, precision),
             frame=self.frame,
+            views=views,
         )
+
+    def labels(self, config: Config) -> Identity:
+        """Return the identity of the labels that the settings ask this teacher for."""
+        run = config.precompute
+        size = config.data.image_size
+        return self.identity(label_size=size, precision=run.precision, views=run.views)
 
     def check(self, config: Config, server_sha256: str | None, *, path: Path) -> None:
         """Refuse a teacher that is not the one that the settings and the server's set ask for.

@@ -19,7 +19,8 @@ from pipeline.disk import write_json
 from pipeline.labelling.precompute import StageOneResult, precompute
 from pipeline.sam.device import Finished, Pending
 from pipeline.sam.frame import fit_longest_side
-from pipeline.stores.label_store import LabelStore, PseudoLabels
+from pipeline.stores.label_store import LabelStore
+from pipeline.stores.pseudo_labels import PseudoLabels
 from pipeline.stores.teacher_card import TeacherCard
 
 Images = Sequence[NDArray[np.uint8]]

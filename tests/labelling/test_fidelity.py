@@ -20,7 +20,8 @@ from pipeline.labelling.fidelity import check_fidelity, mask_iou
 from pipeline.labelling.job import Job, load_job
 from pipeline.labelling.precompute import precompute
 from pipeline.sam.teacher import load_teacher
-from pipeline.stores.label_store import LabelStore, PseudoLabels
+from pipeline.stores.label_store import LabelStore
+from pipeline.stores.pseudo_labels import PseudoLabels
 
 
 def asking(config: Config, precision: str, **others: str) -> Config:

@@ -29,7 +29,8 @@ from pipeline.labelling.maintenance import verify
 from pipeline.labelling.precompute import precompute
 from pipeline.runtime import resolve_device
 from pipeline.sam.device import Finished, Pending
-from pipeline.stores.label_store import LabelStore, PseudoLabels
+from pipeline.stores.label_store import LabelStore
+from pipeline.stores.pseudo_labels import PseudoLabels
 
 COUNT = 150
 

@@ -23,7 +23,8 @@ from pipeline.labelling.quality import (
     statistics,
     statistics_table,
 )
-from pipeline.stores.label_store import LabelStore, PseudoLabels, RowKey, RowQuality
+from pipeline.stores.label_store import LabelStore, RowKey, RowQuality
+from pipeline.stores.pseudo_labels import PseudoLabels
 
 SIZE = 16
 FAIR: dict[str, Any] = {

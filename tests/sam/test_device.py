@@ -17,7 +17,7 @@ from pipeline.sam.build import build_sam
 from pipeline.sam.device import Download, Image, Upload, page_locked, plain_float32
 from pipeline.sam.frame import to_input_frame
 from pipeline.sam.teacher import Teacher
-from pipeline.stores.label_store import PseudoLabels
+from pipeline.stores.pseudo_labels import PseudoLabels
 
 CUDA = pytest.param(
     "cuda",
@@ -57,7 +57,10 @@ def test_a_batch_is_the_same_on_every_device(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_labels_come_back_as_they_are(device: str) -> None:
     masks = torch.arange(8, dtype=torch.uint8, device=device).view(2, 2, 2)
-    found = Download([masks, masks + 1, masks[:, 0, 0].float()], images=())
+    found = Download(
+        {"masks": masks, "confidences": masks + 1, "predicted_iou": masks[:, 0, 0].float()},
+        images=(),
+    )
     labels = found.result()
     assert found.done()
     assert np.array_equal(labels.masks, np.arange(8).reshape(2, 2, 2))

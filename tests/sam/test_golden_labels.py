@@ -21,7 +21,8 @@ from pipeline.disk import file_sha256, write_json
 from pipeline.sam.checkpoints import build_base
 from pipeline.sam.lora import add_adapter
 from pipeline.sam.teacher import ADAPTER_FILE, load_teacher
-from pipeline.stores.label_store import LABEL_VERSION, PseudoLabels
+from pipeline.stores.label_store import LABEL_VERSION
+from pipeline.stores.pseudo_labels import PseudoLabels
 from pipeline.stores.teacher_card import CARD_FILE, load_card
 
 #: ``version``; of each image ``mask``, a string of digits a row, and mean ``confidence`` (0..255)

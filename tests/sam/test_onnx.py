@@ -28,6 +28,7 @@ from dask_processes import thread_workers
 from numpy.typing import NDArray
 from teachers import on_workers
 
+from pipeline.config import PrecomputeConfig
 from pipeline.data.partition import load_partition
 from pipeline.disk import file_sha256, write_json, writer_lock
 from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
@@ -48,7 +49,8 @@ from pipeline.sam.onnx import (
     read_properties,
 )
 from pipeline.sam.teacher import ADAPTER_FILE, Teacher, load_teacher
-from pipeline.stores.label_store import LabelStore, PseudoLabels
+from pipeline.stores.label_store import LabelStore
+from pipeline.stores.pseudo_labels import PseudoLabels
 from pipeline.stores.sealed_onnx import sealed
 from pipeline.stores.teacher_card import CARD_FILE, TeacherCard
 
@@ -203,6 +205,8 @@ def timm(tmp_path_factory: pytest.TempPathFactory) -> Timm:
 @pytest.mark.parametrize("sizes", [[WIDE], [SQUARE, TALL, WIDE]], ids=["one", "three"])
 def test_vit_t_labels_as_torch_does(exported: Exported, sizes: Sequence[tuple[int, int]]) -> None:
     config = load_config(exported.params)
+    two = load_config(exported.params, ("precompute.views=2",))  # of the same file
+    assert backend.load_onnx_teacher(two, exported.partition()).views == 2
     teacher = backend.load_onnx_teacher(config, exported.partition())
     batch = images(*sizes)
     expected = exported.torch.label(batch, 32)
@@ -222,6 +226,29 @@ def test_timm_labels_of_two_classes(
     expected = timm.torch.label(batch, 48)
     assert set(np.unique(expected.masks)) == {0, 1, 2}
     assert_close(timm.load(tmp_path / "t.onnx").label(batch, 48), expected)
+
+
+@pytest.mark.parametrize("views", [1, 8])
+def test_views_and_probabilities_as_torch_has_them(timm: Timm, tmp_path: Path, views: int) -> None:
+    timm.write(tmp_path / "t.onnx")
+    batch = images(SQUARE, TALL, WIDE)
+    asked = PrecomputeConfig(views=views, probabilities=True, device="cpu", precision="fp32")
+    expected = copy.copy(timm.torch).tune(asked).label(batch, 48)
+    teacher = timm.load(tmp_path / "t.onnx").tune(asked)
+    found = teacher.label(batch, 48)
+    assert_close(found, expected)
+    assert found.probabilities is not None
+    assert expected.probabilities is not None
+    gap = np.abs(found.probabilities.astype(int) - expected.probabilities.astype(int))
+    assert gap.shape == (3, 3, 48, 48)
+    assert gap.max() <= 1
+    if views == 1:  # the graph's own labels, of which it also gives what they come from
+        plain = timm.load(tmp_path / "t.onnx").label(batch, 48)
+        assert all(getattr(plain, n).tobytes() == getattr(found, n).tobytes() for n in OUTPUTS)
+        assert found.view_agreement is None
+    else:
+        assert found.view_agreement == pytest.approx(expected.view_agreement, abs=1e-3)
+        assert found.flip_dice == pytest.approx(expected.flip_dice, abs=1e-3)
 
 
 def test_fp16_is_near_fp32(timm: Timm, tmp_path: Path) -> None:
@@ -281,6 +308,8 @@ def test_what_the_model_says_of_itself(exported: Exported) -> None:
         "masks": [batch, 32, 32],
         "confidences": [batch, 32, 32],
         "predicted_iou": [batch],
+        "probabilities": [batch, 2, 32, 32],
+        "iou": [batch, 2],
     }
     assert exported.said["model"] == str(exported.model)
     assert exported.said["weights"] is None

@@ -26,7 +26,8 @@ from pipeline.results.evaluate_teacher import evaluate_teacher
 from pipeline.sam.finetune import finetune, make_teacher
 from pipeline.sam.teacher import ADAPTER_FILE, Teacher, load_teacher
 from pipeline.sam.transfer import export_teacher, import_teacher
-from pipeline.stores.label_store import LabelStore, PseudoLabels
+from pipeline.stores.label_store import LabelStore
+from pipeline.stores.pseudo_labels import PseudoLabels
 from pipeline.stores.teacher_card import label_precision, load_card
 
 BACKBONE = "test_resnet"

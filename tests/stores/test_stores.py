@@ -32,17 +32,15 @@ from pipeline.stores.arrays import (
 from pipeline.stores.image_store import read_image_store, write_image_store
 from pipeline.stores.integrity import check_store, forget_damaged, mend_metadata
 from pipeline.stores.label_store import (
-    LABEL_ARRAYS,
     Identity,
     LabelStore,
-    PseudoLabels,
     RowKey,
     RowQuality,
     check_identity,
-    confidence_to_probability,
     read_labels,
 )
 from pipeline.stores.opening import open_label_store
+from pipeline.stores.pseudo_labels import LABEL_ARRAYS, PseudoLabels, confidence_to_probability
 
 SIZE = 8
 IDENTITY = Identity(
