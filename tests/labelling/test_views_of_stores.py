@@ -15,6 +15,7 @@ from teachers import FakeTeacher, content, on_workers, run, stand_in, teacher_of
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
+from pipeline.data.public import export_public, import_public
 from pipeline.errors import IdentityError
 from pipeline.federation.inputs import load_inputs
 from pipeline.labelling.maintenance import info, verify
@@ -137,6 +138,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(noise: Config) -> None
     assert content(noise.cache.root / "sam") == whole
 
 
+def check_shared(config: Config, cache: Path) -> None:
+    """Share D_p and its labels with a site, which has the very store then."""
+    file = config.cache.root.with_name("public.samfed")
+    export_public(config, file)
+    site = config.cache.model_copy(update={"root": cache})
+    import_public(config.model_copy(update={"cache": site}), file)
+    server = Path("sam") / "server.zarr"
+    assert content(cache / server) == content(config.cache.root / server)
+
+
 # --------------------------------------------------------------------------- a real teacher
 
 
@@ -152,6 +163,7 @@ def test_a_real_teacher_by_the_settings(adapted: Config) -> None:
     found = read_probabilities(path, range(len(store)))
     assert np.array_equal((found.max(axis=1) * 255).round(), labels.confidences)
     assert verify(config).faults == []
+    check_shared(config, config.cache.root.with_name("site"))
     here = content(config.cache.root / "sam")
     shutil.rmtree(config.cache.root / "sam")
     with thread_workers() as workers:
