@@ -213,8 +213,9 @@ def _sam(folder: Path, about: _About, manifest: Partition) -> PseudoLabels:
     count, size, identity = len(manifest.server.calibration), about.image_size, about.identity
     if len(about.quality) != count or identity is None or identity.label_size != size:
         raise ValueError("labels of other images")
-    kept = {"views": identity.views, "probabilities": about.probabilities}
-    rows = row_arrays(size, identity.num_classes, **kept)
+    rows = row_arrays(
+        size, identity.num_classes, views=identity.views, probabilities=about.probabilities
+    )
     shapes = {name: (count, *shape) for name, (shape, _) in rows.items()}
     dtypes = {name: dtype for name, (_, dtype) in rows.items()}
     return PseudoLabels(**_arrays(folder, "sam", shapes, dtypes))

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import StageError
+from pipeline.stores.arrays import Bytes
 from pipeline.stores.label_store import LabelStore
 from pipeline.stores.pseudo_labels import PROBABILITIES, VIEW_AGREEMENT
 
@@ -51,4 +52,5 @@ def read_probabilities(path: Path, rows: range) -> NDArray[np.float32]:
             f"{path}: found no class probabilities; run `samfed precompute-sam` with "
             "precompute.probabilities=true"
         )
-    return np.asarray(store.read_arrays([PROBABILITIES], rows)[PROBABILITIES], np.float32) / 255
+    levels: Bytes = store.read_arrays([PROBABILITIES], rows)[PROBABILITIES]
+    return levels.astype(np.float32) / np.float32(255)
