@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import resource
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,9 +35,10 @@ from pipeline.disk import file_sha256, write_json, writer_lock
 from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
 from pipeline.labelling.precompute import precompute
 from pipeline.params import load_config
-from pipeline.sam import export
+from pipeline.sam import checkpoints, export
 from pipeline.sam import onnx as backend
-from pipeline.sam.build import build_sam
+from pipeline.sam.build import ENCODERS, build_sam
+from pipeline.sam.checkpoints import EMBEDDED_WEIGHTS
 from pipeline.sam.export import TeacherNetwork, trace, write_model
 from pipeline.sam.frame import to_input_frame
 from pipeline.sam.onnx import (
@@ -98,7 +100,7 @@ def disturb(folder: Path) -> None:
 
 
 class Exported(Project):
-    """A project whose vit_t teacher was exported by the command."""
+    """A project whose teacher, a vit_t of two blocks, was exported by the command."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -126,7 +128,27 @@ class Exported(Project):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let vit_t have one block with windows and one without: tracing costs by the operator."""
+    sizes = {**ENCODERS["vit_t"], "depth": 2, "global_attn_indexes": (1,)}
+    taken = {"0": "0", "2": "1"}  # the first of each kind
+    state = {}
+    for name, value in safetensors.torch.load_file(EMBEDDED_WEIGHTS).items():
+        match = re.fullmatch(r"(image_encoder\.blocks\.)(\d+)(\..+)", name)
+        if match is None:
+            state[name] = value
+        elif match[2] in taken:
+            state[f"{match[1]}{taken[match[2]]}{match[3]}"] = value
+    weights = tmp_path_factory.mktemp("weights") / "vit_t.safetensors"
+    safetensors.torch.save_file(state, weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENCODERS, "vit_t", sizes)
+        patch.setattr(checkpoints, "EMBEDDED_WEIGHTS", weights)
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(two_blocks: None, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(build_once(tmp_path_factory, "onnx-vit_t", Exported.build))
 
 
