@@ -92,9 +92,10 @@ def relative_positions(table: Tensor, count: int) -> Tensor:
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Attend (B, heads, H*W, d) through the fused kernel, with positions folded into q and k."""
     height, width = rows.shape[-1], cols.shape[-1]
-    of_row = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, dim=0)
-    of_col = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
-    onehot = torch.cat([of_row, of_col], dim=1).expand(*k.shape[:2], -1, -1)
+    # expanded, not repeated: an exported graph can do that for any height and width
+    of_row = torch.eye(height, dtype=k.dtype, device=k.device)[:, None].expand(-1, width, -1)
+    of_col = torch.eye(width, dtype=k.dtype, device=k.device).expand(height, -1, -1)
+    onehot = torch.cat([of_row, of_col], dim=2).flatten(0, 1).expand(*k.shape[:2], -1, -1)
     out = F.scaled_dot_product_attention(
         torch.cat([q, rows, cols], dim=-1),
         torch.cat([k, onehot], dim=-1),

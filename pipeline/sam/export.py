@@ -23,8 +23,10 @@ from pipeline import __version__
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.disk import file_sha256, flush, write_bytes, writer_lock
+from pipeline.errors import ConfigError
 from pipeline.progress import Progress
-from pipeline.sam.frame import inside_image, to_client_frame
+from pipeline.sam.any_frame import for_any_frame
+from pipeline.sam.frame import frame_patch, inside_image, to_client_frame
 from pipeline.sam.onnx import (
     INPUTS,
     MAPS,
@@ -137,7 +139,10 @@ def export_teacher(
         plainly = settings.model_copy(update={"precompute": plain})
         teacher = load_teacher(plainly, load_partition(cache / "partition.json"))
         network = TeacherNetwork(teacher.sam, label_size=label_size, fp16=precision == "fp16")
-        model = trace(network, input_size=teacher.card.input_size)
+        patch = frame_patch(teacher.card)
+        if patch is not None:
+            for_any_frame(teacher.sam.image_encoder)
+        model = trace(network, input_size=teacher.card.input_size, patch=patch)
         show(EXPORTING, 1, 2)
         opset = model.opset_imports[""]
         identity = teacher.card.identity(label_size=label_size, precision=precision)
@@ -157,25 +162,54 @@ def export_teacher(
 
 
 def trace(
-    network: nn.Module, *, input_size: int, outputs: Sequence[str] = (*OUTPUTS, *MAPS)
+    network: nn.Module,
+    *,
+    input_size: int,
+    patch: int | None = None,
+    outputs: Sequence[str] = (*OUTPUTS, *MAPS),
 ) -> onnx_ir.Model:
-    """Return ``network`` (of ``INPUTS``) as an ONNX graph with a free batch dimension."""
+    """Return ``network`` (of ``INPUTS``) as an ONNX graph with a free batch dimension.
+
+    Args:
+        patch: as ``frame_hw``'s; with one, height and width of the frame are free multiples of it,
+        and the encoder must be ``for_any_frame``.
+
+    Raises:
+        ConfigError: torch's exporter cannot free them.
+    """
     pixels = torch.zeros(2, input_size, input_size, 3, dtype=torch.uint8)
     valid_hw = torch.full((2, 2), input_size)
     named = dict(zip(INPUTS, (pixels, valid_hw), strict=True))
-    return to_onnx(network, named, outputs=outputs, opset=OPSET)
+    if patch is None:
+        return to_onnx(network, named, outputs=outputs, opset=OPSET)
+    sides = (torch.export.Dim(name, min=1, max=input_size // patch) for name in ("rows", "cols"))
+    free = {INPUTS[0]: {axis: patch * side for axis, side in enumerate(sides, start=1)}}
+    try:
+        return to_onnx(network, named, outputs=outputs, opset=OPSET, free=free)
+    except torch.onnx.OnnxExporterError as error:
+        raise ConfigError(
+            "sam.frame: found 'content', but torch's exporter cannot leave the frame's shape open "
+            f"for this sam.variant ({type(error).__name__}); use precompute.backend=torch, or set "
+            "it to pad and adapt again"
+        ) from error
 
 
 @torch.no_grad()
 def to_onnx(
-    network: nn.Module, inputs: Mapping[str, Tensor], *, outputs: Sequence[str], opset: int
+    network: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    outputs: Sequence[str],
+    opset: int,
+    free: Mapping[str, Mapping[int, Any]] | None = None,
 ) -> onnx_ir.Model:
     """Return ``network`` on the CPU as an ONNX graph whose first dimension, the batch, is free.
 
     Args:
         inputs: an example of each, by name, of two rows: torch.export takes one for a constant.
+        free: further dimensions of inputs that are free, as torch.export names them.
     """
-    batch = torch.export.Dim("batch")
+    batch, more = torch.export.Dim("batch"), free or {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter warns of what it calls itself
         program = torch.onnx.export(
@@ -186,7 +220,7 @@ def to_onnx(
             opset_version=opset,
             input_names=list(inputs),
             output_names=outputs,
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            dynamic_shapes=tuple({0: batch, **more.get(name, {})} for name in inputs),
         )
     if program is None:  # what the signature allows for the exporter that is not used here
         raise RuntimeError("torch.onnx.export returned no program")

@@ -20,11 +20,11 @@ from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError, first_line
 from pipeline.runtime import resolve_device
 from pipeline.sam.device import Finished, Image
-from pipeline.sam.frame import fit_longest_side, frame_patch, to_input_frame
+from pipeline.sam.frame import fit_longest_side, frame_patch, groups_of_frames, to_input_frame
 from pipeline.sam.teacher import checked_card, to_arrays
 from pipeline.sam.views import SizeHW, mean_of_views
 from pipeline.stores.label_store import Identity, differences
-from pipeline.stores.pseudo_labels import PseudoLabels
+from pipeline.stores.pseudo_labels import PseudoLabels, join
 from pipeline.stores.sealed_onnx import checked_properties
 from pipeline.stores.teacher_card import TeacherCard, label_precision
 
@@ -74,16 +74,11 @@ def auto_precision(variant: str, device: str) -> str:
 
 
 def check_exportable(settings: Config) -> None:
-    """Refuse a prompt and frames of many shapes, which only the torch backend can give.
+    """Refuse a prompt, which only the torch backend can give.
 
     Raises:
-        ConfigError: ``sam.prompt`` is not none, or ``sam.frame`` is content.
+        ConfigError: ``sam.prompt`` is not none.
     """
-    if settings.sam.frame != "pad":
-        raise ConfigError(
-            f"sam.frame: found '{settings.sam.frame}', but an exported teacher takes squares "
-            "alone; set it to pad or use precompute.backend=torch"
-        )
     if settings.sam.prompt != "none":
         raise ConfigError(
             f"sam.prompt: found '{settings.sam.prompt}', but only an adapted teacher, which needs "
@@ -212,11 +207,19 @@ class OnnxTeacher:
         """
         if size != self.label_size:
             raise IdentityError(f"the onnx model makes labels of {self.label_size} px, not {size}")
-        side, patch = self.card.input_size, frame_patch(self.card)
-        pixels, valid_hw = to_input_frame(images, side, patch)
+        groups = groups_of_frames(images, self.card.input_size, frame_patch(self.card))
+        labels = join([self._one_frame([images[place] for place in group]) for group in groups])
+        order = np.argsort([place for group in groups for place in group])
+        arrays = {name: part[order] for name, part in vars(labels).items() if part is not None}
+        return PseudoLabels(**arrays)
+
+    def _one_frame(self, images: Sequence[Image]) -> PseudoLabels:
+        """Label images that share a frame."""
+        frames = to_input_frame(images, self.card.input_size, frame_patch(self.card))
         if self.views == 1 and not self.keeps_probabilities:
-            return PseudoLabels(*self.run(*_rows(pixels, valid_hw)))
-        seen = mean_of_views(self._one_view, pixels, valid_hw, (size, size), views=self.views)
+            return PseudoLabels(*self.run(*_rows(*frames)))
+        size_hw = (self.label_size, self.label_size)
+        seen = mean_of_views(self._one_view, *frames, size_hw, views=self.views)
         arrays = to_arrays(seen, views=self.views, probabilities=self.keeps_probabilities)
         return PseudoLabels(**{name: tensor.numpy() for name, tensor in arrays.items()})
 
