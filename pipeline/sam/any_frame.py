@@ -22,7 +22,12 @@ class AnyFrameBlock(nn.Module):
     def __init__(self, block: Any) -> None:
         """Take over the modules of ``block``, a ``Block`` of segment-anything."""
         super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.norm1, self.attn, self.norm2, self.mlp = (
+            block.norm1,
+            block.attn,
+            block.norm2,
+            block.mlp,
+        )
         self.window_size: int = block.window_size
 
     def forward(self, x: Tensor) -> Tensor:

@@ -134,21 +134,26 @@ class Embedding(nn.Module):
         return encode(self.sam, rows, inside_image(valid_hw, rows.shape[-2:]))
 
 
-def test_its_encoder_can_be_exported() -> None:
+@pytest.mark.parametrize("patch", [None, 16], ids=["pad", "content"])
+def test_its_encoder_can_be_exported(patch: int | None) -> None:
     """With one block a stage, because torch's exporter takes a minute for all of a teacher."""
     torch.manual_seed(0)
-    sam = build_sam("mobile_sam", input_size=64).eval()
-    for stage in sam.image_encoder.stages:
-        stage.blocks = stage.blocks[:1]
+    sam = build_sam("mobile_sam", input_size=128).eval()
+    for number, stage in enumerate(sam.image_encoder.stages):
+        few = patch is None or number >= 2  # more of the same where the frame's shape is open
+        stage.blocks = stage.blocks[: int(few)]
     network = Embedding(sam)
-    model = onnx_ir.to_proto(trace(network, input_size=64, outputs=["embedding"]))
+    model = onnx_ir.to_proto(trace(network, input_size=128, patch=patch, outputs=["embedding"]))
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    pixels = torch.randint(0, 256, (3, 64, 64, 3)).to(torch.uint8)
-    inputs = (pixels, torch.tensor([[64, 64], [64, 40], [16, 64]]))
-    with torch.no_grad():
-        expected = network(*inputs).numpy()
-    named = dict(zip(INPUTS, (value.numpy() for value in inputs), strict=True))
-    found = session.run(["embedding"], named)[0]
-    assert abs(found - expected).max() < 1e-4 < abs(expected).max()
+    # 7 rows or columns of tokens are one window of its last stage, 14 two
+    shapes = [(128, 128)] if patch is None else [(112, 112), (80, 128), (128, 16), (112, 96)]
+    for height, width in shapes:
+        pixels = torch.randint(0, 256, (3, height, width, 3)).to(torch.uint8)
+        inputs = (pixels, torch.tensor([[height, width], [height, width // 2], [16, width]]))
+        with torch.no_grad():
+            expected = network(*inputs).numpy()
+        named = dict(zip(INPUTS, (value.numpy() for value in inputs), strict=True))
+        found = session.run(["embedding"], named)[0]
+        assert abs(found - expected).max() < 1e-4 < abs(expected).max()

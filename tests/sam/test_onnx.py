@@ -10,6 +10,7 @@ import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,33 +25,45 @@ import onnxruntime as ort
 import pytest
 import safetensors.torch
 import torch
-from conftest import Project, answer, build_once, digest, fails, listing
+from conftest import (
+    PREPARED,
+    Project,
+    answer,
+    build_once,
+    copy_cache,
+    digest,
+    fails,
+    listing,
+)
 from dask_processes import thread_workers
 from numpy.typing import NDArray
 from teachers import on_workers
 
-from pipeline.config import PrecomputeConfig
+from pipeline.config import Config, PrecomputeConfig
 from pipeline.data.partition import load_partition
 from pipeline.disk import file_sha256, write_json, writer_lock
 from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
 from pipeline.labelling.precompute import precompute
 from pipeline.params import load_config
-from pipeline.sam import checkpoints, export
+from pipeline.sam import build, checkpoints, export
 from pipeline.sam import onnx as backend
+from pipeline.sam.any_frame import AnyFrameBlock, for_any_frame
 from pipeline.sam.build import ENCODERS, build_sam
 from pipeline.sam.checkpoints import EMBEDDED_WEIGHTS
 from pipeline.sam.export import TeacherNetwork, trace, write_model
-from pipeline.sam.frame import to_input_frame
+from pipeline.sam.finetune import finetune
+from pipeline.sam.frame import inside_image, to_input_frame
 from pipeline.sam.onnx import (
     CPU,
     CUDA,
     INPUTS,
+    MAPS,
     OUTPUTS,
     OnnxTeacher,
     auto_precision,
     read_properties,
 )
-from pipeline.sam.teacher import ADAPTER_FILE, Teacher, load_teacher
+from pipeline.sam.teacher import ADAPTER_FILE, Teacher, forward, load_teacher
 from pipeline.stores.label_store import LabelStore
 from pipeline.stores.pseudo_labels import PseudoLabels
 from pipeline.stores.sealed_onnx import sealed
@@ -127,14 +140,26 @@ class Exported(Project):
         return load_partition(self.cache / "partition.json")
 
 
+def one_layer(transformer: Any, **sizes: Any) -> Any:
+    """Return the first half of a decoder, which draws as many random numbers as the whole."""
+    made = transformer(**sizes)
+    made.layers = made.layers[:1]
+    return made
+
+
 @pytest.fixture(scope="module")
 def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let vit_t have one block with windows and one without: tracing costs by the operator."""
+    """Let vit_t have a block with windows, one without, and half a decoder.
+
+    Tracing costs by the operator.
+    """
     sizes = {**ENCODERS["vit_t"], "depth": 2, "global_attn_indexes": (1,)}
     taken = {"0": "0", "2": "1"}  # the first of each kind
     state = {}
     for name, value in safetensors.torch.load_file(EMBEDDED_WEIGHTS).items():
         match = re.fullmatch(r"(image_encoder\.blocks\.)(\d+)(\..+)", name)
+        if ".transformer.layers.1." in name:
+            continue
         if match is None:
             state[name] = value
         elif match[2] in taken:
@@ -144,6 +169,7 @@ def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENCODERS, "vit_t", sizes)
         patch.setattr(checkpoints, "EMBEDDED_WEIGHTS", weights)
+        patch.setattr(build, "TwoWayTransformer", partial(one_layer, build.TwoWayTransformer))
         yield
 
 
@@ -304,6 +330,96 @@ def test_cuda_labels_as_torch_does(timm: Timm, tmp_path: Path, precision: str) -
     assert_close(found, timm.torch.label(batch, 48), **loose)  # type: ignore[arg-type]
     again = teacher.label(batch, 48)
     assert all(getattr(again, n).tobytes() == getattr(found, n).tobytes() for n in OUTPUTS)
+
+
+# --------------------------------------------------------------------------- frames of any shape
+
+
+class WithLogits(TeacherNetwork):
+    """An exported teacher that also gives the logits from which its labels come."""
+
+    def forward(self, pixels: torch.Tensor, valid_hw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kept = []
+
+        def keep(*given: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            kept.append(forward(*given, **options))
+            return kept[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export, "forward", keep)
+            labels = super().forward(pixels, valid_hw)
+        ((logits, _),) = kept
+        return *labels, logits
+
+
+@pytest.fixture(scope="module")
+def content(
+    two_blocks: None, shared_pipeline: Config, tmp_path_factory: pytest.TempPathFactory
+) -> Config:
+    """Settings of a teacher that runs content frames, exported with its logits."""
+
+    def build(folder: Path) -> None:
+        config = in_content_frames(copy_cache(shared_pipeline, folder / "cache", PREPARED))
+        finetune(config)
+        disturb(folder / "cache/teacher")
+        with pytest.MonkeyPatch.context() as patch:
+            names = (*OUTPUTS, *MAPS, "logits")
+            patch.setattr(export, "trace", partial(trace, outputs=names))
+            patch.setattr(export, "TeacherNetwork", WithLogits)
+            export.export_teacher(config)
+
+    folder = build_once(tmp_path_factory, "onnx-content", build)
+    cache = shared_pipeline.cache.model_copy(update={"root": folder / "cache"})
+    return in_content_frames(shared_pipeline.model_copy(update={"cache": cache}))
+
+
+def in_content_frames(config: Config) -> Config:
+    sam = config.sam.model_copy(update={"frame": "content"})
+    run = config.precompute.model_copy(update={"precision": "fp32"})
+    return config.model_copy(update={"sam": sam, "precompute": run})
+
+
+@pytest.mark.parametrize("views", [1, 8])
+def test_one_model_for_frames_of_every_shape(content: Config, views: int) -> None:
+    """256 px are 16 tokens, which windows of 8 divide; they do not divide most of these frames."""
+    run = content.precompute.model_copy(update={"views": views})
+    config = content.model_copy(update={"precompute": run})
+    partition = load_partition(content.cache.root / "partition.json")
+    expected, found = load_teacher(config, partition), backend.load_onnx_teacher(config, partition)
+    batch = images((90, 120), (60, 200), SQUARE, (120, 90), (30, 40), (3, 400), (400, 3))
+    labels = expected.label(batch, 32)
+    assert set(np.unique(labels.masks)) == {0, 1}
+    assert_close(found.label(batch, 32), labels)
+    for image in batch:
+        pixels, valid_hw = to_input_frame([image], 256, 16)
+        rows = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        (logits,) = found.run(rows, valid_hw.numpy(), names=("logits",))
+        inside = inside_image(valid_hw, pixels.shape[-2:])
+        with torch.no_grad():
+            near = forward(expected.sam, pixels, inside)[0].numpy()
+        assert logits.shape == near.shape == (1, 2, rows.shape[1] // 4, rows.shape[2] // 4)
+        assert np.abs(logits - near).max() < 1e-4 * max(1, np.abs(near).max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 16, 16), (1, 13, 16), (3, 8, 5), (1, 1, 16)])
+def test_a_block_without_a_branch_is_segment_anythings(shape: tuple[int, int, int]) -> None:
+    encoder = build_sam("vit_t").image_encoder
+    stock = list(encoder.blocks)
+    for_any_frame(encoder)
+    x = torch.randn(*shape, 128, generator=torch.Generator().manual_seed(0))
+    for block, found in zip(stock, encoder.blocks, strict=True):
+        assert isinstance(found, AnyFrameBlock)
+        assert torch.allclose(found(x), block(x), atol=1e-6)
+
+
+def test_an_encoder_whose_frames_cannot_be_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise torch.onnx.OnnxExporterError("step 1 of 3")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ConfigError, match=r"sam\.frame: found 'content', .* shape open .* to pad"):
+        trace(torch.nn.Identity(), input_size=64, patch=16)
 
 
 # --------------------------------------------------------------------------- the file
