@@ -52,9 +52,9 @@ from pipeline.params import parse_config
 from pipeline.runtime import resolve_device
 from pipeline.sam import teacher as teaching
 from pipeline.sam.build import build_sam
-from pipeline.sam.export import EXTERNAL_ABOVE, TeacherNetwork, trace, write_model
+from pipeline.sam.export import EXTERNAL_ABOVE, TeacherNetwork, about_model, trace, write_model
 from pipeline.sam.frame import inside_image, to_client_frame, to_input_frame
-from pipeline.sam.onnx import MODEL_FORMAT, OUTPUTS, OnnxTeacher
+from pipeline.sam.onnx import OUTPUTS, OnnxTeacher
 from pipeline.stores.label_store import LabelStore, RowKey
 from pipeline.stores.teacher_card import TeacherCard
 
@@ -265,13 +265,9 @@ def export_model(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     card = make_card(options.variant, sam.image_encoder.img_size)
     network = WithLogits(sam, label_size=LABEL_SIZE, fp16=False)
     graph = trace(network, input_size=card.input_size, outputs=(*OUTPUTS, "logits"))
-    identity = card.identity(label_size=LABEL_SIZE, precision="fp32").model_dump_json()
-    properties = {
-        "samfed.format": MODEL_FORMAT,
-        "samfed.identity": identity,
-        "samfed.precision": "fp32",
-    }
-    write_model(folder / "teacher.onnx", graph, properties, external_above=EXTERNAL_ABOVE)
+    identity = card.identity(label_size=LABEL_SIZE, precision="fp32")
+    about = about_model(graph, identity, precision="fp32")
+    write_model(folder / "teacher.onnx", graph, about, external_above=EXTERNAL_ABOVE)
     return {}
 
 

@@ -13,6 +13,7 @@ from pipeline.data.images import resize_image
 from pipeline.errors import ConfigError, CorruptStoreError, first_line
 from pipeline.inference.model import Outputs, Pixels
 from pipeline.segmentation.model_spec import parse_spec
+from pipeline.stores.onnx_sidecar import sidecar_path
 from pipeline.stores.sealed_onnx import checked_properties
 
 SPEC_KEY = "samfed.model"
@@ -36,7 +37,8 @@ class OnnxModel:
             CorruptStoreError, FormatError: it is damaged, no export of a run's model, or of another
             version. ConfigError: it cannot be run on the device.
         """
-        properties = checked_properties(path, advice=_AGAIN)
+        is_teacher = sidecar_path(path).is_file()
+        properties = {} if is_teacher else checked_properties(path, advice=_AGAIN)
         if SPEC_KEY not in properties:
             raise CorruptStoreError(f"{path}: no model of a run (a teacher?); {_AGAIN}")
         self.spec = parse_spec(properties[SPEC_KEY], source=str(path))

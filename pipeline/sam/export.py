@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pipeline import __version__
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
-from pipeline.disk import file_sha256, flush, write_bytes, writer_lock
+from pipeline.disk import flush, flush_tree, write_json, writer_lock
 from pipeline.errors import ConfigError
 from pipeline.progress import Progress
 from pipeline.sam.any_frame import for_any_frame
@@ -38,7 +38,8 @@ from pipeline.sam.onnx import (
     onnx_precision,
 )
 from pipeline.sam.teacher import forward, load_teacher, to_labels
-from pipeline.stores.sealed_onnx import sealed
+from pipeline.stores.label_store import Identity
+from pipeline.stores.onnx_sidecar import About, described, sidecar_path
 
 #: With Attention as one operator: no attention matrix where the provider has a fused kernel.
 OPSET = 23
@@ -144,21 +145,25 @@ def export_teacher(
             for_any_frame(teacher.sam.image_encoder)
         model = trace(network, input_size=teacher.card.input_size, patch=patch)
         show(EXPORTING, 1, 2)
-        opset = model.opset_imports[""]
         identity = teacher.card.identity(label_size=label_size, precision=precision)
-        properties = {
-            "samfed.format": MODEL_FORMAT,
-            "samfed.identity": identity.model_dump_json(),
-            "samfed.precision": precision,
-            "samfed.opset": str(opset),
-            "samfed.version": __version__,
-        }
-        weights = write_model(path, model, properties, external_above=external_above)
+        about = about_model(model, identity, precision=precision)
+        weights = write_model(path, model, about, external_above=external_above)
         show(EXPORTING, 2, 2)
     files = [path] if weights is None else [path, weights]
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     beside = None if weights is None else str(weights)
-    return Export(str(path), beside, megabytes, precision, label_size, opset)
+    return Export(str(path), beside, megabytes, precision, label_size, about.opset)
+
+
+def about_model(model: onnx_ir.Model, identity: Identity, *, precision: str) -> About:
+    """Return what the sidecar says of a model whose labels have this identity."""
+    return About(
+        format=MODEL_FORMAT,
+        samfed=__version__,
+        identity=identity.model_dump(),
+        precision=precision,  # type: ignore[arg-type]  # checked there
+        opset=model.opset_imports[""],
+    )
 
 
 def trace(
@@ -230,12 +235,13 @@ def to_onnx(
 
 
 def write_model(
-    path: Path, model: onnx_ir.Model, properties: dict[str, str], *, external_above: int
+    path: Path, model: onnx_ir.Model, about: About, *, external_above: int
 ) -> Path | None:
-    """Write ``model`` with ``properties`` to ``path``, sealed; the caller holds a lock.
+    """Write ``model`` to ``path`` and what it is beside it; the caller holds a lock.
 
-    Weights of more than ``external_above`` bytes go beside it, into a file named by its content:
-    the model that was there keeps its own until the new one, written last, takes its place.
+    Weights of more than ``external_above`` bytes go into a file named by its content, so that the
+    model that was there keeps its own. Nothing takes its place before all of the new one is on the
+    disk, and the sidecar, which has the sha256 of the others, does so last.
 
     Returns:
         The file with the weights, if there is one.
@@ -245,20 +251,21 @@ def write_model(
     shutil.rmtree(building, ignore_errors=True)  # a killed run's
     building.mkdir()
     try:
-        name = weights_name(path, model, above=external_above)
-        _save(model, building / "model.onnx", name)
-        if name is not None:
-            sha256 = file_sha256(building / name)
-            properties = {**properties, "samfed.weights": name, "samfed.weights_sha256": sha256}
-            flush(building / name)
+        weights = weights_name(path, model, above=external_above)
+        _save(model, building / path.name, weights)
+        names = [path.name] if weights is None else [weights, path.name]
+        sidecar = sidecar_path(path).name
+        write_json(building / sidecar, described(building, names, about).model_dump())
+        flush_tree(building)
+        for name in (*names, sidecar):
             os.replace(building / name, path.with_name(name))
-        write_bytes(path, sealed((building / "model.onnx").read_bytes(), properties))
+            flush(path.parent)  # in this order, whenever the power goes
     finally:
         shutil.rmtree(building, ignore_errors=True)
     for other in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.data"):
-        if other.name != name:
+        if other.name != weights:
             other.unlink()
-    return None if name is None else path.with_name(name)
+    return None if weights is None else path.with_name(weights)
 
 
 def _save(model: onnx_ir.Model, file: Path, weights: str | None) -> None:

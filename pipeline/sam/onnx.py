@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,15 @@ from torch import Tensor
 
 from pipeline.config import Config, PrecomputeConfig
 from pipeline.data.partition import Partition
-from pipeline.disk import file_sha256
-from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError, first_line
+from pipeline.errors import ConfigError, IdentityError, first_line
 from pipeline.runtime import resolve_device
 from pipeline.sam.device import Finished, Image
 from pipeline.sam.frame import fit_longest_side, frame_patch, groups_of_frames, to_input_frame
 from pipeline.sam.teacher import checked_card, to_arrays
 from pipeline.sam.views import SizeHW, mean_of_views
 from pipeline.stores.label_store import Identity, differences
+from pipeline.stores.onnx_sidecar import AGAIN, About, read_sidecar
 from pipeline.stores.pseudo_labels import PseudoLabels, join
-from pipeline.stores.sealed_onnx import checked_properties
 from pipeline.stores.teacher_card import TeacherCard, label_precision
 
 log = logging.getLogger("samfed.sam.onnx")
@@ -34,10 +33,9 @@ INPUTS = ("pixels", "valid_hw")
 OUTPUTS = ("masks", "confidences", "predicted_iou")
 MAPS = ("probabilities", "iou")  # what these come from, of every class; averaged over views
 #: Raised when inputs, outputs or what lies between them change: older files are then refused.
-MODEL_FORMAT = "3"
+MODEL_FORMAT = "4"
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_AGAIN = "run `samfed export-onnx` again"
 _LOG_FATAL = 4  # of ONNX Runtime's levels 0..4: errors are raised, and need no second report
 
 
@@ -86,24 +84,6 @@ def check_exportable(settings: Config) -> None:
         )
 
 
-def read_properties(path: Path) -> dict[str, str]:
-    """Return the model's metadata, after every byte of the model has been checked.
-
-    Raises:
-        StageError: no model yet. CorruptStoreError: it, or its weights, is not what was written.
-    """
-    if not path.is_file():
-        raise StageError(f"{path}: not found; run `samfed export-onnx` first")
-    properties = checked_properties(path, advice=_AGAIN)
-    if "samfed.weights" in properties:
-        weights = path.with_name(properties["samfed.weights"])
-        if not weights.is_file() or file_sha256(weights) != properties["samfed.weights_sha256"]:
-            raise CorruptStoreError(
-                f"{weights}: missing or damaged; {path.name} needs it beside it; {_AGAIN}"
-            )
-    return properties
-
-
 def check_file(path: Path, card: TeacherCard, *, label_size: int, precision: str) -> str:
     """Refuse a file that is damaged, or of another teacher, label size or precision.
 
@@ -111,30 +91,29 @@ def check_file(path: Path, card: TeacherCard, *, label_size: int, precision: str
         the precision that it holds, which ``auto`` takes.
 
     Raises:
-        StageError, CorruptStoreError: as ``read_properties``. IdentityError: says what differs.
+        StageError, CorruptStoreError: as ``read_sidecar``. IdentityError: says what differs.
         ConfigError: a precision that the file does not hold.
     """
-    properties = read_properties(path)
-    held = properties["samfed.precision"]
+    about = read_sidecar(path)
+    held = about.precision
     if precision != "auto" and onnx_precision(precision) != held:
         raise ConfigError(
-            f"precompute.precision: '{precision}' asked for, but {path} holds {held}; {_AGAIN}"
+            f"precompute.precision: '{precision}' asked for, but {path} holds {held}; {AGAIN}"
         )
-    identity = card.identity(label_size=label_size, precision=precision)
-    differs: list[tuple[str, object, object]]
-    differs = [("format", properties.get("samfed.format"), MODEL_FORMAT)]
-    if differs[0][1] == MODEL_FORMAT:
-        differs = differences(_identity(path, properties), identity)
+    differs: list[tuple[str, object, object]] = [("format", about.format, MODEL_FORMAT)]
+    if about.format == MODEL_FORMAT:
+        identity = card.identity(label_size=label_size, precision=precision)
+        differs = differences(_identity(path, about), identity)
     for field, found, expected in differs:
-        raise IdentityError(f"{path}: {field} is {found}, expected {expected}; {_AGAIN}")
+        raise IdentityError(f"{path}: {field} is {found}, expected {expected}; {AGAIN}")
     return held
 
 
-def _identity(path: Path, properties: Mapping[str, str]) -> Identity:
+def _identity(path: Path, about: About) -> Identity:
     try:
-        return Identity.model_validate_json(properties["samfed.identity"])
+        return Identity.model_validate(about.identity)
     except ValueError as error:
-        raise IdentityError(f"{path}: identity of another samfed; {_AGAIN}") from error
+        raise IdentityError(f"{path}: identity of another samfed; {AGAIN}") from error
 
 
 def check_model(settings: Config, card: TeacherCard) -> None:

@@ -16,9 +16,10 @@ from pipeline.disk import file_sha256, to_json, writer_lock
 from pipeline.errors import ConfigError, DataError, IdentityError
 from pipeline.folders import folder_beside
 from pipeline.sam.checkpoints import base_checkpoint, load_state
-from pipeline.sam.onnx import check_model, model_path, read_properties
+from pipeline.sam.onnx import check_model, model_path
 from pipeline.sam.teacher import ADAPTER_FILE, BASE_FILE, checked_card
 from pipeline.stores.bundle import Bundle, unpacked, write_bundle
+from pipeline.stores.onnx_sidecar import read_sidecar, sidecar_path
 from pipeline.stores.teacher_card import CARD_FILE, TeacherCard, load_card
 
 KIND = "teacher"
@@ -56,7 +57,7 @@ def export_teacher(
     if with_onnx:
         check_model(config, card)
         path = model_path(cache)
-        names = [path.name, *filter(None, [read_properties(path).get("samfed.weights")])]
+        names = [*read_sidecar(path).files, sidecar_path(path).name]
         contents |= {name: path.with_name(name) for name in names}
     text = to_json(card.as_json(), indent=1).encode()
     return replace(write_bundle(file, KIND, {CARD_FILE: text, **contents}), about=card.text())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
+import os
 import re
 import resource
 import shutil
@@ -43,6 +45,7 @@ from pipeline.config import Config, PrecomputeConfig
 from pipeline.data.partition import load_partition
 from pipeline.disk import file_sha256, write_json, writer_lock
 from pipeline.errors import ConfigError, CorruptStoreError, IdentityError, StageError
+from pipeline.inference.onnx_model import OnnxModel
 from pipeline.labelling.precompute import precompute
 from pipeline.params import load_config
 from pipeline.sam import build, checkpoints, export
@@ -50,7 +53,7 @@ from pipeline.sam import onnx as backend
 from pipeline.sam.any_frame import AnyFrameBlock, for_any_frame
 from pipeline.sam.build import ENCODERS, build_sam
 from pipeline.sam.checkpoints import EMBEDDED_WEIGHTS
-from pipeline.sam.export import TeacherNetwork, trace, write_model
+from pipeline.sam.export import TeacherNetwork, about_model, trace, write_model
 from pipeline.sam.finetune import finetune
 from pipeline.sam.frame import inside_image, to_input_frame
 from pipeline.sam.onnx import (
@@ -61,12 +64,11 @@ from pipeline.sam.onnx import (
     OUTPUTS,
     OnnxTeacher,
     auto_precision,
-    read_properties,
 )
 from pipeline.sam.teacher import ADAPTER_FILE, Teacher, forward, load_teacher
 from pipeline.stores.label_store import LabelStore
+from pipeline.stores.onnx_sidecar import About
 from pipeline.stores.pseudo_labels import PseudoLabels
-from pipeline.stores.sealed_onnx import sealed
 from pipeline.stores.teacher_card import CARD_FILE, TeacherCard
 
 Images = list[NDArray[np.uint8]]
@@ -224,18 +226,14 @@ class Timm:
             network = TeacherNetwork(sam, label_size=self.label_size, fp16=name == "fp16")
             onnx_ir.save(trace(network, input_size=64), folder / f"{name}.onnx")
 
-    def properties(self, *, precision: str = "fp32", **changes: object) -> dict[str, str]:
-        identity = self.card.identity(label_size=self.label_size, precision=precision).model_dump()
-        return {
-            "samfed.format": backend.MODEL_FORMAT,
-            "samfed.identity": json.dumps({**identity, **changes}),
-            "samfed.precision": precision,
-        }
+    def about(self, *, precision: str = "fp32", **changes: object) -> About:
+        identity = self.card.identity(label_size=self.label_size, precision=precision)
+        found = about_model(self.graph, identity, precision=precision)
+        top = {name: changes.pop(name) for name in [*changes] if name in About.model_fields}
+        return found.model_copy(update={"identity": {**found.identity, **changes}, **top})
 
     def write(self, path: Path, *, external_above: int = 1 << 29, **changes: object) -> Path | None:
-        return write_model(
-            path, self.graph, self.properties(**changes), external_above=external_above
-        )
+        return write_model(path, self.graph, self.about(**changes), external_above=external_above)
 
     def load(self, path: Path, **options: Any) -> OnnxTeacher:
         options = {"label_size": self.label_size, "device": "cpu", "precision": "auto", **options}
@@ -320,8 +318,8 @@ def test_fp16_is_near_fp32(timm: Timm, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_cuda_labels_as_torch_does(timm: Timm, tmp_path: Path, precision: str) -> None:
     graph = timm.fp16 if precision == "fp16" else timm.graph
-    properties = timm.properties(precision=precision)
-    write_model(tmp_path / "t.onnx", graph, properties, external_above=1 << 29)
+    about = timm.about(precision=precision)
+    write_model(tmp_path / "t.onnx", graph, about, external_above=1 << 29)
     teacher = timm.load(tmp_path / "t.onnx", device="cuda", precision=precision)
     assert teacher.provenance()["provider"] == CUDA
     batch = images(SQUARE, TALL, WIDE)
@@ -429,11 +427,16 @@ def test_what_the_model_says_of_itself(exported: Exported) -> None:
     model = onnx.load(exported.model)
     onnx.checker.check_model(model)
     identity = exported.torch.card.identity(label_size=32, precision="auto")
-    properties = read_properties(exported.model)
-    assert json.loads(properties["samfed.identity"]) == identity.model_dump()
-    assert properties["samfed.precision"] == "fp32"
+    sidecar = json.loads((exported.model.parent / "teacher.onnx.json").read_text())
+    content = exported.model.read_bytes()
+    assert sidecar["identity"] == identity.model_dump()
+    assert sidecar["precision"] == "fp32"
+    assert sidecar["files"] == {
+        "teacher.onnx": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    }
+    assert not model.metadata_props
     (opset,) = (entry.version for entry in model.opset_import if entry.domain == "")
-    assert int(properties["samfed.opset"]) == opset == exported.said["opset"]
+    assert sidecar["opset"] == opset == exported.said["opset"]
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*model.graph.input, *model.graph.output)
@@ -459,7 +462,8 @@ def test_weights_beside_the_model(timm: Timm, tmp_path: Path) -> None:
     path, batch = tmp_path / "t.onnx", images(SQUARE, WIDE)
     weights = timm.write(path, external_above=0)
     assert weights is not None
-    assert sorted(tmp_path.iterdir()) == [path, weights]
+    sidecar = tmp_path / "t.onnx.json"
+    assert sorted(tmp_path.iterdir()) == sorted([path, weights, sidecar])
     assert path.stat().st_size < weights.stat().st_size
     found = timm.load(path).label(batch, 48)
     assert_close(found, timm.torch.label(batch, 48))
@@ -468,13 +472,14 @@ def test_weights_beside_the_model(timm: Timm, tmp_path: Path) -> None:
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CorruptStoreError) as caught:
         timm.load(path)
-    ends = f"missing or damaged; t.onnx needs it beside it; {AGAIN}"
+    ends = f"damaged, or not the file that t.onnx.json describes; {AGAIN}"
     assert str(caught.value) == f"{weights}: {ends}"
     weights.unlink()
-    with pytest.raises(CorruptStoreError, match="missing or damaged"):
+    with pytest.raises(CorruptStoreError) as caught:
         timm.load(path)
+    assert str(caught.value) == f"{weights}: missing; t.onnx.json names it; {AGAIN}"
     assert timm.write(path) is None
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [path, sidecar]
 
 
 def test_an_export_that_stops_leaves_the_old_model(
@@ -493,28 +498,58 @@ def test_an_export_that_stops_leaves_the_old_model(
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
+    for place in ("write_json", "flush_tree"):  # before anything takes its place
+        with monkeypatch.context() as patch:
+            patch.setattr(export, place, stop)
+            with pytest.raises(KeyboardInterrupt):
+                write_model(path, other, timm.about(), external_above=0)
+        timm.load(path)
+    new = write_model(path, other, timm.about(), external_above=0)
+    timm.load(path)
+    assert new is not None
+    assert new != old
+    assert sorted(tmp_path.iterdir()) == sorted([path, new, tmp_path / "t.onnx.json"])
+
+
+@pytest.mark.parametrize("external_above", [0, 1 << 29], ids=["weights beside it", "whole"])
+def test_an_export_that_stops_before_its_sidecar_is_one_line(
+    timm: Timm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external_above: int
+) -> None:
+    """The sidecar comes last: what it does not describe is not used."""
+    path = tmp_path / "t.onnx"
+    timm.write(path)
+    real = os.replace
+
+    def replace(source: str | Path, target: str | Path) -> None:
+        if Path(target) == tmp_path / "t.onnx.json":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    other = onnx_ir.from_proto(onnx_ir.to_proto(timm.graph))
+    other.graph.name = "another"
     with monkeypatch.context() as patch:
-        patch.setattr(export, "write_bytes", stop)
+        patch.setattr(os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
-            write_model(path, other, timm.properties(), external_above=0)
+            write_model(path, other, timm.about(), external_above=external_above)
+    with pytest.raises(CorruptStoreError) as caught:
+        timm.load(path)
+    ends = f"damaged, or not the file that t.onnx.json describes; {AGAIN}"
+    assert str(caught.value) == f"{path}: {ends}"
+    write_model(path, other, timm.about(), external_above=1 << 29)
     timm.load(path)
-    new = write_model(path, other, timm.properties(), external_above=0)
-    timm.load(path)
-    assert new not in (None, old)
-    assert sorted(tmp_path.iterdir()) == sorted([path, new])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("external_above", [0, 1 << 29], ids=["weights beside it", "whole"])
 def test_a_disk_that_is_full(timm: Timm, tmp_path: Path, external_above: int) -> None:
     """The error names a file, and the model that was there stays."""
     path = tmp_path / "t.onnx"
-    write_model(path, timm.graph, timm.properties(), external_above=external_above)
+    write_model(path, timm.graph, timm.about(), external_above=external_above)
     before = listing(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
     try:
         with pytest.raises(OSError, match=str(tmp_path)) as caught:
-            write_model(path, timm.graph, {}, external_above=external_above)
+            write_model(path, timm.graph, timm.about(seed=1), external_above=external_above)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.filename.startswith(str(tmp_path))
@@ -526,16 +561,14 @@ def test_a_disk_that_is_full(timm: Timm, tmp_path: Path, external_above: int) ->
     [
         ({"adapter_sha256": "b" * 64}, f"adapter_sha256 is {'b' * 64}, expected {'a' * 64}"),
         ({"label_size": 32}, "label_size is 32, expected 48"),
-        ({"samfed.format": "0"}, f"format is 0, expected {backend.MODEL_FORMAT}"),
+        ({"format": "0"}, f"format is 0, expected {backend.MODEL_FORMAT}"),
     ],
 )
 def test_a_stale_model(
     timm: Timm, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     path = tmp_path / "t.onnx"
-    top = {key: str(value) for key, value in changes.items() if key.startswith("samfed.")}
-    fields = {key: value for key, value in changes.items() if key not in top}
-    write_model(path, timm.graph, {**timm.properties(**fields), **top}, external_above=1 << 29)
+    timm.write(path, **changes)
     with pytest.raises(IdentityError) as caught:
         timm.load(path)
     assert str(caught.value) == f"{path}: {message}; {AGAIN}"
@@ -547,7 +580,7 @@ def test_no_model(timm: Timm, tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path / 't.onnx'}: not found; run `samfed export-onnx` first"
 
 
-@pytest.mark.parametrize("damage", ["empty", "short", "cut", "flip", "longer", "unsealed"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flip", "longer"])
 def test_a_damaged_model(timm: Timm, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "t.onnx"
     timm.write(path)
@@ -556,16 +589,65 @@ def test_a_damaged_model(timm: Timm, tmp_path: Path, damage: str) -> None:
     path.write_bytes(
         {
             "empty": b"",
-            "short": content[:20],
             "cut": content[:middle],
             "flip": content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :],
             "longer": content + b"\0",
-            "unsealed": content[: -len(sealed(b"", {}))],
         }[damage]
     )
     with pytest.raises(CorruptStoreError) as caught:
         timm.load(path)
-    assert str(caught.value) == f"{path}: damaged, or not written by samfed; {AGAIN}"
+    ends = f"damaged, or not the file that t.onnx.json describes; {AGAIN}"
+    assert str(caught.value) == f"{path}: {ends}"
+
+
+def test_a_model_without_its_sidecar(timm: Timm, tmp_path: Path) -> None:
+    """As an earlier samfed's, which kept in the model what it is."""
+    path, sidecar = tmp_path / "t.onnx", tmp_path / "t.onnx.json"
+    timm.write(path)
+    sidecar.unlink()
+    with pytest.raises(CorruptStoreError) as caught:
+        timm.load(path)
+    assert str(caught.value) == (
+        f"{sidecar}: not found, and without it nothing says what t.onnx is (an earlier samfed's, "
+        f"or copied alone?); {AGAIN}"
+    )
+
+
+def test_a_teacher_is_no_model_of_a_run(timm: Timm, tmp_path: Path) -> None:
+    timm.write(tmp_path / "t.onnx")
+    with pytest.raises(CorruptStoreError, match=r"no model of a run \(a teacher\?\)"):
+        OnnxModel(tmp_path / "t.onnx", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["other.onnx", "../t.onnx"])
+def test_a_sidecar_of_other_files(timm: Timm, tmp_path: Path, name: str) -> None:
+    path, sidecar = tmp_path / "t.onnx", tmp_path / "t.onnx.json"
+    timm.write(path)
+    content = json.loads(sidecar.read_text())
+    kept = content["files"] if name.startswith("..") else {}
+    write_json(sidecar, {**content, "files": {**kept, name: content["files"]["t.onnx"]}})
+    with pytest.raises(CorruptStoreError) as caught:
+        timm.load(path)
+    assert str(caught.value) == f"{sidecar}: does not describe t.onnx; {AGAIN}"
+
+
+def test_a_bad_byte_anywhere_in_a_sidecar_is_one_line(timm: Timm, tmp_path: Path) -> None:
+    """Where it says nothing that matters (the version, the opset), the model is taken."""
+    path, sidecar = tmp_path / "t.onnx", tmp_path / "t.onnx.json"
+    timm.write(path)
+    content, refused = sidecar.read_bytes(), 0
+    for place in range(0, len(content), 7):
+        sidecar.write_bytes(content[:place] + b"\0" + content[place + 1 :])
+        with suppress(CorruptStoreError, IdentityError):
+            backend.check_file(path, timm.card, label_size=48, precision="auto")
+            continue
+        refused += 1
+    assert refused > len(content) // 7 * 0.9
+    for bad in (b"", b"[]", b"{}", b"\xff", content[:-9], content.replace(b"fp32", b"fp64")):
+        sidecar.write_bytes(bad)
+        with pytest.raises(CorruptStoreError) as caught:
+            timm.load(path)
+        assert str(caught.value) == f"{sidecar}: damaged, or not written by samfed; {AGAIN}"
 
 
 # --------------------------------------------------------------------------- device, precision
@@ -717,7 +799,7 @@ def test_a_model_that_onnxruntime_cannot_run(timm: Timm, tmp_path: Path) -> None
     path = tmp_path / "t.onnx"
     graph = onnx_ir.from_proto(onnx_ir.to_proto(timm.graph))
     graph.graph[0].op_type = "NoSuchOperator"
-    write_model(path, graph, timm.properties(), external_above=1 << 29)
+    write_model(path, graph, timm.about(), external_above=1 << 29)
     with pytest.raises(ConfigError) as caught:
         timm.load(path)
     assert str(caught.value).startswith(f"{path}: onnxruntime {ort.__version__} cannot run it (")
