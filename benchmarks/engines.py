@@ -37,7 +37,7 @@ from typing import Any
 import psutil
 import torch
 from clock import CLOCK, clock_clients, read_clock
-from inputs import prepare_with_labels
+from inputs import IMAGES_PER_CLIENT, SERVER_IMAGES, prepare_with_labels, small_clients
 from simulation import simulate
 
 from pipeline.cluster import Cluster, Workers, choose_cluster
@@ -59,9 +59,6 @@ from pipeline.params import parse_config
 
 KINDS = ("process", "dask", "superlink", "simulation")
 WORKERS = 2
-SERVER_IMAGES = 12
-IMAGES_PER_CLIENT = 10  # two of them for validation
-SMALL = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
 
 
 # --------------------------------------------------------------------------- clocks
@@ -262,30 +259,10 @@ RUN = dict(zip(KINDS, (in_process, on_dask, over_superlink, in_simulation), stri
 def settings(folder: Path, clients: int, options: argparse.Namespace) -> Config:
     """Return the settings of all kinds."""
     batch = {} if options.as_params else {"labelled_batch": 4, "unlabelled_batch": 4}
-    raw: dict[str, Any] = {
-        "data": {"root": str(folder / "data"), "image_size": 64 if options.as_params else 32},
-        "cache": {"root": str(folder / "cache")},
-        "partition": {
-            "scheme": "sizes",
-            "sizes": [IMAGES_PER_CLIENT] * clients,
-            "server_images": SERVER_IMAGES,
-            "server_site": None,
-            "calibration_min": 4,
-            "val_fraction": 0.2,
-            "test_fraction": 0.0,
-        },
-        "agreement": {"warn_agreement": 0, "warn_coverage": 0},
-        "model": {} if options.as_params else SMALL,
-        "federate": {
-            "rounds": options.rounds,
-            "pretrain_steps": 2,
-            "local_steps": options.steps,
-            "link_mbit": 1e6,
-            "threads": 1,
-            "device": "cpu",
-            **batch,
-        },
-    }
+    steps = {"rounds": options.rounds, "local_steps": options.steps}
+    raw = small_clients(folder / "data", folder / "cache", clients, **steps, **batch)
+    if options.as_params:
+        raw["data"]["image_size"], raw["model"] = 64, {}
     return parse_config(raw, source="benchmark")
 
 

@@ -6,6 +6,7 @@ For benchmarks alone: neither time nor memory depends on how good labels are, so
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,41 @@ from pipeline.stores.image_store import ImageSet, read_image_store
 from pipeline.stores.label_store import Identity, LabelStore
 from pipeline.stores.pseudo_labels import PseudoLabels
 
+SERVER_IMAGES = 12
+IMAGES_PER_CLIENT = 10  # two of them for validation
+SMALL = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
+
 _SHIFT = 2  # px that labels lie beside the truth, so that SAM and client have conflicts
+
+
+def small_clients(data: Path, cache: Path, clients: int, **federate: Any) -> dict[str, Any]:
+    """Return settings of so many clients of ``IMAGES_PER_CLIENT`` images, whose rounds are short.
+
+    Args:
+        federate: what that section has beside.
+    """
+    return {
+        "data": {"root": str(data), "image_size": 32},
+        "cache": {"root": str(cache)},
+        "partition": {
+            "scheme": "sizes",
+            "sizes": [IMAGES_PER_CLIENT] * clients,
+            "server_images": SERVER_IMAGES,
+            "server_site": None,
+            "calibration_min": 4,
+            "val_fraction": 0.2,
+            "test_fraction": 0.0,
+        },
+        "agreement": {"warn_agreement": 0, "warn_coverage": 0},
+        "model": SMALL,
+        "federate": {
+            "pretrain_steps": 2,
+            "link_mbit": 1e6,  # two steps a round deserve a warning, which is not the point here
+            "threads": 1,
+            "device": "cpu",
+            **federate,
+        },
+    }
 
 
 def prepare_with_labels(config: Config, *, flipped: int = 0) -> Partition:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import prepare_with_labels
+from inputs import IMAGES_PER_CLIENT, SERVER_IMAGES, SMALL, prepare_with_labels, small_clients
 from torch import Tensor
 
 from pipeline.cluster import Cluster, Workers, choose_cluster
@@ -44,10 +44,7 @@ from pipeline.federation.workplace import Workplace
 from pipeline.params import parse_config
 
 ROUNDS = 3  # the first is left out
-SERVER_IMAGES = 12
-IMAGES_PER_CLIENT = 10  # two of them for validation
 MOST_WITH_OWN = 64  # clients with networks of their own, for the sake of time
-SMALL = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
 OWN = [SMALL, {**SMALL, "decoder_channels": [24, 12, 8]}]
 KINDS = ("one network", "own networks", "one network, on workers")
 
@@ -55,34 +52,19 @@ KINDS = ("one network", "own networks", "one network, on workers")
 def settings(
     root: Path, cache: Path, clients: int, kind: str, options: argparse.Namespace
 ) -> Config:
-    raw = {
-        "data": {"root": str(root), "image_size": 32},
-        "cache": {"root": str(cache)},
-        "partition": {
-            "scheme": "sizes",
-            "sizes": [IMAGES_PER_CLIENT] * clients,
-            "server_images": SERVER_IMAGES,
-            "server_site": None,
-            "calibration_min": 4,
-            "val_fraction": 0.2,
-            "test_fraction": 0.0,
-        },
-        "agreement": {"warn_agreement": 0, "warn_coverage": 0},
-        "model": {**SMALL, "clients": OWN if kind == "own networks" else []},
-        "federate": {
-            "name": kind,
-            "clients_per_round": options.per_round or clients,
-            "rounds": ROUNDS,
-            "pretrain_steps": 2,
-            "local_steps": options.steps,
-            "labelled_batch": 4,
-            "unlabelled_batch": 4,
-            "fusion_epochs": 1,
-            "link_mbit": 1e6,  # two steps a round deserve a warning, which is not the point here
-            "threads": 1,
-            "device": "cpu",
-        },
-    }
+    raw = small_clients(
+        root,
+        cache,
+        clients,
+        name=kind,
+        clients_per_round=options.per_round or clients,
+        rounds=ROUNDS,
+        local_steps=options.steps,
+        labelled_batch=4,
+        unlabelled_batch=4,
+        fusion_epochs=1,
+    )
+    raw["model"] = {**SMALL, "clients": OWN if kind == "own networks" else []}
     return parse_config(raw, source="benchmark")
 
 

@@ -21,6 +21,9 @@ from pipeline.sam.global_attention import FORMS, Attend
 #: No kernel is chosen by a stopwatch: another run would then round otherwise.
 COMPILE_OPTIONS: dict[str, Any] = {"deterministic": True, "triton.autotune_pointwise": False}
 
+#: Shapes of batches that one encoder is compiled for, which is what torch allows by default.
+MOST_SHAPES = 8
+
 Compiler = Callable[[nn.Module], Callable[[Tensor], Tensor]]
 
 
@@ -121,13 +124,24 @@ class CompiledEncoder(nn.Module):
         self.img_size = encoder.img_size
         self.batch_size = batch_size
         self._compiled = compiler(encoder)
+        self._shapes: set[tuple[int, ...]] = set()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Encode ``x`` (B, 3, h, w) float, in batches of the fixed size."""
+        """Encode ``x`` (B, 3, h, w) float, in batches of the fixed size.
+
+        Raises:
+            ConfigError: images of more shapes than ``MOST_SHAPES`` (``sam.frame: content``).
+        """
         return torch.cat([self._encode(part) for part in x.split(self.batch_size)])
 
     def _encode(self, x: Tensor) -> Tensor:
         count, missing = len(x), self.batch_size - len(x)
+        self._shapes.add((self.batch_size, *x.shape[2:]))
+        if len(self._shapes) > MOST_SHAPES:
+            raise ConfigError(
+                f"precompute.compile: found batches of more than {MOST_SHAPES} shapes, each of "
+                "which is compiled for minutes; set it to false and run the same command again"
+            )
         try:
             return self._compiled(F.pad(x, (0, 0) * 3 + (0, missing)))[:count]
         except RuntimeError:

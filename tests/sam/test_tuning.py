@@ -22,7 +22,7 @@ from pipeline.sam.attention import FoldedAttention
 from pipeline.sam.build import build_sam
 from pipeline.sam.global_attention import FORMS, Attend, attend_flexibly
 from pipeline.sam.teacher import Teacher
-from pipeline.sam.tuning import COMPILE_OPTIONS, BFloat16Norm, CompiledEncoder, tune
+from pipeline.sam.tuning import COMPILE_OPTIONS, MOST_SHAPES, BFloat16Norm, CompiledEncoder, tune
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -175,6 +175,16 @@ def test_the_size_follows_when_memory_runs_out() -> None:
             compiled(torch.randn(count, 3, 4, 4))
     assert torch.equal(compiled(torch.ones(2, 3, 4, 4)), torch.full((2, 3, 4, 4), 2.0))
     assert inner.batches == [7, 4, 2]
+
+
+def test_more_shapes_than_torch_compiles_are_one_line() -> None:
+    """As content frames have them; those that were there before stay."""
+    compiled = CompiledEncoder(Doubling(capacity=4), 4, compiler=lambda encoder: encoder)
+    for width in range(1, MOST_SHAPES + 1):
+        compiled(torch.randn(3, 3, 4, width))
+    compiled(torch.randn(9, 3, 4, 1))
+    with pytest.raises(ConfigError, match=r"compile: found batches of more than 8 shapes"):
+        compiled(torch.randn(3, 3, 5, 1))
 
 
 def test_compiling_needs_a_gpu(encoder: nn.Module) -> None:
