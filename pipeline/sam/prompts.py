@@ -3,11 +3,15 @@
 A prompt's mask is a foreground logit z a pixel. The two-class logits (0, z) make it look like an
 adapted teacher of one class: their softmax is sigmoid(z), so frames, labels and confidences are
 those of ``pipeline.sam.teacher``. Where SAM finds nothing, z is 0: background, at even odds.
+
+Everything behind the encoder is float32, as positions need it. Points within a mask that was found
+already are prompted all the same: theirs may be the better one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from segment_anything.modeling import Sam
@@ -20,21 +24,30 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.sam.build import decode_masks, no_mask
 from pipeline.sam.frame import LOGIT_STRIDE
+from pipeline.sam.point_decoder import PointDecoder, Prompted
 
 MULTIMASK = 3  # masks that SAM proposes for an ambiguous prompt, beside the unambiguous one
 
 # the defaults of segment-anything's SamAutomaticMaskGenerator
 POINTS_PER_PASS = 64
+MASKS_PER_PASS = 16  # prompts whose masks are made at once; later ones may have no chance by then
 _MIN_IOU = 0.88
 _MIN_STABILITY = 0.95
 _STABILITY_OFFSET = 1.0  # of the logit, either way
 _EDGE = 20 / 1024  # of the input's side: a mask this near to a side of the image reaches it
 
-#: (sam, embeddings (n, C, h, w), points (n, 1, 2) float as x, y in input pixels)
-#: -> logits (n, 1 + MULTIMASK, 4h, 4w) and predicted IoU (n, 1 + MULTIMASK).
-PointDecoder = Callable[[Sam, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+class Decoder(Protocol):
+    """The mask decoder of one image; its estimates come before the masks."""
+
+    def prompt(self, points: Tensor) -> Prompted:
+        """Take foreground points (n, 1, 2) as x, y in input pixels."""
+        ...
+
+    def masks(self, prompted: Prompted, chosen: Tensor) -> Tensor:
+        """Return the masks' logits (m, MULTIMASK, 4h, 4w) of the chosen (m,) prompts."""
+        ...
 
 
 def why_not_prompted(config: Config) -> str | None:
@@ -73,24 +86,15 @@ def check_views(config: Config) -> None:
         )
 
 
-def decode_points(sam: Sam, embeddings: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompt each embedding with foreground points, whose positions stay in float32.
-
-    Arguments and results are those of ``PointDecoder``.
-    """
-    labels = torch.ones(points.shape[:2], device=points.device)
-    with torch.autocast(embeddings.device.type, enabled=False):
-        sparse, _ = sam.prompt_encoder(points=(points, labels), boxes=None, masks=None)
-    return decode_masks(sam, embeddings, sparse.to(embeddings), no_mask(sam, embeddings))
-
-
 class PointGrid:
     """Every point of a grid prompts SAM for three masks; the image's best mask is its label."""
 
-    def __init__(self, points_per_side: int, *, decode: PointDecoder = decode_points) -> None:
+    def __init__(
+        self, points_per_side: int, *, decoder: Callable[[Sam, Tensor], Decoder] = PointDecoder
+    ) -> None:
         grid = build_point_grid(points_per_side)  # (n * n, 2) as x, y in 0..1
         self.grid = torch.from_numpy(grid).float()
-        self.decode = decode
+        self.decoder = decoder
 
     def __call__(self, sam: Sam, embeddings: Tensor, valid_hw: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two-class logits and IoU estimates of each image's best mask.
@@ -115,15 +119,28 @@ class PointGrid:
         points = (self.grid * torch.tensor(size_hw[::-1])).to(embedding.device)
         best_rank = 0.0
         best = (points.new_zeros(shape), points.new_zeros(()))
+        decoder = self.decoder(sam, embedding)
         for part in points.split(POINTS_PER_PASS):  # bounds memory, as segment-anything does
-            repeated = embedding.expand(len(part), -1, -1, -1)
-            logits, iou = self.decode(sam, repeated, part[:, None])
-            logits, iou = logits[:, 1:].flatten(0, 1).float(), iou[:, 1:].flatten().float()
-            rank = rank_masks(logits[:, :rows, :cols], iou)
-            top = int(rank.argmax())
-            if float(rank[top]) > best_rank:  # a copy: a view would keep the whole pass alive
-                best_rank, best = float(rank[top]), (logits[top].clone(), iou[top])
+            prompted = decoder.prompt(part[:, None])
+            if not bool(prompted.iou.isfinite().all()):  # else it would pass for no mask at all
+                return best[0] + torch.nan, best[1] + torch.nan
+            highest = highest_rank(prompted.iou).amax(dim=1)
+            for some in torch.arange(len(part), device=points.device).split(MASKS_PER_PASS):
+                chosen = some[highest[some] > best_rank]
+                if not len(chosen):
+                    continue
+                logits = decoder.masks(prompted, chosen).flatten(0, 1).float()
+                iou = prompted.iou[chosen].flatten().float()
+                rank = rank_masks(logits[:, :rows, :cols], iou)
+                top = int(rank.argmax())
+                if float(rank[top]) > best_rank:  # a copy: a view would keep the pass alive
+                    best_rank, best = float(rank[top]), (logits[top].clone(), iou[top])
         return best
+
+
+def highest_rank(iou: Tensor) -> Tensor:
+    """Return what ``rank_masks`` gives masks of these predicted IoUs at most: perfect stability."""
+    return iou.clamp(0, 1) + (iou > _MIN_IOU)
 
 
 def rank_masks(logits: Tensor, iou: Tensor) -> Tensor:

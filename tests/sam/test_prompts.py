@@ -25,9 +25,11 @@ from pipeline.data.prepare import prepare
 from pipeline.errors import ConfigError, IdentityError
 from pipeline.labelling.precompute import precompute
 from pipeline.params import parse_config
+from pipeline.sam.build import decode_masks, no_mask
 from pipeline.sam.checkpoints import build_base
 from pipeline.sam.finetune import finetune
-from pipeline.sam.prompts import MULTIMASK, PointGrid, rank_masks
+from pipeline.sam.point_decoder import PointDecoder, Prompted
+from pipeline.sam.prompts import MULTIMASK, PointGrid, highest_rank, rank_masks
 from pipeline.sam.teacher import Teacher, load_teacher
 from pipeline.stores.label_store import LabelStore
 from pipeline.stores.teacher_card import TeacherCard, load_card
@@ -109,44 +111,108 @@ def test_a_point_on_a_blob_gives_the_blob() -> None:
     assert labels.confidences[0].min() >= 127  # of the predicted class, so never below a half
 
 
+class Drawn:
+    """A decoder whose masks and estimates are given for each point, in the order of the grid."""
+
+    def __init__(self, logits: Tensor, iou: Tensor) -> None:
+        self.logits, self.iou = logits, iou
+        self.passes: list[Tensor] = []
+        self.made: list[int] = []  # points whose masks were asked for
+
+    def __call__(self, sam: object, embedding: Tensor) -> Drawn:
+        return self
+
+    def prompt(self, points: Tensor) -> Prompted:
+        before = sum(map(len, self.passes))
+        self.passes.append(points[:, 0])
+        span = torch.arange(before, before + len(points))
+        return Prompted(self.iou[span], span, span)
+
+    def masks(self, prompted: Prompted, chosen: Tensor) -> Tensor:
+        rows = prompted.image[chosen]
+        self.made += rows.tolist()
+        return self.logits[rows]
+
+
+def search(drawn: Drawn, side: int, size_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return what the grid makes of a drawn decoder: foreground logits and the estimate."""
+    grid = PointGrid(side, decoder=drawn)
+    logits, iou = grid(None, torch.zeros(1, 8, 16, 16), torch.tensor([size_hw]))  # type: ignore[arg-type]
+    assert torch.equal(logits[0, 0], torch.zeros(64, 64))
+    return logits[0, 1], iou[0, 1]
+
+
 def test_the_best_of_many_points_in_chunks() -> None:
     """144 points are 3 passes; the mask of the point next to (row 100, col 30) is the best."""
-    passes: list[Tensor] = []
+    centres = (torch.arange(12) + 0.5) / 12
+    rows, cols = torch.meshgrid(centres * 256, centres * 128, indexing="ij")  # the image's size
+    points = torch.stack([cols.flatten(), rows.flatten()], dim=1)
+    logits = torch.full((144, 3, 64, 64), -9.0)
+    for mask, (x, y) in zip(logits, (points / 4).long().tolist(), strict=True):
+        mask[:, y, x] = 9.0
+    iou = 0.8 - (points - torch.tensor([30.0, 100.0])).norm(dim=1) / 1000
+    drawn = Drawn(logits, torch.stack([iou, iou / 2, iou / 3], dim=1))
+    found, estimate = search(drawn, 12, (256, 128))
+    assert [len(coords) for coords in drawn.passes] == [64, 64, 16]
+    assert torch.allclose(torch.cat(drawn.passes), points)
+    best = min(points.tolist(), key=lambda p: math.dist(p, (30, 100)))
+    assert (found > 0).nonzero().tolist() == [[int(best[1] / 4), int(best[0] / 4)]]
+    assert float(estimate) == pytest.approx(0.8 - math.dist(best, (30, 100)) / 1000)
 
-    def decode(sam: object, embeddings: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        coords = points[:, 0]
-        assert len(embeddings) == len(coords)
-        passes.append(coords)
-        logits = torch.full((len(coords), 4, 64, 64), -9.0)
-        for mask, (x, y) in zip(logits, (coords / 4).long().tolist(), strict=True):
-            mask[1:, y, x] = 9.0
-        iou = 0.8 - (coords - torch.tensor([30.0, 100.0])).norm(dim=1) / 1000
-        return logits, torch.stack([iou * 0 + 1, iou, iou / 2, iou / 3], dim=1)
 
-    # the image is 128 wide and 256 high
-    logits, iou = PointGrid(12, decode=decode)(
-        None,  # type: ignore[arg-type]
-        torch.zeros(1, 8, 16, 16),
-        torch.tensor([[256, 128]]),
-    )
-    assert [len(coords) for coords in passes] == [64, 64, 16]
-    every = torch.cat(passes)
-    assert torch.all(every > 0)
-    assert every.max(dim=0).values.tolist() == pytest.approx([128 * 23 / 24, 256 * 23 / 24])
-    best = min(every.tolist(), key=lambda p: math.dist(p, (30, 100)))
-    assert (logits[0, 1] > 0).nonzero().tolist() == [[int(best[1] / 4), int(best[0] / 4)]]
-    assert torch.equal(logits[0, 0], torch.zeros(64, 64))
-    assert iou[0].tolist() == pytest.approx([0.8 - math.dist(best, (30, 100)) / 1000] * 2)
+@pytest.mark.parametrize("seed", range(4))
+def test_points_without_a_chance_are_left_out_and_change_nothing(seed: int) -> None:
+    """Against the best of all masks, whose estimates and stabilities have nothing in common."""
+    rng = torch.Generator().manual_seed(seed)
+    noise = torch.randn(100, 3, 16, 16, generator=rng) * torch.rand(100, 3, 1, 1, generator=rng) * 9
+    logits = torch.nn.functional.interpolate(noise, scale_factor=4, mode="nearest")
+    logits[:, :, :8] = -9  # none reaches all four sides
+    iou = torch.rand(100, 3, generator=rng) ** 0.3
+    drawn = Drawn(logits, iou)
+    found, estimate = search(drawn, 10, (256, 200))
+    rank = rank_masks(logits.flatten(0, 1)[:, :, :50], iou.flatten())
+    assert (highest_rank(iou.flatten()) >= rank).all()
+    best = int(rank.argmax())
+    assert torch.equal(found, logits.flatten(0, 1)[best])
+    assert estimate == iou.flatten()[best]
+    assert 16 <= len(drawn.made) == len(set(drawn.made)) < 100
 
 
 def test_nothing_found_is_background_at_even_odds() -> None:
-    def decode(sam: object, embeddings: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.full((len(embeddings), 4, 64, 64), 9.0), torch.ones(len(embeddings), 4)
-
-    labels = teacher(PointGrid(2, decode=decode)).label([scene(disc(50, 80, 25, 40, 9))], 32)
+    drawn = Drawn(torch.full((4, 3, 64, 64), 9.0), torch.ones(4, 3))
+    labels = teacher(PointGrid(2, decoder=drawn)).label([scene(disc(50, 80, 25, 40, 9))], 32)
     assert not labels.masks.any()
     assert set(np.unique(labels.confidences)) <= {127, 128}  # one half of 255
     assert labels.predicted_iou.tolist() == [0]
+
+
+def test_estimates_that_are_not_finite_are_no_background() -> None:
+    """They would be the label of an image in which SAM finds nothing."""
+    drawn = Drawn(torch.full((4, 3, 64, 64), 9.0), torch.full((4, 3), torch.nan))
+    labels = teacher(PointGrid(2, decoder=drawn)).label([scene(disc(50, 80, 25, 40, 9))], 32)
+    assert np.isnan(labels.predicted_iou).all()  # which stage one refuses
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size_hw", [(16, 16), (12, 16)], ids=["square", "content"])
+def test_many_prompts_of_one_image_decode_as_pairs_do(size_hw: tuple[int, int]) -> None:
+    """Against the decoder with the image repeated for each prompt."""
+    sam = build_base(SamConfig(), num_classes=MULTIMASK).eval()
+    rng = torch.Generator().manual_seed(2)
+    embedding = torch.randn(64, *size_hw, generator=rng)
+    points = torch.rand(5, 1, 2, generator=rng) * 16 * min(size_hw)
+    labels = torch.ones(5, 1)
+    sparse, _ = sam.prompt_encoder(points=(points, labels), boxes=None, masks=None)
+    repeated = embedding.expand(5, -1, -1, -1)
+    expected, iou = decode_masks(sam, repeated, sparse, no_mask(sam, repeated))
+    decoder = PointDecoder(sam, embedding)
+    prompted = decoder.prompt(points)
+    assert torch.allclose(prompted.iou, iou[:, 1:], atol=1e-5)
+    chosen = torch.tensor([4, 0, 2])
+    found = decoder.masks(prompted, chosen)
+    assert expected.abs().max() > 5
+    assert torch.allclose(found, expected[chosen, 1:], atol=1e-4)
+    assert not torch.allclose(found[0], found[1], atol=1)
 
 
 @torch.no_grad()
