@@ -17,6 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pipeline.sam  # noqa: F401  (before segment_anything imports torchvision)
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image

@@ -112,7 +112,8 @@ def measure(config: Config, count: int) -> dict[str, dict[str, Any]]:
     partition = load_partition(config.cache.root / "partition.json", with_public=True)
     parts = read_parts(config, partition, count)
     cuda = resolve_device(config.precompute.device).type == "cuda"
-    on_cpu = ("fp32", "bf16", "int8") if has_vnni() else ("fp32", "bf16")
+    able = has_vnni() and not config.sam.variant.startswith("timm:")  # which lack linear layers
+    on_cpu = ("fp32", "bf16", "int8") if able else ("fp32", "bf16")
     rows: dict[str, dict[str, object]] = {
         name: {"precision": name, "views": 1}
         for name in (("fp32", "bf16", "fp16") if cuda else on_cpu)
