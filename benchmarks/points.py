@@ -72,8 +72,10 @@ def before(sam: Sam, embedding: Tensor, valid_hw: Tensor) -> Tensor:
 def measure(sam: Sam, files: list[Path]) -> dict[str, Any]:
     """Time the encoder and both ways for each image, and compare their masks."""
     sam, side = sam.eval().requires_grad_(False), sam.image_encoder.img_size
-    grid, seconds = PointGrid(PER_SIDE, decoder=Counting), defaultdict(list)
-    gaps, equal = [], 0
+    grid = PointGrid(PER_SIDE, decoder=Counting)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    gaps: list[float] = []
+    equal = 0
 
     def timed(name: str, act: Callable[[], Any]) -> Any:
         began = time.perf_counter()
