@@ -77,20 +77,19 @@ def measure(sam: Sam, files: list[Path]) -> dict[str, Any]:
     gaps: list[float] = []
     equal = 0
 
-    def timed(name: str, act: Callable[[], Any]) -> Any:
+    def timed(name: str, act: Callable[..., Any], *given: Any, **options: Any) -> Any:
         began = time.perf_counter()
-        result = act()
+        result = act(*given, **options)
         seconds[name].append(time.perf_counter() - began)
         return result
 
     for file in files:
         pixels, valid_hw = to_input_frame([np.asarray(Image.open(file).convert("RGB"))], side)
         inside = inside_image(valid_hw, pixels.shape[-2:])
-        frame = (sam, pixels, inside)
-        timed("encoder_bf16", lambda frame=frame: encode(*frame, dtype=torch.bfloat16))
-        found = timed("encoder_fp32", lambda frame=frame: encode(*frame))
-        old = timed("before", lambda e=found, hw=valid_hw: before(sam, e[0], hw))
-        new, _ = timed("after", lambda e=found, hw=valid_hw: grid(sam, e, hw))
+        timed("encoder_bf16", encode, sam, pixels, inside, dtype=torch.bfloat16)
+        found = timed("encoder_fp32", encode, sam, pixels, inside)
+        old = timed("before", before, sam, found[0], valid_hw)
+        new, _ = timed("after", grid, sam, found, valid_hw)
         gaps.append(float((new[0, 1] - old).abs().max()))
         equal += bool(torch.equal(new[0, 1] > 0, old > 0))
     medians = {name: round(1e3 * statistics.median(each), 1) for name, each in seconds.items()}

@@ -144,7 +144,8 @@ class PointDecoder:
         mlps = list(decoder.output_hypernetworks_mlps)[1:]
         tokens = prompted.tokens[chosen].unbind(1)
         hyper = torch.stack([mlp(one) for mlp, one in zip(mlps, tokens, strict=True)], dim=1)
-        return (hyper @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        masks: Tensor = (hyper @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        return masks
 
 
 def _depth(attention: Attention) -> int:
