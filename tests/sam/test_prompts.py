@@ -137,7 +137,7 @@ class Drawn:
 def search(drawn: Drawn, side: int, size_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return what the grid makes of a drawn decoder: foreground logits and the estimate."""
     grid = PointGrid(side, decoder=drawn)
-    logits, iou = grid(None, torch.zeros(1, 8, 16, 16), torch.tensor([size_hw]))  # type: ignore[arg-type]
+    logits, iou = grid(None, torch.zeros(1, 8, 16, 16), torch.tensor([size_hw]))
     assert torch.equal(logits[0, 0], torch.zeros(64, 64))
     return logits[0, 1], iou[0, 1]
 

@@ -126,7 +126,8 @@ def test_dice_of_pairs_is_the_metrics() -> None:
     masks[0] = 0
     masks[1, 0], masks[2][masks[2] == 2] = 0, 0
     expected = [dice_score(*pair, num_classes=2) for pair in masks]
-    found = foreground_dice(*torch.from_numpy(masks).unbind(1), 2)
+    one, other = torch.from_numpy(masks).unbind(1)
+    found = foreground_dice(one, other, 2)
     assert found.tolist() == pytest.approx(expected)
     assert expected[0] == 1
     assert expected[1] == 0
@@ -213,6 +214,7 @@ def test_batches_shrink_under_views_too() -> None:
     assert patient.provenance()["batch_size"] == "1"
     assert (found.masks != expected.masks).mean() < 0.01
     assert found.view_agreement is not None
+    assert expected.view_agreement is not None
     assert np.allclose(found.view_agreement, expected.view_agreement, atol=0.05)
     labeller.sam.image_encoder.register_forward_pre_hook(lambda *_: hungry(None, [torch.zeros(3)]))
     with pytest.raises(SamfedError, match="memory does not suffice for one image"):
