@@ -1,6 +1,6 @@
 """Measure the label store alone: rows through stage one with a teacher that only copies.
 
-    python benchmarks/store.py [--rows 10000] [--json]
+    python benchmarks/store.py [--rows 10000] [--probabilities] [--json]
 
 Masks are realistic (one smooth lesion with a soft border); every row reads the same tiny image, so
 what is timed is the reading threads' work, the copying and the store.
@@ -45,7 +45,7 @@ VARIETY = 64  # different masks
 class Copier:
     """A teacher that knows its answers; a batch takes the next masks in turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, probabilities: bool = False) -> None:
         rng = np.random.default_rng(0)
         axis = np.linspace(-1, 1, SIZE, dtype=np.float32)
         masks, confidences = [], []
@@ -62,6 +62,9 @@ class Copier:
             confidences.append(np.round(255 * np.maximum(probability, 1 - probability)))
         self.masks = np.array(masks, np.uint8)
         self.confidences = np.array(confidences, np.uint8)
+        likely = np.where(self.masks > 0, self.confidences, 255 - self.confidences)
+        both = np.stack([255 - likely, likely], axis=1)
+        self.probabilities = both if probabilities else None
         self.next = 0
         self.seconds = 0.0
         self.card = TeacherCard(
@@ -90,7 +93,9 @@ class Copier:
         pick = (self.next + np.arange(len(images))) % VARIETY
         self.next += len(images)
         likely = np.full(len(images), 0.9, np.float32)
-        return Finished(PseudoLabels(self.masks[pick], self.confidences[pick], likely))
+        sure = None if self.probabilities is None else self.probabilities[pick]
+        labels = PseudoLabels(self.masks[pick], self.confidences[pick], likely, probabilities=sure)
+        return Finished(labels)
 
     def provenance(self) -> dict[str, str]:
         """Return what stands for the backend."""
@@ -112,15 +117,18 @@ def rss_mib() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def write(config: Config, count: int, sha256: str) -> tuple[LabelStore, list[tuple[float, float]]]:
+def write(
+    config: Config, count: int, sha256: str, *, probabilities: bool
+) -> tuple[LabelStore, list[tuple[float, float]]]:
     """Label ``count`` rows; seconds since the start and MiB after each chunk."""
-    teacher = Copier()
+    teacher = Copier(probabilities=probabilities)
     identity = teacher.card.identity(label_size=SIZE, precision="auto")
     rows = [RowKey(f"{i:07d}", sha256) for i in range(count)]
     nothing = ServerPart(train=(), calibration=())
     partition = Partition(scheme="iid", seed=0, server=nothing, clients={}, images={})
     job = Job(config, partition, identity)
-    store = LabelStore.create(job.path(f"rows{count}"), identity, rows)
+    path = job.path(f"rows{count}")
+    store = LabelStore.create(path, identity, rows, probabilities=probabilities)
     file = ("images/a.png", sha256)
     tasks = (
         ChunkTask(f"rows{count}", chunk, tuple(span), (file,) * len(span))
@@ -158,7 +166,7 @@ def decode(files: list[Path]) -> None:
         decompress(file.read_bytes()[:-4])
 
 
-def measure(rows: int) -> dict[str, Any]:
+def measure(rows: int, *, probabilities: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -166,8 +174,8 @@ def measure(rows: int) -> dict[str, Any]:
         image = folder / "images" / "a.png"
         Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(image)
         config, digest = settings(folder), file_sha256(image)
-        write(config, 640, digest)  # warm
-        store, track = write(config, rows, digest)
+        write(config, 640, digest, probabilities=probabilities)  # warm
+        store, track = write(config, rows, digest, probabilities=probabilities)
         seconds = [at for at, _ in track]
         half = len(track) // 2
         size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
@@ -191,9 +199,10 @@ def measure(rows: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--probabilities", action="store_true", help="keep those of every class")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    result = measure(options.rows)
+    result = measure(options.rows, probabilities=options.probabilities)
     if options.json:
         print(json.dumps(result, indent=1))
     else:
