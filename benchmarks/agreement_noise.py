@@ -4,8 +4,8 @@
 
 The truth is the masks of the generated data set at 64 x 64; ``noise.py`` makes both sources from
 it. Every rule of ``pipeline/federation/agreement.py`` filters what they say, as in a local update:
-SAM's probabilities have the label store's eight bits, the calibration is fitted on other images
-that are corrupted alike, and the class-wise state is warm.
+SAM's probabilities have the label store's eight bits, and the calibration is fitted on other images
+that are corrupted alike.
 
 Scores (``score``), pooled over images; w is a pixel's weight, t its target, y its truth:
 
@@ -21,7 +21,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -41,11 +41,10 @@ from pipeline.data.images import resize_mask
 from pipeline.data.synthetic import write_dataset
 from pipeline.disk import write_bytes
 from pipeline.federation.agreement import (
-    AgreementState,
     Calibration,
     Sources,
     agree,
-    update_state,
+    spread,
 )
 from pipeline.federation.calibration import calibrate
 from pipeline.results.colours import COLOURS
@@ -55,19 +54,18 @@ SEED = 0
 SIZE_PX = 64
 IMAGES_PER_SITE = 24  # of four sites: 8 for the calibration part, 16 unlabelled
 DRAWS = 3  # the scores are means over independent corruptions of the same images
-WARM_STEPS, BATCH = 30, 8  # three rounds of the default settings: the state is 96 % of the way
 
 SOURCES = ("SAM", "client", "both")
-RULES: tuple[Rule, ...] = ("adaptive", "consensus", "confident", "soft", "sam_only", "client_only")
-PRIOR = "g = 1"  # `adaptive` with a prior for foreground
-UNCALIBRATED = "a = 1, b = 0"  # `adaptive` without its calibration
-VARIANTS = (UNCALIBRATED, PRIOR)  # of `adaptive`
+RULES: tuple[Rule, ...] = (
+    "adaptive", "consensus", "confident", "soft", "sam_only", "sam_soft", "client_only"
+)  # fmt: skip
+UNCALIBRATED = "uncalibrated"  # `adaptive` without its calibration
+VARIANTS = (UNCALIBRATED,)  # of `adaptive`
 COLUMNS = (*RULES, *VARIANTS)
 # colour and dash of a line
 STYLES: dict[str, tuple[str, Literal["solid", "dotted", "dashed"]]] = {
     **{rule: (COLOURS[i], "solid") for i, rule in enumerate(RULES)},
     UNCALIBRATED: (COLOURS[0], "dotted"),
-    PRIOR: (COLOURS[0], "dashed"),
 }
 
 
@@ -181,22 +179,9 @@ class Draw:
         stored = np.rint(255 * np.where(label, foreground, 1 - foreground)).astype(np.uint8)
         predicted = torch.from_numpy(self._predict(1, client, calibration))
         return Sources(
-            torch.from_numpy(label).long(),
-            torch.from_numpy(stored).float() / 255,
+            spread(torch.from_numpy(label).long(), torch.from_numpy(stored).float() / 255, 2),
             torch.stack([1 - predicted, predicted], dim=1),
         )
-
-
-def warm_state(
-    sources: Sources, rng: np.random.Generator, config: AgreementConfig
-) -> AgreementState:
-    """Return the class-wise state after ``WARM_STEPS`` batches of the client's predictions."""
-    count, classes = sources.client_probabilities.shape[:2]
-    state = AgreementState.initial(classes - 1)
-    for _ in range(WARM_STEPS):
-        batch = sources.select(torch.from_numpy(rng.permutation(count)[:BATCH]))
-        state = update_state(state, batch, config=config)
-    return state
 
 
 def score(target: Tensor, weight: Tensor, truth: Tensor) -> dict[str, float]:
@@ -233,7 +218,6 @@ def measure(draw: Draw, case: Case) -> dict[str, dict[str, float]]:
     """Return the scores of every column, and what the calibration found, of one draw."""
     truth = torch.from_numpy(draw.truth.unlabelled).long()
     sources = draw.sources(case.sam, case.client)
-    state = warm_state(sources, np.random.default_rng([SEED, draw.number]), AgreementConfig())
     sam, client = case.calibrated or case.sam, case.calibrated or case.client
     fitted = calibrate(
         draw.sources(sam, client, calibration=True),
@@ -243,16 +227,15 @@ def measure(draw: Draw, case: Case) -> dict[str, dict[str, float]]:
     )
     configs: dict[str, AgreementConfig] = {rule: AgreementConfig(rule=rule) for rule in RULES}
     configs[UNCALIBRATED] = AgreementConfig()
-    configs[PRIOR] = AgreementConfig(foreground_prior=1)
     scores = {}
     for column, config in configs.items():
         result = agree(
             sources,
             config=config,
-            state=replace(state, calibration=Calibration() if column == UNCALIBRATED else fitted),
+            calibration=Calibration() if column == UNCALIBRATED else fitted,
         )
         scores[column] = score(result.label, result.weight, truth)
-    scores["adaptive"] |= vars(fitted)
+    scores["adaptive"] |= fitted.numbers()
     return scores
 
 

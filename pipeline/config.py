@@ -31,7 +31,6 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]  # no array of torch or ONNX Runti
 CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy, torch and dask all take it
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Probability = Annotated[float, Field(ge=0.5, lt=1.0)]  # of the likelier of two
 Architecture = Literal["unet", "fpn", "linknet", "deeplabv3plus", "segformer"]
 
 AggregationName = Literal["fedavg", "median", "trimmed_mean", "krum", "multi_krum"]
@@ -39,7 +38,9 @@ ServerOptimizer = Literal["none", "fedavgm", "fedadam"]
 Compression = Literal["none", "float16", "int8"]
 Flips = Literal["none", "horizontal", "both"]
 Frame = Literal["pad", "content"]
-Rule = Literal["adaptive", "consensus", "confident", "soft", "sam_only", "client_only"]
+Rule = Literal[
+    "adaptive", "consensus", "confident", "soft", "sam_only", "sam_soft", "client_only"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -247,20 +248,11 @@ class AgreementConfig(Section):
     decides = _RUN
 
     rule: Rule = "adaptive"  # whose label counts where, and how much
-    threshold: Fraction = 0.9  # `confident`: probability above which a source is believed
-    calibrate: bool = True  # `adaptive`: measure both sources on D_p's calibration part
-    min_threshold: Probability = 0.6  # `adaptive`: threshold of a class unlearnt
-    max_threshold: Probability = 0.8  # `adaptive`: of a class well learnt
-    foreground_prior: float = 0.0  # `adaptive`: log-odds for foreground in a conflict
-    momentum: Fraction = 0.9  # `adaptive`: of the class-wise running confidence
+    # `confident`, `client_only`: probability above which a source is believed
+    threshold: Fraction = 0.9
+    calibrate: bool = True  # `adaptive`, `sam_soft`: measure sources on D_p's calibration part
     warn_agreement: Annotated[Fraction, _NOTHING] = 0.3  # warn of a foreground Dice below it
     warn_coverage: Annotated[Fraction, _NOTHING] = 0.3  # warn of a share of pixels kept below it
-
-    @model_validator(mode="after")
-    def _check(self) -> AgreementConfig:
-        if self.min_threshold > self.max_threshold:
-            raise ValueError("min_threshold is above max_threshold")
-        return self
 
 
 class FederateConfig(Section):

@@ -12,11 +12,11 @@ from types import MappingProxyType
 from typing import Literal
 
 Method = Literal[
-    "start", "supervised", "fedavg_ssl", "semifl", "fedmd", "rc_rf", "sam_only", "sam_fed",
-    "shuffled", "oracle",
+    "start", "supervised", "fedavg_ssl", "semifl", "fedmd", "rc_rf", "sam_only", "sam_soft",
+    "sam_fed", "shuffled", "oracle",
 ]  # fmt: skip
 
-Target = Literal["none", "client", "received", "sam", "agreement", "truth"]
+Target = Literal["none", "client", "received", "sam", "sam_soft", "agreement", "truth"]
 Exchange = Literal["none", "mean", "condensation"]
 Networks = Literal["equal", "own", "any"]
 
@@ -37,7 +37,7 @@ class MethodTraits:
     @property
     def uses_sam(self) -> bool:
         """Whether it reads the label stores."""
-        return self.target in ("sam", "agreement")
+        return self.target in ("sam", "sam_soft", "agreement")
 
     @property
     def uses_agreement(self) -> bool:
@@ -61,6 +61,7 @@ METHODS: Mapping[Method, MethodTraits] = MappingProxyType(
         "fedmd": MethodTraits("client", networks="own", exchange="mean"),
         "rc_rf": MethodTraits("client", networks="own", exchange="condensation"),
         "sam_only": MethodTraits("sam"),
+        "sam_soft": MethodTraits("sam_soft"),
         "sam_fed": _SAM_FED,
         "shuffled": replace(_SAM_FED, shuffles_labels=True),
         "oracle": MethodTraits("truth"),

@@ -18,10 +18,18 @@ from pipeline.errors import ConfigError
 
 #: Keys of earlier versions, and what they are called now.
 RENAMED = {
-    "agreement.floor": "agreement.min_threshold",
-    "agreement.ceiling": "agreement.max_threshold",
     "agreement.warn_kept": "agreement.warn_coverage",
     "federate.start_steps": "federate.pretrain_steps",
+}
+_SOFT = "soft agreement has no thresholds: an image's weight is the square of its expected Dice"
+#: Keys of earlier versions that are gone, and what does their work now.
+REMOVED = {
+    "agreement.floor": _SOFT,
+    "agreement.ceiling": _SOFT,
+    "agreement.min_threshold": _SOFT,
+    "agreement.max_threshold": _SOFT,
+    "agreement.momentum": _SOFT,
+    "agreement.foreground_prior": "a bias of SAM's labels is fitted on D_p's calibration part",
 }
 _NULLS = ("", "~", "null")
 
@@ -171,6 +179,8 @@ def _advice(location: Key) -> str:
     key = ".".join(location)
     if key in RENAMED:
         return f"; it is now called {RENAMED[key]}"
+    if key in REMOVED:
+        return f"; it was removed: {REMOVED[key]}"
     known = list(_fields(_type_of(location[:-1])))
     near = [(*location[:-1], each) for each in difflib.get_close_matches(location[-1], known, 1)]
     elsewhere = [each for each in _all_keys() if each.split(".")[-1] == location[-1]]

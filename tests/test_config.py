@@ -12,7 +12,7 @@ import yaml
 from pipeline.config import Config
 from pipeline.deciding import deciding_settings
 from pipeline.errors import ConfigError
-from pipeline.params import RENAMED, load_config, parse_config, with_settings
+from pipeline.params import REMOVED, RENAMED, load_config, parse_config, with_settings
 from pipeline.segmentation.networks import build_model
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
@@ -161,7 +161,7 @@ def test_unknown_section_lists_the_sections(tmp_path: Path) -> None:
         (
             "agreement: {rule: vote}",
             "agreement.rule: found 'vote', expected 'adaptive', 'consensus', 'confident', 'soft', "
-            "'sam_only' or 'client_only'",
+            "'sam_only', 'sam_soft' or 'client_only'",
         ),
         ("data:", "data: found None, expected keys and their values"),
     ],
@@ -182,6 +182,18 @@ def test_a_key_of_an_earlier_version_names_the_new_one(tmp_path: Path, old: str,
         f"--set {old}: unknown key '{old}'; it is now called {new}"
     )
     assert new in {leaf.removeprefix(".") for leaf in leaves(Config().model_dump())}
+
+
+@pytest.mark.parametrize(("old", "instead"), REMOVED.items())
+def test_a_key_that_is_gone_names_what_does_its_work(
+    tmp_path: Path, old: str, instead: str
+) -> None:
+    section, key = old.split(".")
+    expected = f"unknown key '{old}'; it was removed: {instead}"
+    path = write(tmp_path, f"{section}: {{{key}: 1}}\n")
+    assert message(path) == f"{path}: {expected}"
+    assert message(None, f"{old}=1") == f"--set {old}: {expected}"
+    assert old not in {leaf.removeprefix(".") for leaf in leaves(Config().model_dump())}
 
 
 @pytest.mark.parametrize(("text", "found"), [("[1, 2]", "list"), ("seed", "str"), ("7", "int")])
@@ -418,7 +430,7 @@ def test_every_whole_number_has_limits() -> None:
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 def test_a_number_that_is_not_finite(value: str) -> None:
-    for key in ("sam.learning_rate", "agreement.foreground_prior", "federate.kd_weight"):
+    for key in ("sam.learning_rate", "agreement.threshold", "federate.kd_weight"):
         text = message(None, f"{key}={value}")
         assert text.startswith(f"--set {key}: found ")
         assert ", expected " in text
@@ -464,10 +476,6 @@ ROUNDS = [
     "agreement.rule",
     "agreement.threshold",
     "agreement.calibrate",
-    "agreement.min_threshold",
-    "agreement.max_threshold",
-    "agreement.foreground_prior",
-    "agreement.momentum",
     "federate.method",
     "federate.rounds",
     "federate.clients_per_round",

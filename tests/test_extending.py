@@ -29,7 +29,7 @@ import pipeline.sam
 from pipeline.data.importers.importing import import_data
 from pipeline.data.importers.items import Options
 from pipeline.federation.aggregation import aggregate
-from pipeline.federation.agreement import AgreementState, Sources, agree
+from pipeline.federation.agreement import Sources, agree, spread
 from pipeline.federation.updates import Updates
 from pipeline.params import load_config
 from pipeline.sam.build import build_sam
@@ -46,8 +46,8 @@ assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 2, 32, 32)
 
 sam_label = torch.tensor([[[1, 1], [0, 0]]])  # the client says 1, 0, 0, 0: the Dice is 2/3
 client = torch.tensor([[[0.1, 0.9], [0.9, 0.9]], [[0.9, 0.1], [0.1, 0.1]]])[None]
-sources = Sources(sam_label, torch.full((1, 2, 2), 0.8), client)
-label, weight = agree(sources, config=config.agreement, state=AgreementState.initial(1))
+sources = Sources(spread(sam_label, torch.full((1, 2, 2), 0.8), 2), client)
+label, weight = agree(sources, config=config.agreement)
 assert torch.equal(label, sam_label)
 assert torch.allclose(weight, torch.full((1, 2, 2), 2 / 3))
 

@@ -76,7 +76,7 @@ def test_another_seed_gives_another_model(labelled: Config, run: RunFolder) -> N
 
 
 @pytest.mark.parametrize(
-    "method", ["supervised", "fedavg_ssl", "semifl", "sam_only", "shuffled", "oracle"]
+    "method", ["supervised", "fedavg_ssl", "semifl", "sam_only", "sam_soft", "shuffled", "oracle"]
 )
 def test_every_method_runs(
     shared_pipeline: Config, labelled: Config, run: RunFolder, method: str
@@ -384,7 +384,7 @@ def test_history_tells_what_a_round_costs(run: RunFolder) -> None:
             assert {
                 "sam_inverse_temperature",
                 "client_inverse_temperature",
-                "conflict_log_odds",
+                "sam_bias",
             } <= set(client)
 
 
@@ -411,7 +411,7 @@ def test_what_only_warns_does_not_end_a_run(finished: Config, run: RunFolder) ->
     fingerprint = load_inputs(finished).fingerprint
     assert load_inputs(lenient).fingerprint == fingerprint
     assert federate(lenient, mode="resume").history() == run.history()
-    stricter = finished.agreement.model_copy(update={"max_threshold": 0.9})
+    stricter = finished.agreement.model_copy(update={"calibrate": False})
     other = finished.model_copy(update={"agreement": stricter})
     assert load_inputs(other).fingerprint != fingerprint
 

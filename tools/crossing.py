@@ -47,7 +47,14 @@ METRICS = {
     "weight": "of a pixel",
     "sam_inverse_temperature": "calibration on the server's set",
     "client_inverse_temperature": "calibration on the server's set",
-    "conflict_log_odds": "calibration on the server's set",
+    "sam_bias": "log-odds of foreground that SAM's label lacks, on the server's set",
+    "sam_offset": "true less expected Dice of SAM's label, on the server's set",
+    "client_offset": "the same of the received model's",
+    "sam_empty": "chance that an empty label of SAM's is right, on the server's set",
+    "client_empty": "the same of the received model's",
+    "target_dice_1": "of the targets of class 1, on the server's set; so for each class",
+    "model_dice_1": "of the received model alone",
+    "target_gain_1": "of the first over the second, shrunk",
     "pseudo_label_dice": "with `federate.audit`, where a site has masks",
     "fusion_loss": "on the server's set",
     "fusion_loss_seg": "on the server's set",
@@ -67,7 +74,7 @@ _SIZES = {  # by what is in a field's type
     "Literal": "4",
     "Rates": "3 numbers, up to 20 each",
     "bytes": "those of the message in it",
-    "Calibration": "3 numbers, up to 20 each",
+    "Calibration": "7 numbers and 3 a class, up to 20 each",
 }
 
 

@@ -1,23 +1,25 @@
-"""Agreement: SAM's label and the client's own prediction become one target, pixel by pixel.
+"""Agreement: SAM's label and the received model's prediction become one target for each pixel.
 
-Pure functions on tensors. ``Sources`` holds SAM's label ``y_s`` with its probability ``s`` and the
-client's prediction on the weak view, label ``y_c`` with probability ``c``. ``RULES`` lists the ways
-from there to a target and its weight. The rule ``adaptive`` is explained in docs/method.md:
+Pure functions on tensors. Each source is a distribution over the K+1 classes of each pixel.
+``RULES`` lists the ways from both to a target and its weight. The rule ``adaptive`` is soft
+agreement; docs/method.md explains it:
 
-* Both probabilities are calibrated on D_p's calibration part: ``s' = a_s logit(s)``,
-  ``c' = a_c logit(c)``.
-* Where the labels are the same, ``w = sigmoid(s' + c' + ln K)``, as of two independent witnesses.
-* Where they differ, ``p = sigmoid(s' - h c' + max(b, 0) + h min(b, 0) +- g)`` is the chance that
-  SAM is right: ``b`` is what the calibration part says of conflicts, ``g`` a prior for the source
-  that says foreground, and ``h`` the reliability of the client's side. The likelier source wins if
-  its chance reaches the threshold of its class; otherwise w = 0.
+* Both distributions are calibrated on D_p's calibration part.
+* A source's expected Dice E on an image (``expected_dice``) says how good its label is there,
+  without truth.
+* SAM's odds of foreground are multiplied by ``(2 - E_s) / E_s``: Dice is highest if foreground is
+  what has a chance of E / 2 or more (Lipton et al., ECML 2014). The model's are not, as it would
+  learn to say more, and more again in the next round.
+* The target is proportional to ``p_s^t p_c^(1 - t)`` with the trust
+  ``t = 4 E_s^8 / (4 E_s^8 + E_c^8)``, and the image's weight the square of what the target itself
+  promises.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,10 @@ from torch import Tensor
 from pipeline.config import AgreementConfig, Rule
 
 _CLIP = 1 / 512  # probabilities are never taken as certain
+_LEAST_DICE = 0.05  # what a source is expected to reach at least, so that odds stay finite
+_TRUST_POWER = 8
+_SAM_PRIOR = 4.0  # the model's own word is no news to it: SAM's counts for more, all else equal
+_DOUBT = 0.1  # chance of an unused class above which a pixel is left out
 
 
 @dataclass(frozen=True)
@@ -34,96 +40,130 @@ class Calibration:
 
     sam_inverse_temperature: float = 1.0  # a_s
     client_inverse_temperature: float = 1.0  # a_c
-    conflict_log_odds: float = 0.0  # b, log-odds that SAM is right in a conflict, all else equal
+    sam_bias: float = 0.0  # b, log-odds of foreground that SAM's label lacks
+    sam_offset: float = 0.0  # what SAM's true Dice has over the expected one
+    client_offset: float = 0.0
+    sam_empty: float = 0.5  # chance that an empty label of SAM's is right
+    client_empty: float = 0.5
+    target_dice: tuple[float, ...] = ()  # of the targets, by class, where they were measured
+    model_dice: tuple[float, ...] = ()  # of the received model alone
+    target_gain: tuple[float, ...] = ()  # of the first over the second, shrunk
 
+    @property
+    def unused(self) -> list[int]:
+        """The classes whose targets would be worse than what the model says by itself."""
+        return [number for number, gain in enumerate(self.target_gain, start=1) if gain < 0]
 
-@dataclass(frozen=True)
-class AgreementState:
-    """What a client knows of both sources: all that agreement carries from round to round."""
-
-    class_confidence: Tensor  # (K+1,) float32 in 0..1, the client's running confidence by class
-    calibration: Calibration = Calibration()
-
-    @classmethod
-    def initial(cls, num_classes: int) -> AgreementState:
-        """Return the state before any learning: every class has the lowest threshold."""
-        return cls(torch.zeros(num_classes + 1))
-
-    def thresholds(self, config: AgreementConfig) -> Tensor:
-        """Return the class-wise thresholds (K+1,), lowest for a class that is not learnt yet."""
-        span = config.max_threshold - config.min_threshold
-        return config.min_threshold + span * self.class_confidence
+    def numbers(self) -> dict[str, float]:
+        """Return all of it by name, for a client's report."""
+        single = {k: v for k, v in vars(self).items() if isinstance(v, float)}
+        for name in ("target_dice", "model_dice", "target_gain"):
+            values = enumerate(getattr(self, name), start=1)
+            single |= {f"{name}_{number}": value for number, value in values}
+        return single
 
 
 @dataclass(eq=False)
 class Sources:
-    """What SAM and the client say of the same pixels of B images."""
+    """What SAM and the received model say of the same pixels of B images."""
 
-    sam_label: Tensor  # (B, H, W) int64 in 0..K
-    sam_probability: Tensor  # (B, H, W) float32, of that label
-    client_probabilities: Tensor  # (B, K+1, H, W) float32, sum to one over the classes
-    client_label: Tensor = field(init=False)  # (B, H, W) int64, the most probable class
-    client_probability: Tensor = field(init=False)  # (B, H, W) float32, of that label
+    sam: Tensor  # (B, K+1, H, W) float32, sum to one over the classes: ``spread``
+    client: Tensor  # likewise
+    sam_label: Tensor = field(init=False)  # (B, H, W) int64, the most probable class
+    client_label: Tensor = field(init=False)  # likewise
     same: Tensor = field(init=False)  # (B, H, W) bool, whether the labels are the same
     dice: Tensor = field(init=False)  # (B,) float32, ``foreground_dice`` of the labels
 
     def __post_init__(self) -> None:
-        self.client_probability, self.client_label = self.client_probabilities.max(dim=1)
+        self.sam_label, self.client_label = self.sam.argmax(dim=1), self.client.argmax(dim=1)
         self.same = self.sam_label == self.client_label
         self.dice = foreground_dice(self.sam_label, self.client_label)
 
     def select(self, rows: Tensor) -> Sources:
         """Return the sources of the images ``rows`` (R,) int64 alone."""
-        given = self.sam_label, self.sam_probability, self.client_probabilities
-        return Sources(*(values[rows] for values in given))
-
-    def client_reliability(self) -> Tensor:
-        """Return h (B, H, W) float32 in 0..1: how far the client's side counts in a conflict.
-
-        It is 1 where the client says foreground and the image's Dice where it says background. A
-        network that fails says background, so that word and the client's past successes count only
-        as far as it agrees with SAM on the image at all.
-        """
-        return torch.where(self.client_label == 0, self.dice[:, None, None], 1.0)
-
-    def foreground_log_odds(self, prior: float) -> Tensor:
-        """Return +``prior`` where only SAM says foreground, -``prior`` where only the client does.
-
-        Elsewhere it is 0: (B, H, W) float32.
-        """
-        return prior * ((self.sam_label > 0).float() - (self.client_label > 0).float())
-
-    def calibrated(self, calibration: Calibration) -> tuple[Tensor, Tensor]:
-        """Return s' and c', the calibrated logits of both labels, (B, H, W) float32 each."""
-        return (
-            calibration.sam_inverse_temperature * logit(self.sam_probability),
-            calibration.client_inverse_temperature * logit(self.client_probability),
-        )
+        return Sources(self.sam[rows], self.client[rows])
 
 
 class PseudoLabel(NamedTuple):
     """What the unlabelled term trains towards."""
 
-    label: Tensor  # (B, H, W) int64
+    target: Tensor  # (B, H, W) int64 classes, or (B, K+1, H, W) float32 distributions
     weight: Tensor  # (B, H, W) float32 in 0..1
 
+    @property
+    def label(self) -> Tensor:
+        """The most probable class (B, H, W) int64."""
+        return self.target.argmax(dim=1) if self.target.ndim == 4 else self.target
 
-def agree(sources: Sources, *, config: AgreementConfig, state: AgreementState) -> PseudoLabel:
+
+def spread(label: Tensor, probability: Tensor, classes: int) -> Tensor:
+    """Return distributions (B, K+1, H, W) of labels with their probabilities.
+
+    The other classes share evenly what the label leaves. A label is never below chance, so that it
+    stays the most probable class.
+
+    Args:
+        label: (B, H, W) int64 in 0..K. probability: (B, H, W) float32. classes: K+1.
+    """
+    own = probability.clamp(1 / classes + _CLIP, 1)[:, None]
+    rest = ((1 - own) / (classes - 1)).expand(-1, classes, -1, -1)
+    return rest.scatter(1, label[:, None], own)
+
+
+def tempered(distribution: Tensor, inverse_temperature: float) -> Tensor:
+    """Return distributions whose likeliest class has its log-odds times ``inverse_temperature``.
+
+    The other classes keep their proportions. Args and result: (B, K+1, H, W) float32.
+    """
+    top, label = distribution.max(dim=1, keepdim=True)
+    own = torch.sigmoid(inverse_temperature * logit(top))
+    rest = distribution * ((1 - own) / (1 - top).clamp(min=1e-6))
+    rest = torch.where(top > 1 - 1e-6, (1 - own) / (distribution.shape[1] - 1), rest)
+    return rest.scatter(1, label, own)
+
+
+def expected_dice(distribution: Tensor, empty: float | Tensor) -> Tensor:
+    """Return the Dice (B,) that a distribution's own label is to be expected to have.
+
+    ``2 sum(p[label]) / (sum(p) + sum([label]))`` over the foreground; ``empty`` for a label without
+    foreground.
+
+    Args:
+        distribution: (B, K+1, H, W).
+    """
+    top, label = distribution.max(dim=1)
+    found = (label > 0).float()
+    total = distribution[:, 1:].sum(dim=(1, 2, 3)) + found.sum(dim=(1, 2))
+    promised = 2 * (top * found).sum(dim=(1, 2)) / total.clamp(min=1e-6)
+    return torch.where(found.sum(dim=(1, 2)) > 0, promised, empty)
+
+
+def foreground_raised(distribution: Tensor, factor: Tensor) -> Tensor:
+    """Return distributions (B, K+1, H, W) with the odds of foreground times ``factor`` (B,)."""
+    foreground = distribution[:, 1:] * factor[:, None, None, None]
+    raised = torch.cat([distribution[:, :1], foreground], dim=1)
+    return raised / raised.sum(dim=1, keepdim=True)
+
+
+def agree(
+    sources: Sources, *, config: AgreementConfig, calibration: Calibration | None = None
+) -> PseudoLabel:
     """Return the target and the weight of every pixel under ``config.rule``."""
-    return RULES[config.rule](sources, config, state)
+    return RULES[config.rule](sources, config, calibration or Calibration())
 
 
 def count_agreement(sources: Sources, target: PseudoLabel) -> dict[str, float]:
-    """Return what a batch adds to the sums of a client's round; ``shares_of`` reads these."""
+    """Return what images add to the sums of a client's round; ``shares_of`` reads these."""
     kept = target.weight > 0
-    conflict, sam_won = kept & ~sources.same, target.label == sources.sam_label
+    label = target.label
+    conflict = kept & ~sources.same
     return {
         "images": len(sources.dice),
         "pixels": kept.numel(),
         "agreement": float(sources.dice.sum()),
         "coverage": int(kept.sum()),
-        "from_sam": int((conflict & sam_won).sum()),
-        "from_client": int((conflict & ~sam_won).sum()),
+        "from_sam": int((conflict & (label == sources.sam_label)).sum()),
+        "from_client": int((conflict & (label == sources.client_label)).sum()),
         "weight": float(target.weight.sum()),
     }
 
@@ -136,23 +176,6 @@ def shares_of(counts: Mapping[str, float]) -> dict[str, float]:
     names = ("coverage", "from_sam", "from_client", "weight")
     shares = {name: counts[name] / counts["pixels"] for name in names}
     return {"agreement": counts["agreement"] / counts["images"], **shares}
-
-
-def update_state(
-    state: AgreementState, sources: Sources, *, config: AgreementConfig
-) -> AgreementState:
-    """Return ``state`` with each class's running confidence moved by a batch.
-
-    The confidence of a class is the mean of ``((K+1) c - 1) / K`` over the pixels that the client
-    predicts as that class: 0 at chance. It is 0 where the class is not predicted at all, so that a
-    class which the client unlearns loses its threshold too.
-    """
-    label, classes = sources.client_label.flatten(), sources.client_probabilities.shape[1]
-    certainty = ((classes * sources.client_probability - 1) / (classes - 1)).flatten()
-    counts = torch.bincount(label, minlength=classes).float()
-    sums = torch.zeros(classes).scatter_add_(0, label.cpu(), certainty.float().cpu())
-    old, new = state.class_confidence, sums / counts.cpu().clamp(min=1)
-    return replace(state, class_confidence=config.momentum * old + (1 - config.momentum) * new)
 
 
 def foreground_dice(first: Tensor, second: Tensor) -> Tensor:
@@ -173,49 +196,77 @@ def logit(probability: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------- rules
 
-AgreementRule = Callable[[Sources, AgreementConfig, AgreementState], PseudoLabel]
+AgreementRule = Callable[[Sources, AgreementConfig, Calibration], PseudoLabel]
 
 
-def _adaptive(sources: Sources, config: AgreementConfig, state: AgreementState) -> PseudoLabel:
-    s, c = sources.calibrated(state.calibration)
-    h, b = sources.client_reliability(), state.calibration.conflict_log_odds
-    bias = max(b, 0.0) + h * min(b, 0.0)
-    chance = torch.sigmoid(s - h * c + bias + sources.foreground_log_odds(config.foreground_prior))
-    sam_wins = sources.same | (chance >= 0.5)
-    target = torch.where(sam_wins, sources.sam_label, sources.client_label)
-    posterior = torch.maximum(chance, 1 - chance)
-    accepted = posterior >= state.thresholds(config).to(c)[target]
-    conflict = posterior * accepted * torch.where(sam_wins, 1.0, h)
-    # Bayes with a uniform prior: two wrong witnesses must also hit the same one of K classes
-    classes = math.log(len(state.class_confidence) - 1)
-    weight = torch.where(sources.same, torch.sigmoid(s + c + classes), conflict)
-    return PseudoLabel(target, weight)
+def _adaptive(sources: Sources, config: AgreementConfig, fitted: Calibration) -> PseudoLabel:
+    sam, e_sam = _sam_side(sources.sam, fitted)
+    client = tempered(sources.client, fitted.client_inverse_temperature)
+    e_client = expected_dice(client, fitted.client_empty) + fitted.client_offset
+    for_sam = _SAM_PRIOR * e_sam**_TRUST_POWER
+    trust = for_sam / (for_sam + e_client.clamp(_LEAST_DICE, 1) ** _TRUST_POWER)
+    t = trust[:, None, None, None]
+    logs = t * sam.clamp(min=_CLIP).log() + (1 - t) * client.clamp(min=_CLIP).log()
+    target = logs.softmax(dim=1)
+    empty = trust * fitted.sam_empty + (1 - trust) * fitted.client_empty
+    return _unless_unused(_weighted(target, empty), fitted)
 
 
-def _confident(sources: Sources, config: AgreementConfig, state: AgreementState) -> PseudoLabel:
-    s, c = sources.sam_probability, sources.client_probability
+def _sam_soft(sources: Sources, config: AgreementConfig, fitted: Calibration) -> PseudoLabel:
+    sam, _ = _sam_side(sources.sam, fitted)
+    return _weighted(sam, fitted.sam_empty)
+
+
+def sam_calibrated(distribution: Tensor, fitted: Calibration) -> Tensor:
+    """Return SAM's calibrated distributions (B, K+1, H, W)."""
+    factor = distribution.new_full(distribution.shape[:1], math.exp(fitted.sam_bias))
+    return foreground_raised(tempered(distribution, fitted.sam_inverse_temperature), factor)
+
+
+def _sam_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:
+    """Return SAM's distributions, calibrated and raised for Dice, and its E (B,)."""
+    sam = sam_calibrated(distribution, fitted)
+    dice = expected_dice(sam, fitted.sam_empty) + fitted.sam_offset
+    dice = dice.clamp(_LEAST_DICE, 1)
+    return foreground_raised(sam, (2 - dice) / dice), dice
+
+
+def _weighted(target: Tensor, empty: float | Tensor) -> PseudoLabel:
+    """Weigh the pixels of each image by the square of what its target promises."""
+    weight = expected_dice(target, empty).square()[:, None, None]
+    return PseudoLabel(target, weight.expand(-1, *target.shape[2:]))
+
+
+def _unless_unused(made: PseudoLabel, fitted: Calibration) -> PseudoLabel:
+    """Take the weight of pixels that may be of classes which are not used."""
+    target, weight = made
+    if len(fitted.unused) == target.shape[1] - 1:
+        return PseudoLabel(target, torch.zeros_like(weight))
+    doubtful = target[:, fitted.unused].sum(dim=1) > _DOUBT
+    return PseudoLabel(target, weight * ~doubtful)
+
+
+def _confident(sources: Sources, config: AgreementConfig, fitted: Calibration) -> PseudoLabel:
+    s, c = sources.sam.amax(dim=1), sources.client.amax(dim=1)
     target = torch.where(s >= c, sources.sam_label, sources.client_label)
     return PseudoLabel(target, (torch.maximum(s, c) >= config.threshold).float())
 
 
-def _soft(sources: Sources, config: AgreementConfig, state: AgreementState) -> PseudoLabel:
-    """Take the mean of both distributions; SAM's other classes share what its label leaves."""
-    s, client = sources.sam_probability, sources.client_probabilities
-    rest = ((1 - s) / (client.shape[1] - 1))[:, None].expand_as(client)
-    sam = rest.scatter(1, sources.sam_label[:, None], s[:, None])
-    weight, target = ((sam + client) / 2).max(dim=1)
-    return PseudoLabel(target, weight)
+def _mean(sources: Sources, config: AgreementConfig, fitted: Calibration) -> PseudoLabel:
+    target = (sources.sam + sources.client) / 2
+    return PseudoLabel(target, torch.ones_like(target[:, 0]))
 
 
 RULES: Mapping[Rule, AgreementRule] = {
     "adaptive": _adaptive,
-    "consensus": lambda both, config, state: PseudoLabel(both.sam_label, both.same.float()),
+    "consensus": lambda both, config, fitted: PseudoLabel(both.sam_label, both.same.float()),
     "confident": _confident,
-    "soft": _soft,
-    "sam_only": lambda both, config, state: PseudoLabel(
-        both.sam_label, torch.ones_like(both.sam_probability)
+    "soft": _mean,
+    "sam_only": lambda both, config, fitted: PseudoLabel(
+        both.sam_label, torch.ones_like(both.sam[:, 0])
     ),
-    "client_only": lambda both, config, state: PseudoLabel(
-        both.client_label, (both.client_probability >= config.threshold).float()
+    "sam_soft": _sam_soft,
+    "client_only": lambda both, config, fitted: PseudoLabel(
+        both.client_label, (both.client.amax(dim=1) >= config.threshold).float()
     ),
 }

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import AgreementConfig
-from pipeline.federation.agreement import Calibration, Sources, logit
+from pipeline.federation.agreement import (
+    Calibration,
+    Sources,
+    agree,
+    expected_dice,
+    foreground_dice,
+    logit,
+    sam_calibrated,
+    tempered,
+)
 
 _INVERSE_TEMPERATURES = torch.logspace(-1.5, 0.7, 89, base=10.0)  # candidates for a_s and a_c
+_BIASES = torch.linspace(-3, 3, 121)  # candidates for b
 _BINS = 128  # of logits
+_PRIOR_GROUPS = 2.0  # as many groups as say that the expected Dice is right as it is
+_PRIOR_EMPTY = 1.0  # as many empty labels, half of them right
+_PRIOR_GAIN = 0.1  # Dice by which that many groups say that targets are better than the model
 
 
 def calibrate(
     sources: Sources, truth: Tensor, *, groups: Sequence[str], config: AgreementConfig
 ) -> Calibration:
-    """Fit the three scalars on labelled images that neither source was trained on.
+    """Fit what agreement knows of both sources, on images that neither was trained on.
 
-    The fit is crossed: the inverse temperatures of one half of the images serve to fit b on the
-    other, so that their own fit does not flatter b, and the two results are averaged. A group is in
-    one half only. With fewer than four images, or one group, nothing is fitted.
+    Temperatures and SAM's bias are fitted on all of them. What the sources then promise is compared
+    with what they keep on each half of the images with the other half's temperatures and bias, so
+    that their own fit does not flatter it, and so are the targets with the model alone. A group is
+    in one half only. With fewer than four images, or one group, nothing is fitted.
 
     Args:
         sources: what both say of N images. truth: (N, H, W) int64.
@@ -32,28 +46,88 @@ def calibrate(
     halves = split_in_halves(groups)
     if len(groups) < 4 or not all(len(half) for half in halves):
         return Calibration()
-    parts = [(sources.select(half), truth[half]) for half in halves]
-    fits = [
-        astuple(_fit_crossed(*fit, *rest, prior=config.foreground_prior))
-        for fit, rest in (parts, parts[::-1])
-    ]
-    return Calibration(*(sum(values) / len(fits) for values in zip(*fits, strict=True)))
+    parts = [(sources.select(half), truth[half], [groups[i] for i in half]) for half in halves]
+    fits = [_with_promises(_fit(*fit[:2]), rest) for fit, rest in (parts, parts[::-1])]
+    names = ("sam_offset", "client_offset", "sam_empty", "client_empty")
+    means = {name: sum(getattr(fit, name) for fit in fits) / len(fits) for name in names}
+    return _with_guard(replace(_fit(sources, truth), **means), fits, parts, config)
 
 
-def _fit_crossed(
-    fit: Sources, fit_truth: Tensor, rest: Sources, truth: Tensor, *, prior: float
-) -> Calibration:
-    """Fit the inverse temperatures on ``fit``, and the b that they leave on ``rest``."""
-    fitted = Calibration(
-        fit_inverse_temperature(fit.sam_probability, fit.sam_label, fit_truth),
-        fit_inverse_temperature(fit.client_probability, fit.client_label, fit_truth),
+_Part = tuple[Sources, Tensor, list[str]]  # some images: both sources, their truth and their groups
+
+
+def _fit(sources: Sources, truth: Tensor) -> Calibration:
+    """Fit the inverse temperatures and SAM's bias."""
+    a_s, a_c = (
+        fit_inverse_temperature(*distribution.max(dim=1), truth)
+        for distribution in (sources.sam, sources.client)
     )
-    s, c = rest.calibrated(fitted)
-    h = rest.client_reliability()
-    evidence = s - c * h + rest.foreground_log_odds(prior)
-    sam_right, client_right = rest.sam_label == truth, rest.client_label == truth
-    b = fit_conflict_log_odds(evidence, h, sam_right=sam_right, client_right=client_right)
-    return replace(fitted, conflict_log_odds=b)
+    return Calibration(a_s, a_c, fit_bias(tempered(sources.sam, a_s), truth))
+
+
+def _with_promises(fitted: Calibration, part: _Part) -> Calibration:
+    """Add what the true Dice of ``part`` says of the expected one under ``fitted``."""
+    sources, truth, groups = part
+    client = tempered(sources.client, fitted.client_inverse_temperature)
+    sam_offset, sam_empty = _fit_promise(sam_calibrated(sources.sam, fitted), truth, groups)
+    client_offset, client_empty = _fit_promise(client, truth, groups)
+    return replace(
+        fitted,
+        sam_offset=sam_offset,
+        client_offset=client_offset,
+        sam_empty=sam_empty,
+        client_empty=client_empty,
+    )
+
+
+def _fit_promise(distribution: Tensor, truth: Tensor, groups: list[str]) -> tuple[float, float]:
+    """Return what true Dice has over the expected one, and how often an empty label is right."""
+    label = distribution.argmax(dim=1)
+    dice = foreground_dice(label, truth)
+    empty = ~(label > 0).flatten(1).any(dim=1)
+    right = (float(dice[empty].sum()) + _PRIOR_EMPTY / 2) / (int(empty.sum()) + _PRIOR_EMPTY)
+    found = [group for group, none in zip(groups, empty.tolist(), strict=True) if not none]
+    gap = (dice - expected_dice(distribution, 0.0))[~empty]
+    return _shrunk_mean(gap, found, prior=0.0), right
+
+
+def _with_guard(
+    fitted: Calibration, fits: list[Calibration], parts: list[_Part], config: AgreementConfig
+) -> Calibration:
+    """Add the Dice of targets and of the model alone by class, each half with the other's fit."""
+    # the first fit is of the first half, for the second
+    pairs = [(fit, part) for fit, part in zip(fits, parts[::-1], strict=True)]
+    sources = [part[0] for _, part in pairs]
+    truth = torch.cat([part[1] for _, part in pairs])
+    groups = [group for _, part in pairs for group in part[2]]
+    ours = torch.cat([agree(p[0], config=config, calibration=fit).label for fit, p in pairs])
+    alone = torch.cat([both.client_label for both in sources])
+    found = []
+    for number in range(1, sources[0].sam.shape[1]):
+        target, model = _class_dice(ours, truth, number), _class_dice(alone, truth, number)
+        rows = (~(target.isnan() | model.isnan())).nonzero().flatten()
+        target, model = target[rows], model[rows]
+        gain = _shrunk_mean(target - model, [groups[row] for row in rows], prior=_PRIOR_GAIN)
+        means = [float(values.mean()) if len(rows) else 1.0 for values in (target, model)]
+        found.append((*means, gain))
+    dice, model_dice, gains = zip(*found, strict=True)
+    return replace(fitted, target_dice=dice, model_dice=model_dice, target_gain=gains)
+
+
+def _class_dice(label: Tensor, truth: Tensor, number: int) -> Tensor:
+    """Return the Dice (N,) of a class; NaN for an image that has it in neither."""
+    a, b = label == number, truth == number
+    total = (a.sum(dim=(1, 2)) + b.sum(dim=(1, 2))).float()
+    return 2 * (a & b).sum(dim=(1, 2)) / total  # 0 / 0 is NaN
+
+
+def _shrunk_mean(values: Tensor, groups: Sequence[str], *, prior: float) -> float:
+    """Return the mean over groups, each of them counting one, and two more of ``prior``."""
+    sums: dict[str, list[float]] = {}
+    for group, value in zip(groups, values.tolist(), strict=True):
+        sums.setdefault(group, []).append(value)
+    means = [sum(own) / len(own) for own in sums.values()]
+    return (sum(means) + _PRIOR_GROUPS * prior) / (len(means) + _PRIOR_GROUPS)
 
 
 def split_in_halves(groups: Sequence[str]) -> list[Tensor]:
@@ -97,47 +171,25 @@ def fit_inverse_temperature(probability: Tensor, label: Tensor, truth: Tensor) -
     return float(_INVERSE_TEMPERATURES[(loss + prior).argmin()])
 
 
-def fit_conflict_log_odds(
-    evidence: Tensor, reliability: Tensor, *, sam_right: Tensor, client_right: Tensor
-) -> float:
-    """Return the ``b`` for which ``sigmoid(evidence + max(b, 0) + h min(b, 0))`` predicts best.
+def fit_bias(distribution: Tensor, truth: Tensor) -> float:
+    """Return the ``b`` for which ``sigmoid(logit(p) + b)`` best predicts foreground.
 
-    What is predicted is whether SAM is right where exactly one of the two is. ``agree`` uses b in
-    the same way: log-odds that favour the client count by its reliability h. Each image with
-    conflicts weighs one, whatever its number of pixels, and b has a standard normal prior.
+    p is the probability of any foreground. It minimises the mean negative log-likelihood, with a
+    standard normal prior on b. Predicted foreground and background weigh equally.
 
     Args:
-        evidence, reliability: (N, H, W) float32. sam_right, client_right: (N, H, W) bool.
+        distribution: (N, K+1, H, W). truth: (N, H, W) int64.
     """
-    decided = sam_right ^ client_right
-    if not decided.any():
-        return 0.0
-    per_image = decided.flatten(1).sum(dim=1)
-    weight = (decided / per_image.clamp(min=1)[:, None, None])[decided].double()
-    value, slope = evidence[decided].double(), reliability[decided].double()
-    won = sam_right[decided].double()
-
-    def loss(b: Tensor, slope: Tensor) -> Tensor:
-        logits = value + slope * b
-        data = (weight * (F.softplus(logits) - won * logits)).sum()
-        return data + b.square() / 2
-
-    # the two signs of b are two convex problems that meet at 0
-    full = torch.ones_like(slope)
-    above = _minimise(value, full, weight, won).clamp(min=0)
-    below = _minimise(value, slope, weight, won).clamp(max=0)
-    return float(above if loss(above, full) <= loss(below, slope) else below)
-
-
-def _minimise(value: Tensor, slope: Tensor, weight: Tensor, won: Tensor) -> Tensor:
-    """Return the b that minimises the loss of ``value + slope b``, by Newton's method."""
-    b = torch.zeros((), dtype=torch.float64)
-    for _ in range(50):
-        chance = torch.sigmoid(value + slope * b)
-        gradient = (weight * slope * (chance - won)).sum() + b
-        curvature = (weight * slope.square() * chance * (1 - chance)).sum() + 1
-        step = (gradient / curvature).clamp(-1, 1)
-        b = b - step
-        if abs(float(step)) < 1e-9:
-            break
-    return b
+    logits = logit(1 - distribution[:, 0]).flatten()
+    levels = torch.linspace(float(logits.min()), float(logits.max()) + 1e-6, 2 * _BINS + 1)
+    cells = (truth > 0).flatten() * 2 * _BINS + torch.bucketize(logits, levels[1:-1])
+    counts = torch.bincount(cells, minlength=4 * _BINS).reshape(2, -1).float()
+    shifted = (levels[1:] + levels[:-1]) / 2 + _BIASES[:, None]
+    nll = -counts[1] * F.logsigmoid(shifted) - counts[0] * F.logsigmoid(-shifted)
+    loss = torch.zeros(len(_BIASES))
+    sides = (levels[1:] + levels[:-1] > 0, levels[1:] + levels[:-1] <= 0)
+    present = [side for side in sides if counts[:, side].sum() > 0]
+    for side in present:
+        loss += nll[:, side].sum(1) / counts[:, side].sum() / len(present)
+    prior = _BIASES.square() / 2 / len(distribution)
+    return float(_BIASES[(loss + prior).argmin()])

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.errors import StageError
 from pipeline.federation.aggregation import check_update
-from pipeline.federation.agreement import AgreementState
+from pipeline.federation.agreement import Calibration
 from pipeline.federation.audit import note_sent, sent_file
 from pipeline.federation.codistillation import distil, public_logits
 from pipeline.federation.compression import Packed, pack_update
@@ -53,7 +53,7 @@ from pipeline.segmentation.metrics import dice_score
 from pipeline.segmentation.model_spec import ModelSpec
 from pipeline.segmentation.networks import get_state, predict_masks
 from pipeline.stores.image_store import ImageSet
-from pipeline.stores.plain_data import Plain, State, load, not_finite, tensors_of
+from pipeline.stores.plain_data import Plain, State, load
 
 # the round at hand, the one it builds on, and one more: a server keeps two checkpoints, and may
 # repeat a round from either
@@ -65,7 +65,6 @@ class PrivateState(Plain):
     """What a client keeps of a round for itself."""
 
     round: int
-    class_confidence: Tensor  # (K+1,) float32, ``AgreementState.class_confidence``
     weights: State | None  # of its own network, where it has one
     residual: State = field(default_factory=dict)  # what compression left out of its updates
     average: WeightAverage = field(default_factory=WeightAverage)  # of its own network, last rounds
@@ -144,7 +143,7 @@ class Client:
         model = self._workplace.loaded(self._network, start)
         task = LocalTask(
             weights=start,
-            state=self._agreement(before, request, model),
+            calibration=self._calibration(request, model),
             learning_rate=request.rates.learning_rate,
             unlabelled_weight=request.rates.unlabelled_weight,
             streams=self._streams(request),
@@ -152,7 +151,7 @@ class Client:
         )
         result = local_update(model, self._public, self._data, task, config=self._config)
         # what is not finite is never kept; others' weights are checked again where they arrive
-        fault = check_update(result.weights, start) or not_finite(tensors_of(result.state))
+        fault = check_update(result.weights, start)
         after: State | Packed = result.weights
         if fault is None:
             sent, residual = self._noised(result.weights, start, model), before.residual
@@ -229,12 +228,11 @@ class Client:
 
         D_p's examples are the first client's where no model is shared: the server has none of them.
         """
-        agreement = self._agreement(state, request, model)
-        examples = client_examples(model, self._data, agreement, config=self._config)
+        calibration = self._calibration(request, model)
+        examples = client_examples(model, self._data, calibration, config=self._config)
         if request.weights is None:
             self._run.save_model(_present(state.weights), self._own_spec(model), self._context.name)
             if self._context.index == 0:
-                calibration = agreement.calibration
                 examples = [
                     *public_examples(model, self._public, calibration, config=self._config),
                     *examples,
@@ -275,14 +273,11 @@ class Client:
             training=training.model_copy(update={"client": self._context.name}),
         )
 
-    def _agreement(
-        self, state: PrivateState, request: FitRequest | EvaluateRequest, model: nn.Module
-    ) -> AgreementState:
-        """Return the agreement's state with the calibration of the model's weights."""
-        calibration = request.calibration
-        if calibration is None:
-            calibration = measure_calibration(model, self._public, self._config)
-        return AgreementState(state.class_confidence, calibration)
+    def _calibration(self, request: FitRequest | EvaluateRequest, model: nn.Module) -> Calibration:
+        """Return the calibration of the model's weights, which a server of all may have sent."""
+        if request.calibration is not None:
+            return request.calibration
+        return measure_calibration(model, self._public, self._config)
 
     def _received(self, request: FitRequest | EvaluateRequest) -> State | None:
         """Return the weights that a request brings, if any."""
@@ -304,8 +299,7 @@ class Client:
             weights = first_model(
                 self._config, self._network, self._public, public_sha256=context.public.sha256
             )
-        initial = AgreementState.initial(self._config.data.num_classes)
-        return PrivateState(0, initial.class_confidence, weights)
+        return PrivateState(0, weights)
 
     def _after_distillation(self, request: FitRequest) -> PrivateState:
         """Return the state after the distillation of the request's round."""
@@ -332,7 +326,7 @@ class Client:
         if request.weights is None:
             own = result.weights
             average = average.after(number, own, settings=self._config.federate)
-        state = PrivateState(number, result.state.class_confidence, own, before.residual, average)
+        state = PrivateState(number, own, before.residual, average)
         self._states.save(number, state, before=request.state_round)
 
 

@@ -39,7 +39,7 @@ def first_told(found: dict[str, str], history: Sequence[Entry]) -> list[str]:
 
 
 def client_warnings(config: Config, name: str, entry: Entry) -> dict[str, str]:
-    """Warn of poor agreement and of few kept pixels; by how the warnings begin."""
+    """Warn of poor agreement, few kept pixels and unused labels; by how the warnings begin."""
     found = {}
     if METHODS[config.federate.method].uses_agreement:
         for key, limit, meaning in (
@@ -50,6 +50,26 @@ def client_warnings(config: Config, name: str, entry: Entry) -> dict[str, str]:
             if value is not None and value < limit:
                 start = f"{name}: {meaning} is"
                 found[start] = f"{start} {value:.2f}, below {limit:.2f}"
+        found |= _unused_labels(config, name, entry)
+    return found
+
+
+def _unused_labels(config: Config, name: str, entry: Entry) -> dict[str, str]:
+    """Name the classes whose labels do harm by the calibration part, and so are not used.
+
+    All clients measure the same where they share a model, so that one warning is for all.
+    """
+    found, whose = {}, f"{name}: " if config.heterogeneous else ""
+    for number, title in enumerate(config.data.classes, start=1):
+        target, model, gain = (
+            entry.get(f"{key}_{number}") for key in ("target_dice", "model_dice", "target_gain")
+        )
+        if gain is not None and gain < 0:
+            start = f"{whose}labels of {title} with the help of {config.sam.variant} are not used"
+            found[start] = (
+                f"{start}: their Dice is {target:.2f} on the calibration part, and "
+                f"{model:.2f} that of the model alone"
+            )
     return found
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.federation.agreement import AgreementState, Calibration, agree
+from pipeline.federation.agreement import Calibration, agree
 from pipeline.federation.targets import agreement_rule, sources_of
 from pipeline.federation.views import ClientData, PublicSet
 from pipeline.segmentation.networks import predict_masks
@@ -59,13 +59,12 @@ def public_examples(
     model: nn.Module, public: PublicSet, calibration: Calibration, *, config: Config
 ) -> list[Example]:
     """Return the first images of D_p's calibration part, where the truth is known."""
-    initial = AgreementState.initial(config.data.num_classes)
     shown = public.calibration.first(_PUBLIC_EXAMPLES)
-    return _examples(model, shown, replace(initial, calibration=calibration), config)
+    return _examples(model, shown, calibration, config)
 
 
 def client_examples(
-    model: nn.Module, client: ClientData, state: AgreementState, *, config: Config
+    model: nn.Module, client: ClientData, calibration: Calibration, *, config: Config
 ) -> list[Example]:
     """Return a client's first training image, as the rounds worked with it.
 
@@ -74,17 +73,17 @@ def client_examples(
     shown = replace(client.first(_CLIENT_EXAMPLES), truth=None)
     if shown.confidences is None:
         shown = replace(shown, truth=shown.masks, masks=None)
-    return _examples(model, shown, state, config)
+    return _examples(model, shown, calibration, config)
 
 
 def _examples(
-    model: nn.Module, shown: ClientData, state: AgreementState, config: Config
+    model: nn.Module, shown: ClientData, calibration: Calibration, config: Config
 ) -> list[Example]:
     """Return an example of each image; without SAM's labels there is no weight either."""
     weight: Tensor | None = None
     if shown.masks is not None:
         sources = sources_of(model, shown)
-        weight = agree(sources, config=agreement_rule(config), state=state).weight
+        weight = agree(sources, config=agreement_rule(config), calibration=calibration).weight
 
     def panel(values: Tensor | None, row: int) -> NDArray[Any] | None:
         return None if values is None else values[row].numpy()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.federation.agreement import AgreementState, PseudoLabel, shares_of
+from pipeline.federation.agreement import Calibration, PseudoLabel, shares_of
 from pipeline.federation.streams import Streams
 from pipeline.federation.targets import TARGETS, Learner
 from pipeline.federation.views import (
@@ -46,7 +46,7 @@ class LocalTask:
     """What a client's update starts from, and how it goes on."""
 
     weights: State  # of the broadcast model, or the client's own
-    state: AgreementState  # with the calibration of these weights (``measure_calibration``)
+    calibration: Calibration  # of these weights (``measure_calibration``)
     learning_rate: float
     unlabelled_weight: float  # lambda_u of this round, after its ramp
     streams: Streams  # of the client in this round
@@ -58,15 +58,15 @@ class LocalResult:
     """What a client's update ends with; its weights are sent only where clients are averaged."""
 
     weights: State
-    state: AgreementState
     metrics: Metrics
 
 
 def audit(target: PseudoLabel, truth: Tensor) -> dict[str, float]:
     """Count the foreground of a batch's kept pixels in pseudo-label and truth (B, S, S) int64."""
     kept = target.weight > 0
-    found, true = (target.label > 0) & kept, (truth > 0) & kept
-    overlap = int((found & (target.label == truth)).sum())
+    label = target.label
+    found, true = (label > 0) & kept, (truth > 0) & kept
+    overlap = int((found & (label == truth)).sum())
     return {"overlap": overlap, "foreground": int(found.sum()) + int(true.sum())}
 
 
@@ -82,7 +82,7 @@ def local_update(
     """Train ``model``, which holds the task's weights, on the client's and the public images."""
     settings, traits = config.federate, METHODS[config.federate.method]
     device = next(model.parameters()).device
-    learner = Learner(model, config, task.state)
+    learner = Learner(model, config, task.calibration)
     rule = TARGETS.get(traits.target)
     steps = settings.local_steps if traits.trains else 0
     client = client if rule is None else rule.prepare(learner, client)
@@ -111,11 +111,11 @@ def local_update(
     if traits.uses_sam:
         metrics |= shares_of(learner.counts)
     if traits.uses_agreement:
-        metrics |= vars(learner.state.calibration)
+        metrics |= learner.calibration.numbers()
     if client.truth is not None:
         metrics["pseudo_label_dice"] = audited_dice(learner.counts)
     metrics["drift"] = _relative_change(model, task.weights)
-    return LocalResult(get_state(model), learner.state, metrics)
+    return LocalResult(get_state(model), metrics)
 
 
 def losses(
@@ -139,7 +139,9 @@ def losses(
     if unlabelled is not None:
         views, target = unlabelled
         weight = target.weight.to(logits)
-        terms["loss_agree"] = agreement_loss(logits[count:], target.label, weight)
+        terms["loss_agree"] = agreement_loss(
+            logits[count:], target.target.to(logits.device), weight
+        )
         total = total + task.unlabelled_weight * terms["loss_agree"]
         if task.broadcast is not None:
             settings = learner.config.federate

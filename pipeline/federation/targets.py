@@ -8,31 +8,34 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config import AgreementConfig, Config
+from pipeline.config import AgreementConfig, Config, Rule
 from pipeline.federation.agreement import (
-    AgreementState,
     Calibration,
     PseudoLabel,
     Sources,
     agree,
     count_agreement,
-    update_state,
+    spread,
 )
 from pipeline.federation.calibration import calibrate
 from pipeline.federation.views import ClientData, PublicSet, Views
 from pipeline.methods import METHODS, Target
 from pipeline.segmentation.networks import normalise, predict_probabilities
 
+_BATCH = 32  # images that are labelled at a time
+_RULES_OF_SAM: Mapping[Target, Rule] = {"sam": "sam_only", "sam_soft": "sam_soft"}
+
 
 @dataclass
 class Learner:
-    """A client's network in a round, and what agreement learns of it from step to step."""
+    """A client's network in a round, and what agreement knows of it."""
 
     model: nn.Module
     config: Config
-    state: AgreementState
+    calibration: Calibration
     counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def count(self, more: Mapping[str, float]) -> None:
@@ -57,17 +60,21 @@ class TargetRule:
 
 
 def agreement_rule(config: Config) -> AgreementConfig:
-    """Return the agreement that the method uses: SAM alone is a rule of its own."""
-    if METHODS[config.federate.method].target == "sam":
-        return config.agreement.model_copy(update={"rule": "sam_only"})
-    return config.agreement
+    """Return the agreement that the method uses: SAM alone, hard or soft, is a rule of its own."""
+    rule = _RULES_OF_SAM.get(METHODS[config.federate.method].target)
+    return config.agreement if rule is None else config.agreement.model_copy(update={"rule": rule})
 
 
 def sources_of(model: nn.Module, data: ClientData) -> Sources:
     """Return what SAM and ``model`` say of the images as they are."""
+    client = predict_probabilities(model, data.images)
+    return Sources(sam_distribution(data, client.shape[1]), client)
+
+
+def sam_distribution(data: ClientData, classes: int) -> Tensor:
+    """Return SAM's distributions (N, K+1, S, S) float32, from what the label store has."""
     masks, confidences = _given(data.masks), _given(data.confidences)
-    probabilities = predict_probabilities(model, data.images)
-    return Sources(masks.long(), confidences.float() / 255, probabilities)
+    return spread(masks.long(), confidences.float() / 255, classes)
 
 
 def measure_calibration(model: nn.Module, public: PublicSet, config: Config) -> Calibration:
@@ -76,23 +83,33 @@ def measure_calibration(model: nn.Module, public: PublicSet, config: Config) -> 
     It is the identity for methods and rules that do not use it, and with ``agreement.calibrate``
     off.
     """
-    rule = config.agreement
-    adapts = METHODS[config.federate.method].uses_agreement and rule.rule == "adaptive"
-    if not (adapts and rule.calibrate):
+    rule = agreement_rule(config)
+    uses = METHODS[config.federate.method].uses_sam and rule.rule in ("adaptive", "sam_soft")
+    if not (uses and rule.calibrate):
         return Calibration()
     truth = _given(public.calibration.truth).long()
     sources = sources_of(model, public.calibration)
     return calibrate(sources, truth, groups=public.groups, config=rule)
 
 
-def _agree(learner: Learner, views: Views) -> PseudoLabel:
-    """Weigh SAM's label against the client's prediction, and learn from the batch."""
-    rule = agreement_rule(learner.config)
-    sources = Sources(_given(views.masks), _given(views.confidences), learner.predict(views.weak))
-    target = agree(sources, config=rule, state=learner.state)
-    learner.state = update_state(learner.state, sources, config=rule)
-    learner.count(count_agreement(sources, target))
-    return target
+def _label_by_agreement(learner: Learner, client: ClientData) -> ClientData:
+    """Fix the targets for the round: SAM's labels against the received model's predictions."""
+    rule, count = agreement_rule(learner.config), len(client.images)
+    targets, weights = [], []
+    for start in range(0, count, _BATCH):
+        sources = sources_of(learner.model, client.part(slice(start, start + _BATCH)))
+        made = agree(sources, config=rule, calibration=learner.calibration)
+        learner.count(count_agreement(sources, made))
+        target = made.target
+        if target.ndim == 3:
+            target = F.one_hot(target, sources.sam.shape[1]).permute(0, 3, 1, 2)
+        targets.append((target[:, 1:] * 255.0).round().to(torch.uint8))
+        weights.append((made.weight * 255.0).round().to(torch.uint8))
+    return replace(client, target=torch.cat(targets), weight=torch.cat(weights))
+
+
+def _as_fixed(learner: Learner, views: Views) -> PseudoLabel:
+    return PseudoLabel(_given(views.target), _given(views.weight))
 
 
 def _own_prediction(learner: Learner, views: Views) -> PseudoLabel:
@@ -135,8 +152,9 @@ TARGETS: Mapping[Target, TargetRule] = MappingProxyType(
     {
         "client": TargetRule(_own_prediction),
         "received": TargetRule(_received, prepare=_label_with_received),
-        "sam": TargetRule(_agree),
-        "agreement": TargetRule(_agree),
+        "sam": TargetRule(_as_fixed, prepare=_label_by_agreement),
+        "sam_soft": TargetRule(_as_fixed, prepare=_label_by_agreement),
+        "agreement": TargetRule(_as_fixed, prepare=_label_by_agreement),
         "truth": TargetRule(_truth),
     }
 )

@@ -30,8 +30,9 @@ class ClientData:
     """Images (N, 3, S, S) uint8 of one owner and what labels them, (N, S, S) uint8.
 
     ``masks`` and ``confidences`` come from the label store (SAM methods); for ``oracle`` the masks
-    are the truth. Both are None where the method uses neither. A client's ``truth`` is there for an
-    audit alone: it scores pseudo-labels and never trains anything.
+    are the truth. Both are None where the method uses neither. ``target`` and ``weight`` are what a
+    round makes of them (``targets.TargetRule.prepare``). A client's ``truth`` is there for an audit
+    alone: it scores pseudo-labels and never trains anything.
     """
 
     name: str
@@ -39,10 +40,16 @@ class ClientData:
     masks: Tensor | None = None
     confidences: Tensor | None = None
     truth: Tensor | None = None
+    target: Tensor | None = None  # (N, K, S, S) uint8, 255 times the foreground's probabilities
+    weight: Tensor | None = None  # (N, S, S) uint8, 255 times the pixels' weights
 
     def first(self, count: int) -> ClientData:
         """Return the first ``count`` images with all that is known of them."""
-        parts: Any = {k: v[:count] for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return self.part(slice(count))
+
+    def part(self, rows: slice) -> ClientData:
+        """Return some of the images with all that is known of them."""
+        parts: Any = {k: v[rows] for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **parts)
 
 
@@ -70,6 +77,8 @@ class Views:
     masks: Tensor | None  # (B, S, S) int64
     confidences: Tensor | None  # (B, S, S) float32 probabilities
     truth: Tensor | None  # (B, S, S) int64
+    target: Tensor | None = None  # (B, K+1, S, S) float32 distributions
+    weight: Tensor | None = None  # (B, S, S) float32 in 0..1
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,12 @@ def draw_views(client: ClientData, sampling: Sampling) -> Views:
         return None if values is None else view.labels(values[chosen])
 
     masks, confidences, truth = map(warped, (client.masks, client.confidences, client.truth))
+    weight, target = warped(client.weight), None
+    if client.target is not None:
+        planes = client.target[chosen].unbind(dim=1)
+        foreground = torch.stack([view.labels(plane) for plane in planes], dim=1).float() / 255
+        background = (1 - foreground.sum(dim=1, keepdim=True)).clamp(min=0)
+        target = torch.cat([background, foreground], dim=1)
     return Views(
         weak=weak,
         strong=strong,
@@ -154,4 +169,6 @@ def draw_views(client: ClientData, sampling: Sampling) -> Views:
         # agreement never takes a probability as certain, so 0 and 255 may stand
         confidences=None if confidences is None else confidences.float() / 255,
         truth=None if truth is None else truth.long(),
+        target=target,
+        weight=None if weight is None else weight.float() / 255,
     )

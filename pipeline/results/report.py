@@ -81,7 +81,7 @@ CLIENT_COLUMNS = (
     Column("Agreement", "agreement", last=True),
     Column("Coverage", "coverage", last=True),
     Column("Pseudo-label Dice", "pseudo_label_dice", last=True),
-    Column("Conflict log-odds", "conflict_log_odds", last=True, bar=False),
+    Column("SAM's bias", "sam_bias", last=True, bar=False),
 )
 
 

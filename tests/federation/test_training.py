@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.federation import local_update as training
-from pipeline.federation.agreement import AgreementState, PseudoLabel
+from pipeline.federation.agreement import Calibration, PseudoLabel, agree
 from pipeline.federation.local_update import (
     LocalResult,
     LocalTask,
@@ -23,6 +23,7 @@ from pipeline.federation.local_update import (
     train_on_server,
 )
 from pipeline.federation.streams import Streams
+from pipeline.federation.targets import sources_of
 from pipeline.federation.views import ClientData, PublicSet
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.params import parse_config
@@ -70,7 +71,7 @@ def update(
     weights = get_state(build_model(config, seed=0))
     task = LocalTask(
         weights=weights,
-        state=AgreementState.initial(1),
+        calibration=Calibration(),
         learning_rate=1e-3,
         unlabelled_weight=1.0,
         streams=Streams(seed),
@@ -123,7 +124,7 @@ def test_the_same_bytes_whatever_was_drawn_before(architecture: str) -> None:
     for drawn in (0, 7):
         torch.rand(drawn)
         model = build_model(config, seed=0)
-        task = LocalTask(get_state(model), AgreementState.initial(1), 1e-3, 1.0, Streams(5))
+        task = LocalTask(get_state(model), Calibration(), 1e-3, 1.0, Streams(5))
         states.append(local_update(model, public, client, task, config=config).weights)
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
@@ -144,7 +145,7 @@ def test_models_that_do_not_fit_are_named(model: dict[str, Any], size: int, mess
     assert message in str(error.value)
 
 
-METHODS = ["supervised", "fedavg_ssl", "semifl", "sam_only", "sam_fed", "oracle"]
+METHODS = ["supervised", "fedavg_ssl", "semifl", "sam_only", "sam_soft", "sam_fed", "oracle"]
 
 
 def test_a_pure_function_of_its_arguments() -> None:
@@ -193,6 +194,35 @@ def test_every_unlabelled_method_sees_the_same_views(monkeypatch: pytest.MonkeyP
     for views in seen.values():
         for mine, reference in zip(views, seen["oracle"], strict=True):
             assert torch.equal(mine, reference)
+
+
+def test_a_rounds_targets_are_of_the_received_model_and_of_all_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are made once, before the steps, and move with the views of their images."""
+    seen: list[Any] = []
+    real = training.draw_views
+
+    def record(*arguments: Any) -> Any:
+        seen.append((arguments[0], real(*arguments)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(training, "draw_views", record)
+    result = update("sam_fed", local_steps=3, unlabelled_batch=8)
+    data = seen[0][0]
+    assert all(client is data for client, _ in seen)
+    config = settings()
+    both = sources_of(build_model(config, seed=0), make_data()[1])
+    made = agree(both, config=config.agreement)
+    assert torch.equal(data.target[:, 0], (made.target[:, 1] * 255).round().to(torch.uint8))
+    assert torch.equal(data.weight, (made.weight * 255).round().to(torch.uint8))
+    assert result.metrics["agreement"] == pytest.approx(float(both.dice.mean()))
+    for _, views in seen:
+        assert views.target.shape == (8, 2, 32, 32)
+        assert torch.allclose(views.target.sum(dim=1), torch.ones(8, 32, 32))
+        # SAM's mask and the target have the same geometry
+        inside, outside = (views.target[:, 1][views.masks == k].mean() for k in (1, 0))
+        assert float(inside) > float(outside) + 0.3
 
 
 def test_supervised_never_touches_the_clients_images() -> None:

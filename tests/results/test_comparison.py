@@ -381,11 +381,11 @@ def test_runs_of_one_row_may_differ_in_where_and_how_fast_they_were_made() -> No
 def test_agreement_matters_to_the_methods_that_weigh_alone() -> None:
     def with_ceiling(method: str) -> FinishedRun:
         made = run(f"{method}-seed2", dice(0.1, 0.2, 0.3), method=method, seed=2)
-        strict = made.config.agreement.model_copy(update={"max_threshold": 0.95})
+        strict = made.config.agreement.model_copy(update={"calibrate": False})
         return replace(made, config=made.config.model_copy(update={"agreement": strict}))
 
     assert table([*SUPERVISED, with_ceiling("supervised")])["supervised"]["seeds"] == [0, 1, 2]
-    with pytest.raises(ConfigError, match=r"differ in agreement\.max_threshold"):
+    with pytest.raises(ConfigError, match=r"differ in agreement\.calibrate"):
         table([*SAM_FED, with_ceiling("sam_fed")])
 
 

@@ -154,7 +154,7 @@ def test_report_of_a_run(shared_pipeline: Config, tmp_path: Path) -> None:
     assert len(pictures(html)) >= 5 + 2 * 5  # curves; image, truth, SAM, client and weight of two
     for curve in CURVES[:3]:
         assert f"<b>{curve.title}</b>" in html
-    for shown in ("Gradient norm", "Drift, %", "MB up", "Coverage", "Conflict log-odds"):
+    for shown in ("Gradient norm", "Drift, %", "MB up", "Coverage", "SAM's bias"):
         assert shown in html
     assert "http" not in html
     found = read_run(folder)
@@ -352,7 +352,7 @@ def test_table_of_clients() -> None:
         "agreement": 0.25,
         "coverage": 0.5,
         "pseudo_label_dice": 0.75,
-        "conflict_log_odds": -1.5,
+        "sam_bias": -1.5,
     }
     history = [
         round_of(1, **COSTS, **said),
@@ -366,7 +366,7 @@ def test_table_of_clients() -> None:
     assert top == ["Client", "Images", "Rounds of 3", "a round, on average", "in its last round"]
     assert head == [
         *("Seconds", "MB up", "MB down", "Drift, %"),
-        *("Agreement", "Coverage", "Pseudo-label Dice", "Conflict log-odds"),
+        *("Agreement", "Coverage", "Pseudo-label Dice", "SAM's bias"),
     ]
     assert rows == [
         ["site_a", "78", "2", "1.50", "2.00", "4.00", "2.50", "0.50", "0.50", "0.75", "-1.50"],

@@ -65,3 +65,35 @@ def test_distillation_by_hand() -> None:
 def test_distillation_of_equals_is_zero_at_any_temperature() -> None:
     logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     assert float(distillation_loss(logits, logits, temperature=2.0)) == pytest.approx(0, abs=1e-6)
+
+
+SOFT = torch.tensor([0.6, 0.3])  # chances of foreground that serve as the target
+SOFT_TARGET = torch.stack([1 - SOFT, SOFT]).reshape(1, 2, 1, 2)
+
+
+def test_soft_targets_by_hand() -> None:
+    """Twice the smaller of both is 1.2 + 0.6, both together are 1.2 + 0.9."""
+    cross_entropy = -(
+        0.6 * math.log(0.8) + 0.4 * math.log(0.2) + 0.3 * math.log(0.4) + 0.7 * math.log(0.6)
+    )
+    expected = cross_entropy / 2 + 1 - 2.8 / 3.1
+    found = agreement_loss(LOGITS, SOFT_TARGET, torch.ones(1, 1, 2))
+    assert float(found) == pytest.approx(expected)
+
+
+def test_a_soft_target_is_what_has_the_least_loss() -> None:
+    """Dice and cross-entropy pull to the target itself, not to its more likely class."""
+    logits = LOGITS.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        dice_loss(logits, SOFT_TARGET).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert logits.softmax(dim=1)[0, 1].flatten().tolist() == pytest.approx([0.6, 0.3], abs=0.03)
+
+
+def test_a_target_of_classes_is_a_distribution_too() -> None:
+    certain = torch.nn.functional.one_hot(TARGET, 2).permute(0, 3, 1, 2).float()
+    weight = torch.tensor([[[1.0, 0.5]]])
+    soft, hard = (agreement_loss(LOGITS, target, weight) for target in (certain, TARGET))
+    assert float(soft) == pytest.approx(float(hard))
