@@ -292,8 +292,6 @@ class FederateConfig(Section):
     weight_decay: Annotated[NonNegativeFloat, _FIRST_MODEL] = 1e-4  # AdamW's
     unlabelled_weight: NonNegativeFloat = 1.0  # lambda_u after its ramp
     ramp_rounds: CountOrNone = 2  # rounds over which lambda_u grows from 0
-    kd_weight: NonNegativeFloat = 0.1  # lambda_kd; no part of runs with networks of their own
-    kd_temperature: PositiveFloat = 2.0  # of both sides of that term
     confidence_threshold: Fraction = 0.95  # of a client's own pseudo-labels (FixMatch)
     fusion_epochs: Count = 4  # heterogeneous: passes over D_p of RC, of RF, of FedMD's digest
     fusion_weight: NonNegativeFloat = 10.0  # heterogeneous: of the KL term in RC and RF

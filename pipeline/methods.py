@@ -30,7 +30,6 @@ class MethodTraits:
     networks: Networks = "any"  # the clients it is for: with one network, with their own, or both
     exchange: Exchange = "none"  # between own networks: nothing, mean logits (FedMD), RC and RF
     shuffles_labels: bool = False  # the control: SAM's labels of the wrong images
-    distils_broadcast: bool = False  # a KL term to the broadcast model, where there is one
     trains: bool = True  # in rounds; else a run ends with the first model
     tunes_at_server: bool = False  # the averaged model goes on with D_p alone (SemiFL)
 
@@ -50,7 +49,7 @@ class MethodTraits:
         return self.target == "truth"
 
 
-_SAM_FED = MethodTraits("agreement", exchange="condensation", distils_broadcast=True)
+_SAM_FED = MethodTraits("agreement", exchange="condensation")
 
 METHODS: Mapping[Method, MethodTraits] = MappingProxyType(
     {

@@ -22,6 +22,7 @@ RENAMED = {
     "federate.start_steps": "federate.pretrain_steps",
 }
 _SOFT = "soft agreement has no thresholds: an image's weight is the square of its expected Dice"
+_KD = "the received model's prediction is a part of the target, so a KL term to it brings nothing"
 #: Keys of earlier versions that are gone, and what does their work now.
 REMOVED = {
     "agreement.floor": _SOFT,
@@ -29,6 +30,8 @@ REMOVED = {
     "agreement.min_threshold": _SOFT,
     "agreement.max_threshold": _SOFT,
     "agreement.momentum": _SOFT,
+    "federate.kd_weight": _KD,
+    "federate.kd_temperature": _KD,
     "agreement.foreground_prior": "a bias of SAM's labels is fitted on D_p's calibration part",
 }
 _NULLS = ("", "~", "null")

@@ -430,7 +430,7 @@ def test_every_whole_number_has_limits() -> None:
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 def test_a_number_that_is_not_finite(value: str) -> None:
-    for key in ("sam.learning_rate", "agreement.threshold", "federate.kd_weight"):
+    for key in ("sam.learning_rate", "agreement.threshold", "federate.fusion_weight"):
         text = message(None, f"{key}={value}")
         assert text.startswith(f"--set {key}: found ")
         assert ", expected " in text
@@ -498,8 +498,6 @@ ROUNDS = [
     "federate.unlabelled_batch",
     "federate.unlabelled_weight",
     "federate.ramp_rounds",
-    "federate.kd_weight",
-    "federate.kd_temperature",
     "federate.confidence_threshold",
     "federate.fusion_epochs",
     "federate.fusion_weight",

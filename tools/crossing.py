@@ -36,7 +36,6 @@ METRICS = {
     "loss": "of the steps of a round",
     "loss_sup": "its part on the server's set",
     "loss_agree": "its part on pseudo-labels",
-    "loss_kd": "its part by distillation from the broadcast model",
     "loss_prox": "its part by FedProx's term",
     "gradient_norm": "of the steps",
     "drift": "change of the weights, relative",

@@ -135,10 +135,7 @@ class Client:
     def _fit(self, request: FitRequest) -> Reply:
         """Train on its own images, from the broadcast weights or from its own."""
         before = self._after_distillation(request) if request.distilled else self._before(request)
-        weights, broadcast = self._received(request), None
-        traits, settings = METHODS[self._config.federate.method], self._config.federate
-        if weights is not None and traits.distils_broadcast and settings.kd_weight:
-            broadcast = self._workplace.frozen(self._network, weights)
+        weights, packing = self._received(request), self._config.federate.compression
         start = _present(before.weights if weights is None else weights)
         model = self._workplace.loaded(self._network, start)
         task = LocalTask(
@@ -147,7 +144,6 @@ class Client:
             learning_rate=request.rates.learning_rate,
             unlabelled_weight=request.rates.unlabelled_weight,
             streams=self._streams(request),
-            broadcast=broadcast,
         )
         result = local_update(model, self._public, self._data, task, config=self._config)
         # what is not finite is never kept; others' weights are checked again where they arrive
@@ -156,8 +152,8 @@ class Client:
         if fault is None:
             sent, residual = self._noised(result.weights, start, model), before.residual
             after = sent
-            if weights is not None and settings.compression != "none":
-                after, residual = pack_update(sent, start, residual, settings.compression)
+            if weights is not None and packing != "none":
+                after, residual = pack_update(sent, start, residual, packing)
             self._keep(request, result, replace(before, residual=residual))
         return request.reply(
             metrics=result.metrics,

@@ -1,7 +1,6 @@
 """One client's local update: a pure function of weights, data, labels and random streams.
 
     L = L_sup(f(x_p), y_p) + lambda_u L_agree(f(strong(x)), target, w)
-      + lambda_kd T^2 KL(G(x) || f(x))
       + mu / 2 |w - w_0|^2
 
 Every method takes the same number of optimiser steps on the same labelled batches, the methods
@@ -32,7 +31,7 @@ from pipeline.federation.views import (
     labelled_batch,
 )
 from pipeline.methods import METHODS
-from pipeline.segmentation.losses import agreement_loss, distillation_loss, supervised_loss
+from pipeline.segmentation.losses import agreement_loss, supervised_loss
 from pipeline.segmentation.networks import State, get_state, normalise
 
 MAX_GRADIENT_NORM = 5.0  # far above what training shows; stops a bad batch from wrecking a round
@@ -50,7 +49,6 @@ class LocalTask:
     learning_rate: float
     unlabelled_weight: float  # lambda_u of this round, after its ramp
     streams: Streams  # of the client in this round
-    broadcast: nn.Module | None = None  # frozen, with ``weights``, where the client distils from it
 
 
 @dataclass(frozen=True)
@@ -132,25 +130,13 @@ def losses(
     images, truth = labelled
     batch = images if unlabelled is None else torch.cat([images, unlabelled[0].strong])
     logits, count = learner.model(normalise(batch)).float(), len(images)
-    zero = logits.new_zeros(())
     terms = {"loss_sup": supervised_loss(logits[:count], truth)}
-    terms |= {"loss_agree": zero, "loss_kd": zero}
+    terms["loss_agree"] = logits.new_zeros(())
     total = terms["loss_sup"]
     if unlabelled is not None:
-        views, target = unlabelled
-        weight = target.weight.to(logits)
-        terms["loss_agree"] = agreement_loss(
-            logits[count:], target.target.to(logits.device), weight
-        )
+        target, weight = (part.to(logits.device) for part in unlabelled[1])
+        terms["loss_agree"] = agreement_loss(logits[count:], target, weight.to(logits.dtype))
         total = total + task.unlabelled_weight * terms["loss_agree"]
-        if task.broadcast is not None:
-            settings = learner.config.federate
-            with torch.no_grad():
-                taught = task.broadcast(normalise(views.weak)).float()
-            terms["loss_kd"] = distillation_loss(
-                logits[count:], taught, temperature=settings.kd_temperature
-            )
-            total = total + settings.kd_weight * terms["loss_kd"]
     return {"loss": total, **terms}
 
 

@@ -18,7 +18,6 @@ LOSSES = {
     "loss": Key("whole loss", "#000000"),
     "loss_sup": Key("labelled images", COLOURS[0]),
     "loss_agree": Key("pseudo-labels", COLOURS[1]),
-    "loss_kd": Key("distillation", COLOURS[2]),
 }
 SERVER = Key("server", "#000000", "dashed")
 MAX_COLOURED_CLIENTS = 12  # beyond it a legend is no longer read; the table of clients names them

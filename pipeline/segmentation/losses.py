@@ -59,17 +59,6 @@ def agreement_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (weight * cross_entropy).mean() + dice_loss(logits, target, weight)
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """Return ``T^2 KL(softmax(teacher / T) || softmax(student / T))``, mean over pixels.
-
-    Hinton et al., 2015.
-
-    Args:
-        student, teacher: logits (B, K+1, H, W).
-    """
-    return divergence(student, teacher, temperature).sum(dim=1).mean() * temperature**2
-
-
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return KL's summands ``p (log p - log q)``, p and q the softmax at ``temperature``.
 

@@ -75,7 +75,6 @@ def update(
         learning_rate=1e-3,
         unlabelled_weight=1.0,
         streams=Streams(seed),
-        broadcast=workplace.frozen(config.model, weights),
     )
     model = workplace.loaded(config.model, weights)
     return local_update(model, public, client or data, task, config=config)

@@ -69,7 +69,6 @@ def round_of(number: int, **client: Any) -> dict[str, Any]:
 FULL = {
     "loss_sup": 0.5,
     "loss_agree": 0.5,
-    "loss_kd": None,
     "agreement": 0.6,
     "coverage": 0.9,
     "from_sam": 0.05,
@@ -517,7 +516,7 @@ def test_panels_without_data_are_left_out() -> None:
 
 def test_a_term_that_a_method_does_not_have_is_no_line() -> None:
     """Histories hold 0 for it."""
-    history = [round_of(1, loss_sup=1.25, loss_agree=0.0, loss_kd=0.0)]
+    history = [round_of(1, loss_sup=1.25, loss_agree=0.0)]
     ((panel,), _) = run_curves(history)
     assert [key.label for key in panel.keys] == ["whole loss", "labelled images"]
 

@@ -11,7 +11,6 @@ from pipeline.segmentation.losses import (
     IGNORE,
     agreement_loss,
     dice_loss,
-    distillation_loss,
     supervised_loss,
 )
 
@@ -52,19 +51,6 @@ def test_rejected_pixels_lower_the_agreement_loss() -> None:
     assert float(agreement_loss(LOGITS, TARGET, weight)) == pytest.approx(expected)
     nothing = agreement_loss(LOGITS, TARGET, torch.zeros(1, 1, 2))
     assert float(nothing) == 0.0
-
-
-def test_distillation_by_hand() -> None:
-    """At T = 1, teacher 0.5 / 0.5 against student 0.8 / 0.2."""
-    student = torch.stack([torch.zeros(1), torch.logit(torch.tensor([0.8]))]).reshape(1, 2, 1, 1)
-    teacher = torch.zeros(1, 2, 1, 1)
-    expected = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
-    assert float(distillation_loss(student, teacher, temperature=1.0)) == pytest.approx(expected)
-
-
-def test_distillation_of_equals_is_zero_at_any_temperature() -> None:
-    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert float(distillation_loss(logits, logits, temperature=2.0)) == pytest.approx(0, abs=1e-6)
 
 
 SOFT = torch.tensor([0.6, 0.3])  # chances of foreground that serve as the target
