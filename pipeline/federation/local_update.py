@@ -83,7 +83,10 @@ def local_update(
     learner = Learner(model, config, task.calibration)
     rule = TARGETS.get(traits.target)
     steps = settings.local_steps if traits.trains else 0
-    client = client if rule is None else rule.prepare(learner, client)
+    if rule is not None:
+        # the same draws as those of the steps: who is not drawn in this round needs no target
+        drawn = Sampling.unlabelled(task.streams, config, device)
+        client = rule.prepare(learner, client, drawn.chosen(len(client.images), steps))
     optimizer = make_optimizer(model, task.learning_rate, settings.weight_decay)
     labelled = Sampling.labelled(task.streams, config, device)
     unlabelled = Sampling.unlabelled(task.streams, config, device)

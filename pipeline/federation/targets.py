@@ -53,10 +53,15 @@ class Learner:
 
 @dataclass(frozen=True)
 class TargetRule:
-    """How a method labels unlabelled images: once before the steps, and at each step."""
+    """How a method labels unlabelled images: once before the steps, and at each step.
+
+    ``prepare`` is told the rows that the steps will draw.
+    """
 
     label: Callable[[Learner, Views], PseudoLabel]
-    prepare: Callable[[Learner, ClientData], ClientData] = lambda learner, client: client
+    prepare: Callable[[Learner, ClientData, Tensor], ClientData] = lambda learner, client, rows: (
+        client
+    )
 
 
 def agreement_rule(config: Config) -> AgreementConfig:
@@ -92,20 +97,23 @@ def measure_calibration(model: nn.Module, public: PublicSet, config: Config) -> 
     return calibrate(sources, truth, groups=public.groups, config=rule)
 
 
-def _label_by_agreement(learner: Learner, client: ClientData) -> ClientData:
+def _label_by_agreement(learner: Learner, client: ClientData, rows: Tensor) -> ClientData:
     """Fix the targets for the round: SAM's labels against the received model's predictions."""
-    rule, count = agreement_rule(learner.config), len(client.images)
-    targets, weights = [], []
-    for start in range(0, count, _BATCH):
-        sources = sources_of(learner.model, client.part(slice(start, start + _BATCH)))
+    rule = agreement_rule(learner.config)
+    shape = (len(client.images), *client.images.shape[2:])
+    classes = learner.config.data.num_classes
+    target = torch.zeros((shape[0], classes, *shape[1:]), dtype=torch.uint8)
+    weight = torch.zeros(shape, dtype=torch.uint8)
+    for part in rows.split(_BATCH):
+        sources = sources_of(learner.model, client.part(part))
         made = agree(sources, config=rule, calibration=learner.calibration)
         learner.count(count_agreement(sources, made))
-        target = made.target
-        if target.ndim == 3:
-            target = F.one_hot(target, sources.sam.shape[1]).permute(0, 3, 1, 2)
-        targets.append((target[:, 1:] * 255.0).round().to(torch.uint8))
-        weights.append((made.weight * 255.0).round().to(torch.uint8))
-    return replace(client, target=torch.cat(targets), weight=torch.cat(weights))
+        soft = made.target
+        if soft.ndim == sources.same.ndim:  # classes
+            soft = F.one_hot(soft, classes + 1).permute(0, 3, 1, 2)
+        target[part] = (soft[:, 1:] * 255.0).round().to(torch.uint8)
+        weight[part] = (made.weight * 255.0).round().to(torch.uint8)
+    return replace(client, target=target, weight=weight)
 
 
 def _as_fixed(learner: Learner, views: Views) -> PseudoLabel:
@@ -118,15 +126,15 @@ def _own_prediction(learner: Learner, views: Views) -> PseudoLabel:
     return PseudoLabel(label, _sure(confidence, learner))
 
 
-def _label_with_received(learner: Learner, client: ClientData) -> ClientData:
+def _label_with_received(learner: Learner, client: ClientData, rows: Tensor) -> ClientData:
     """Fix pseudo-labels of the received model for the round (SemiFL, Diao et al., 2022)."""
-    parts = [predict_probabilities(learner.model, p).max(dim=1) for p in client.images.split(32)]
-    confidences = torch.cat([part.values for part in parts])
-    return replace(
-        client,
-        masks=torch.cat([part.indices for part in parts]).to(torch.uint8),
-        confidences=(confidences * 255).round().to(torch.uint8),
-    )
+    shape = (len(client.images), *client.images.shape[2:])
+    masks, confidences = (torch.zeros(shape, dtype=torch.uint8) for _ in range(2))
+    for part in rows.split(_BATCH):
+        found = predict_probabilities(learner.model, client.images[part]).max(dim=1)
+        masks[part] = found.indices.to(torch.uint8)
+        confidences[part] = (found.values * 255).round().to(torch.uint8)
+    return replace(client, masks=masks, confidences=confidences)
 
 
 def _received(learner: Learner, views: Views) -> PseudoLabel:

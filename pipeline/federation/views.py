@@ -45,9 +45,9 @@ class ClientData:
 
     def first(self, count: int) -> ClientData:
         """Return the first ``count`` images with all that is known of them."""
-        return self.part(slice(count))
+        return self.part(torch.arange(min(count, len(self.images))))
 
-    def part(self, rows: slice) -> ClientData:
+    def part(self, rows: Tensor) -> ClientData:
         """Return some of the images with all that is known of them."""
         parts: Any = {k: v[rows] for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **parts)
@@ -107,6 +107,10 @@ class Sampling:
         """Draw rows (size,) of ``count``, without repetition where there are enough."""
         orders = [self.rows.permutation(count) for _ in range(-(-self.size // count))]
         return torch.from_numpy(np.concatenate(orders)[: self.size])
+
+    def chosen(self, count: int, batches: int) -> Tensor:
+        """Draw so many batches; return the rows of ``count`` that are in one of them, ascending."""
+        return torch.cat([self.choose(count) for _ in range(batches)]).unique()
 
 
 @dataclass(frozen=True)
