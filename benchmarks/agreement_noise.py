@@ -7,7 +7,8 @@ it. Every rule of ``pipeline/federation/agreement.py`` filters what they say, as
 SAM's probabilities have the label store's eight bits, and the calibration is fitted on other images
 that are corrupted alike.
 
-Scores (``score``), pooled over images; w is a pixel's weight, t its target, y its truth:
+Scores (``score``), pooled over images; w is 1 where a pixel has a weight, t its target's label, y
+its truth:
 
     precision = sum w [t = y] / sum w           recall = sum w [t = y] / number of pixels
     foreground: precision over pixels with t > 0, recall over those with y > 0
@@ -234,7 +235,8 @@ def measure(draw: Draw, case: Case) -> dict[str, dict[str, float]]:
             config=config,
             calibration=Calibration() if column == UNCALIBRATED else fitted,
         )
-        scores[column] = score(result.label, result.weight, truth)
+        # an image's weight says how much it counts in training, not which of its pixels are kept
+        scores[column] = score(result.label, (result.weight > 0).float(), truth)
     scores["adaptive"] |= fitted.numbers()
     return scores
 

@@ -31,6 +31,8 @@ _CLIP = 1 / 512  # probabilities are never taken as certain
 _LEAST_DICE = 0.05  # what a source is expected to reach at least, so that odds stay finite
 _TRUST_POWER = 8
 _SAM_PRIOR = 4.0  # the model's own word is no news to it: SAM's counts for more, all else equal
+# Dice that a model may have over the targets where it was trained, with targets that help elsewhere
+_HOME_ADVANTAGE = 0.1
 _DOUBT = 0.1  # chance of an unused class above which a pixel is left out
 
 
@@ -51,8 +53,9 @@ class Calibration:
 
     @property
     def unused(self) -> list[int]:
-        """The classes whose targets would be worse than what the model says by itself."""
-        return [number for number, gain in enumerate(self.target_gain, start=1) if gain < 0]
+        """The classes whose targets are so much worse than what the model says by itself."""
+        gains = enumerate(self.target_gain, start=1)
+        return [number for number, gain in gains if is_harm(gain)]
 
     def numbers(self) -> dict[str, float]:
         """Return all of it by name, for a client's report."""
@@ -61,6 +64,11 @@ class Calibration:
             values = enumerate(getattr(self, name), start=1)
             single |= {f"{name}_{number}": value for number, value in values}
         return single
+
+
+def is_harm(gain: float) -> bool:
+    """Return whether targets lose more to the model alone than its being at home explains."""
+    return gain < -_HOME_ADVANTAGE
 
 
 @dataclass(eq=False)

@@ -24,9 +24,8 @@ from pipeline.federation.agreement import (
 _INVERSE_TEMPERATURES = torch.logspace(-1.5, 0.7, 89, base=10.0)  # candidates for a_s and a_c
 _BIASES = torch.linspace(-3, 3, 121)  # candidates for b
 _BINS = 128  # of logits
-_PRIOR_GROUPS = 2.0  # as many groups as say that the expected Dice is right as it is
+_PRIOR_GROUPS = 2.0  # as many groups as say that a difference is 0
 _PRIOR_EMPTY = 1.0  # as many empty labels, half of them right
-_PRIOR_GAIN = 0.1  # Dice by which that many groups say that targets are better than the model
 
 
 def calibrate(
@@ -88,7 +87,7 @@ def _fit_promise(distribution: Tensor, truth: Tensor, groups: list[str]) -> tupl
     right = (float(dice[empty].sum()) + _PRIOR_EMPTY / 2) / (int(empty.sum()) + _PRIOR_EMPTY)
     found = [group for group, none in zip(groups, empty.tolist(), strict=True) if not none]
     gap = (dice - expected_dice(distribution, 0.0))[~empty]
-    return _shrunk_mean(gap, found, prior=0.0), right
+    return _shrunk_mean(gap, found), right
 
 
 def _with_guard(
@@ -107,7 +106,7 @@ def _with_guard(
         target, model = _class_dice(ours, truth, number), _class_dice(alone, truth, number)
         rows = (~(target.isnan() | model.isnan())).nonzero().flatten()
         target, model = target[rows], model[rows]
-        gain = _shrunk_mean(target - model, [groups[row] for row in rows], prior=_PRIOR_GAIN)
+        gain = _shrunk_mean(target - model, [groups[row] for row in rows])
         means = [float(values.mean()) if len(rows) else 1.0 for values in (target, model)]
         found.append((*means, gain))
     dice, model_dice, gains = zip(*found, strict=True)
@@ -121,13 +120,13 @@ def _class_dice(label: Tensor, truth: Tensor, number: int) -> Tensor:
     return 2 * (a & b).sum(dim=(1, 2)) / total  # 0 / 0 is NaN
 
 
-def _shrunk_mean(values: Tensor, groups: Sequence[str], *, prior: float) -> float:
-    """Return the mean over groups, each of them counting one, and two more of ``prior``."""
+def _shrunk_mean(values: Tensor, groups: Sequence[str]) -> float:
+    """Return the mean over groups, each of them counting one, and two more that say 0."""
     sums: dict[str, list[float]] = {}
     for group, value in zip(groups, values.tolist(), strict=True):
         sums.setdefault(group, []).append(value)
     means = [sum(own) / len(own) for own in sums.values()]
-    return (sum(means) + _PRIOR_GROUPS * prior) / (len(means) + _PRIOR_GROUPS)
+    return sum(means) / (len(means) + _PRIOR_GROUPS)
 
 
 def split_in_halves(groups: Sequence[str]) -> list[Tensor]:

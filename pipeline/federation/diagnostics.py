@@ -8,6 +8,7 @@ from statistics import mean, median
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.federation.agreement import is_harm
 from pipeline.federation.messages import ClientEntry
 from pipeline.methods import METHODS
 
@@ -60,16 +61,16 @@ def _unused_labels(config: Config, name: str, entry: Entry) -> dict[str, str]:
     All clients measure the same where they share a model, so that one warning is for all.
     """
     found, whose = {}, f"{name}: " if config.heterogeneous else ""
+    names = "target_dice", "model_dice", "target_gain"
     for number, title in enumerate(config.data.classes, start=1):
-        target, model, gain = (
-            entry.get(f"{key}_{number}") for key in ("target_dice", "model_dice", "target_gain")
+        values = [entry.get(f"{name}_{number}") for name in names]
+        if None in values or not is_harm(values[2]):
+            continue
+        start = f"{whose}labels of {title} with the help of {config.sam.variant} are not used"
+        found[start] = (
+            f"{start}: their Dice is {values[0]:.2f} on the calibration part, and "
+            f"{values[1]:.2f} that of the model alone"
         )
-        if gain is not None and gain < 0:
-            start = f"{whose}labels of {title} with the help of {config.sam.variant} are not used"
-            found[start] = (
-                f"{start}: their Dice is {target:.2f} on the calibration part, and "
-                f"{model:.2f} that of the model alone"
-            )
     return found
 
 

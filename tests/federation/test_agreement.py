@@ -218,7 +218,7 @@ def test_a_class_whose_targets_do_harm_is_left_out() -> None:
 
 
 def test_where_no_class_is_used_nothing_counts() -> None:
-    harm = Calibration(target_gain=(-0.1,))
+    harm = Calibration(target_gain=(-0.2,))
     result = agree(SOURCES, config=AgreementConfig(), calibration=harm)
     assert not result.weight.any()
     alone = agree(SOURCES, config=AgreementConfig(rule="sam_soft"), calibration=harm)
