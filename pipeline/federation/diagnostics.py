@@ -61,16 +61,15 @@ def _unused_labels(config: Config, name: str, entry: Entry) -> dict[str, str]:
     All clients measure the same where they share a model, so that one warning is for all.
     """
     found, whose = {}, f"{name}: " if config.heterogeneous else ""
-    names = "target_dice", "model_dice", "target_gain"
     for number, title in enumerate(config.data.classes, start=1):
-        values = [entry.get(f"{name}_{number}") for name in names]
-        if None in values or not is_harm(values[2]):
-            continue
-        start = f"{whose}labels of {title} with the help of {config.sam.variant} are not used"
-        found[start] = (
-            f"{start}: their Dice is {values[0]:.2f} on the calibration part, and "
-            f"{values[1]:.2f} that of the model alone"
-        )
+        gain = entry.get(f"target_gain_{number}")
+        if gain is not None and is_harm(gain):
+            target, model = entry[f"target_dice_{number}"], entry[f"model_dice_{number}"]
+            start = f"{whose}labels of {title} with the help of {config.sam.variant} are not used"
+            found[start] = (
+                f"{start}: their Dice is {target:.2f} on the calibration part, and "
+                f"{model:.2f} that of the model alone"
+            )
     return found
 
 

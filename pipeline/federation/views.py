@@ -110,7 +110,8 @@ class Sampling:
 
     def chosen(self, count: int, batches: int) -> Tensor:
         """Draw so many batches; return the rows of ``count`` that are in one of them, ascending."""
-        return torch.cat([self.choose(count) for _ in range(batches)]).unique()
+        rows: Tensor = torch.cat([self.choose(count) for _ in range(batches)]).unique()
+        return rows
 
 
 @dataclass(frozen=True)
