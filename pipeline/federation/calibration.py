@@ -24,6 +24,7 @@ from pipeline.federation.agreement import (
 _INVERSE_TEMPERATURES = torch.logspace(-1.5, 0.7, 89, base=10.0)  # candidates for a_s and a_c
 _BIASES = torch.linspace(-3, 3, 121)  # candidates for b
 _BINS = 128  # of logits
+_PROMISES = ("sam_offset", "client_offset", "sam_empty", "client_empty")
 _PRIOR_GROUPS = 2.0  # as many groups as say that a difference is 0
 _PRIOR_EMPTY = 1.0  # as many empty labels, half of them right
 
@@ -47,9 +48,11 @@ def calibrate(
         return Calibration()
     parts = [(sources.select(half), truth[half], [groups[i] for i in half]) for half in halves]
     fits = [_with_promises(_fit(*fit[:2]), rest) for fit, rest in (parts, parts[::-1])]
-    names = ("sam_offset", "client_offset", "sam_empty", "client_empty")
-    means = {name: sum(getattr(fit, name) for fit in fits) / len(fits) for name in names}
-    return _with_guard(replace(_fit(sources, truth), **means), fits, parts, config)
+    promises = [{name: getattr(fit, name) for name in _PROMISES} for fit in fits]
+    means = {name: sum(each[name] for each in promises) / len(promises) for name in _PROMISES}
+    # what was seen of a half is used on the other one
+    crossed = [replace(fit, **other) for fit, other in zip(fits, promises[::-1], strict=True)]
+    return _with_guard(replace(_fit(sources, truth), **means), crossed, parts, config)
 
 
 _Part = tuple[Sources, Tensor, list[str]]  # some images: both sources, their truth and their groups
