@@ -150,19 +150,19 @@ def part_of(path: Path_) -> str:
     if "calibration" in path:
         return "calibration: forward" if last == "forward" else "calibration: fit"
     if last == "forward":
-        return "weak view: forward" if "weak view" in path else "forward"
-    # a client's prediction on the weak view ends with a softmax; losses are the network's too
+        return "labelling: forward" if {"weak view", "targets"} & {*path} else "forward"
+    # a prediction ends with a softmax; losses are the network's too
     return {
-        "weak view": "weak view: forward",
-        "losses": "losses and forward of the broadcast model",
+        "weak view": "labelling: forward",
+        "targets": "labelling: forward",
         "update": "rest of the local update",
     }.get(last, last)
 
 
 NETWORK = (
     "forward",
-    "losses and forward of the broadcast model",
-    "weak view: forward",
+    "losses",
+    "labelling: forward",
     "backward",
     "optimiser",
     "RC and RF",
