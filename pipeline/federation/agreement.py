@@ -11,8 +11,8 @@ agreement; docs/method.md explains it:
   what has a chance of E / 2 or more (Lipton et al., ECML 2014). The model's are not, as it would
   learn to say more, and more again in the next round.
 * The target is proportional to ``p_s^t p_c^(1 - t)`` with the trust
-  ``t = 4 E_s^8 / (4 E_s^8 + E_c^8)``, and the image's weight the square of what the target itself
-  promises.
+  ``t = 4 E_s^8 / (4 E_s^8 + E_c^8)``. It is sharpened, which moves no boundary, and the image's
+  weight is the square of what it promises then.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ _TRUST_POWER = 8
 _SAM_PRIOR = 4.0  # the model's own word is no news to it: SAM's counts for more, all else equal
 # Dice that a model may have over the targets where it was trained, with targets that help elsewhere
 _HOME_ADVANTAGE = 0.1
+# power of a target's odds: calibrated ones are too flat to learn from in few steps
+_SHARPNESS = 3.0
 _DOUBT = 0.1  # chance of an unused class above which a pixel is left out
 
 
@@ -240,9 +242,10 @@ def _sam_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor
 
 
 def _weighted(target: Tensor, empty: float | Tensor) -> PseudoLabel:
-    """Weigh the pixels of each image by the square of what its target promises."""
-    weight = expected_dice(target, empty).square()[:, None, None]
-    return PseudoLabel(target, weight.expand(-1, *target.shape[2:]))
+    """Sharpen the target, and weigh an image's pixels by the square of what it promises then."""
+    sharp = (_SHARPNESS * target.clamp(min=_CLIP).log()).softmax(dim=1)
+    weight = expected_dice(sharp, empty).square()[:, None, None]
+    return PseudoLabel(sharp, weight.expand(-1, *target.shape[2:]))
 
 
 def _unless_unused(made: PseudoLabel, fitted: Calibration) -> PseudoLabel:

@@ -30,22 +30,22 @@ VERSION = 5  # with which the numbers below were made
 #: By kind of networks: of the last round, the means over clients, and the norm of all weights.
 GOLDEN: dict[str, dict[str, float]] = {
     "equal": {
-        "loss": 1.8576,
-        "loss_agree": 0.9329,
-        "agreement": 0.4189,
+        "loss": 2.2042,
+        "loss_agree": 1.2261,
+        "agreement": 0.4042,
         "coverage": 1.0,
-        "drift": 0.00268,
+        "drift": 0.00267,
         "sam_bias": -0.4,
-        "norm": 170.071,
+        "norm": 170.151,
     },
     "own": {
-        "loss": 1.7398,
-        "loss_agree": 0.8570,
-        "agreement": 0.4495,
+        "loss": 2.0554,
+        "loss_agree": 1.1405,
+        "agreement": 0.4756,
         "coverage": 1.0,
-        "drift": 0.00273,
+        "drift": 0.00270,
         "sam_bias": -0.4,
-        "norm": 266.270,
+        "norm": 266.285,
     },
 }
 
