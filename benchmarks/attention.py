@@ -2,9 +2,10 @@
 
     python benchmarks/attention.py [--device cpu] [--threads 1] [--json]
 
-Folded, in slices, with a bias tensor and, on a GPU, FlexAttention. They differ in speed alone, and
-which is fastest depends on device, precision and the number of tokens;
-``pipeline/sam/attention.py`` chooses by what this showed, ``precompute.attention`` says otherwise.
+Fused with positions folded in, as products of a few windows or of slices of the queries, with a
+bias tensor and, on a GPU, FlexAttention. They differ in speed alone, and which is fastest depends
+on device, precision and the number of tokens; ``pipeline/sam/attention.py`` chooses by what this
+showed, ``precompute.attention`` says otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ import torch
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor
 
-from pipeline.sam.attention import FoldedAttention
+from pipeline.sam.attention import (
+    FoldedAttention,
+    attend_fused,
+    attend_in_slices,
+    attend_in_windows,
+)
 from pipeline.sam.device import plain_float32
 from pipeline.sam.global_attention import FORMS
 
@@ -57,8 +63,9 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
             exact = stock(x)
         layers: dict[str, torch.nn.Module] = {
             "segment-anything": stock,
-            "folded": FoldedAttention(stock, slices=False),
-            "slices": FoldedAttention(stock, slices=True),
+            "fused": FoldedAttention(stock, attend=attend_fused),
+            "windows": FoldedAttention(stock, attend=attend_in_windows),
+            "slices": FoldedAttention(stock, attend=attend_in_slices),
             "bias": FoldedAttention(stock, attend=FORMS["bias"]),
         }
         if device.type == "cuda":

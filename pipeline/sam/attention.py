@@ -9,9 +9,10 @@ product::
     k' = [k,          onehot(row_j),     onehot(col_j)]         (d + H + W)
     q' . k' = scale * q.k + rel_h + rel_w                       exactly
 
-so a fused ``scaled_dot_product_attention`` computes the same function with no bias tensor. Its
-cost is the wider dot product, which a CPU feels where there are many tokens: there the logits are
-made in slices that stay in its cache, with both terms added in place (``benchmarks/attention.py``).
+so a fused ``scaled_dot_product_attention`` computes the same function with no bias tensor. On a CPU
+that kernel is slower than plain products of matrices (``benchmarks/attention.py``), which are taken
+there for a few windows at a time. Where there are many tokens, it is a slice of the queries at a
+time, and the product is added to both terms instead of being three times as wide.
 
 **Frames smaller than SAM's square** (``sam.frame: content``). A frame of h x w tokens, h, w <= N,
 gets the first rows and columns of the absolute position embedding and the middle of each table of
@@ -37,21 +38,19 @@ from torch import Tensor, nn
 from pipeline.sam.global_attention import Attend
 
 _SLICED_TOKENS = 1024  # from here on a CPU is faster with slices; SAM's global blocks have 4096
-_SLICE = 256  # queries: 256 x 4096 logits of 2 or 4 bytes
+_SLICE = 512  # queries: 512 x 4096 logits of 2 or 4 bytes
+_WINDOWS = 48  # heads of windows at a time: 48 x 196 x 196 logits
 
 
 class FoldedAttention(nn.Module):
     """Drop-in for segment-anything's ``Attention`` with relative positions; the same state names.
 
-    ``slices`` says whether logits are made in slices; None means wherever that is faster.
-    ``attend`` is another form in place of both.
+    ``attend`` is the form in which it is computed; None means the fastest here.
     """
 
-    def __init__(
-        self, stock: Attention, *, slices: bool | None = None, attend: Attend | None = None
-    ) -> None:
+    def __init__(self, stock: Attention, *, attend: Attend | None = None) -> None:
         super().__init__()
-        self.slices, self.attend = slices, attend
+        self.attend = attend
         self.num_heads: int = stock.num_heads
         self.scale: float = stock.scale
         self.qkv, self.proj = stock.qkv, stock.proj
@@ -68,8 +67,7 @@ class FoldedAttention(nn.Module):
         rel_w = relative_positions(self.rel_pos_w, width).to(q.dtype)  # (W, W, d)
         rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h).flatten(2, 3)
         cols = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).flatten(2, 3)
-        sliced = slices_pay(q) if self.slices is None else self.slices
-        attend = self.attend or (_attend_in_slices if sliced else _attend_folded)
+        attend = self.attend or fastest_form(q)
         out = attend(q * self.scale, k, v, rows, cols).transpose(1, 2).reshape(x.shape)
         projected: Tensor = self.proj(out)
         return projected
@@ -89,44 +87,58 @@ def relative_positions(table: Tensor, count: int) -> Tensor:
     return table[steps[:, None] - steps + len(table) // 2]
 
 
-def _attend_folded(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+def fastest_form(q: Tensor) -> Attend:
+    """Return the form that is fastest for ``q`` (B, heads, H*W, d).
+
+    Where a gradient or an exported graph is wanted, it is the fused kernel.
+    """
+    wanted = torch.is_grad_enabled() or torch.compiler.is_exporting()
+    if q.device.type != "cpu" or wanted:
+        return attend_fused
+    return attend_in_slices if q.shape[2] >= _SLICED_TOKENS else attend_in_windows
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Attend (B, heads, H*W, d) through the fused kernel, with positions folded into q and k."""
-    height, width = rows.shape[-1], cols.shape[-1]
-    # expanded, not repeated: an exported graph can do that for any height and width
-    of_row = torch.eye(height, dtype=k.dtype, device=k.device)[:, None].expand(-1, width, -1)
-    of_col = torch.eye(width, dtype=k.dtype, device=k.device).expand(height, -1, -1)
-    onehot = torch.cat([of_row, of_col], dim=2).flatten(0, 1).expand(*k.shape[:2], -1, -1)
-    out = F.scaled_dot_product_attention(
-        torch.cat([q, rows, cols], dim=-1),
-        torch.cat([k, onehot], dim=-1),
-        F.pad(v, (0, height + width)),  # fused kernels want one head size for all three
-        scale=1.0,
-    )
+    queries, keys = _fold(q, k, rows, cols)
+    # fused kernels want one head size for all three
+    values = F.pad(v, (0, rows.shape[-1] + cols.shape[-1]))
+    out = F.scaled_dot_product_attention(queries, keys, values, scale=1.0)
     return out[..., : v.shape[-1]]
 
 
-def _attend_in_slices(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+def attend_in_windows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Attend (B, heads, H*W, d), positions folded in, ``_WINDOWS`` heads of windows at a time."""
+    parts = [part.flatten(0, 1).split(_WINDOWS) for part in (*_fold(q, k, rows, cols), v)]
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    places = out.flatten(0, 1).split(_WINDOWS)
+    for queries, keys, values, place in zip(*parts, places, strict=True):
+        torch.bmm((queries @ keys.transpose(1, 2)).softmax(dim=2), values, out=place)
+    return out
+
+
+def attend_in_slices(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Attend (B, heads, H*W, d), one head and ``_SLICE`` queries at a time."""
-    grid = (rows.shape[-1], cols.shape[-1])
     queries, values, rows, cols = (part.flatten(0, 1) for part in (q, v, rows, cols))
     keys = k.flatten(0, 1).transpose(1, 2).contiguous()
     out = torch.empty_like(values)
     for head in range(len(queries)):
         for start in range(0, queries.shape[1], _SLICE):
             part = slice(start, start + _SLICE)
-            logits = (queries[head, part] @ keys[head]).unflatten(1, grid)
-            logits.add_(rows[head, part, :, None]).add_(cols[head, part, None, :])
-            out[head, part] = logits.flatten(1).softmax(dim=1).to(v.dtype) @ values[head]
+            logits = (rows[head, part, :, None] + cols[head, part, None, :]).flatten(1)
+            logits.addmm_(queries[head, part], keys[head])
+            torch.mm(logits.softmax(dim=1), values[head], out=out[head, part])
     return out.view_as(q)
 
 
-def slices_pay(q: Tensor) -> bool:
-    """Tell whether slices are faster for ``q`` (B, heads, H*W, d): on a CPU, with many tokens.
-
-    They are never used where a gradient or an exported graph is wanted.
-    """
-    wanted = torch.is_grad_enabled() or torch.compiler.is_exporting()
-    return q.device.type == "cpu" and q.shape[2] >= _SLICED_TOKENS and not wanted
+def _fold(q: Tensor, k: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q' and k' (B, heads, H*W, d + H + W) of this module's first lines."""
+    height, width = rows.shape[-1], cols.shape[-1]
+    # expanded, not repeated: an exported graph can do that for any height and width
+    of_row = torch.eye(height, dtype=k.dtype, device=k.device)[:, None].expand(-1, width, -1)
+    of_col = torch.eye(width, dtype=k.dtype, device=k.device).expand(height, -1, -1)
+    onehot = torch.cat([of_row, of_col], dim=2).flatten(0, 1).expand(*k.shape[:2], -1, -1)
+    return torch.cat([q, rows, cols], dim=-1), torch.cat([k, onehot], dim=-1)
 
 
 class ImageEncoder(ImageEncoderViT):  # type: ignore[misc]

@@ -31,6 +31,7 @@ from pipeline.sam.frame import (
 )
 from pipeline.sam.int8 import has_vnni, quantise
 from pipeline.sam.lora import add_adapter, merge_lora
+from pipeline.sam.packed import pack
 from pipeline.sam.prompts import MULTIMASK, PointGrid, check_views
 from pipeline.sam.tuning import tune, tuning
 from pipeline.sam.views import Seen, in_order, mean_of_views
@@ -179,6 +180,8 @@ class Teacher:
         self.keeps_probabilities = False  # of every class, with the labels
         if self.precision == "int8":
             quantise(self.sam.image_encoder, dtype=self.dtype)
+        elif self.dtype == torch.bfloat16 and self.device.type == "cpu" and _has_bf16(self.device):
+            pack(self.sam.image_encoder)
         for module in self.sam.image_encoder.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(self.dtype)  # else autocast would cast these weights for every batch
