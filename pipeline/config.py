@@ -193,7 +193,7 @@ class PrecomputeConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     device: str = "auto"  # of the teacher: auto, cpu, cuda, cuda:N
     compile: bool = False  # CUDA: torch.compile the encoder, which takes minutes at the start
-    # vit_*, global blocks; auto: slices on a CPU, else folded (benchmarks/attention.py)
+    # vit_*, global blocks; auto: the fastest for the device (benchmarks/attention.py)
     attention: Literal["auto", "bias", "flex"] = "auto"
     residual: Literal["fp32", "bf16"] = "fp32"  # vit_*: what blocks add to; bf16 must keep masks
     # flips and turns of an image whose mean is its label: 2, its mirror image; 4, all flips
