@@ -36,6 +36,7 @@ from segment_anything.modeling.image_encoder import Attention, ImageEncoderViT
 from torch import Tensor, nn
 
 from pipeline.sam.global_attention import Attend
+from pipeline.sam.windows import from_windows, to_windows
 
 _SLICED_TOKENS = 1024  # from here on a CPU is faster with slices; SAM's global blocks have 4096
 _SLICE = 512  # queries: 512 x 4096 logits of 2 or 4 bytes
@@ -43,34 +44,49 @@ _WINDOWS = 48  # heads of windows at a time: 48 x 196 x 196 logits
 
 
 class FoldedAttention(nn.Module):
-    """Drop-in for segment-anything's ``Attention`` with relative positions; the same state names.
+    """Attention with segment-anything's relative positions and names, and its block's windows.
 
-    ``attend`` is the form in which it is computed; None means the fastest here.
+    ``window_size`` is the side of the windows within which tokens attend, 0 for the whole map;
+    ``attend`` the form in which that is computed, None for the fastest here.
     """
 
-    def __init__(self, stock: Attention, *, attend: Attend | None = None) -> None:
+    def __init__(
+        self, stock: Attention, *, window_size: int = 0, attend: Attend | None = None
+    ) -> None:
         super().__init__()
-        self.attend = attend
+        self.attend, self.window_size = attend, window_size
+        self.any_frame = False  # whether an exported graph must bear maps of any shape
         self.num_heads: int = stock.num_heads
         self.scale: float = stock.scale
         self.qkv, self.proj = stock.qkv, stock.proj
         self.rel_pos_h, self.rel_pos_w = stock.rel_pos_h, stock.rel_pos_w
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend within ``x`` (B, H, W, C); returns the same shape and dtype."""
-        qkv = self.qkv(x).flatten(1, 2).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, H*W, d)
+        """Attend within ``x`` (B, H, W, C) or its windows; returns the same shape and dtype."""
+        qkv = self.qkv(x)
+        if self.window_size:
+            beyond = self.qkv(x.new_zeros(1, x.shape[-1]))[0]
+            qkv = to_windows(qkv, self.window_size, beyond, any_frame=self.any_frame)
+        out = self._attend(qkv)
+        if self.window_size:
+            out = from_windows(out, x.shape, any_frame=self.any_frame)
+        projected: Tensor = self.proj(out)
+        return projected
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """Return (B, H, W, C) of ``qkv`` (B, H, W, 3C)."""
+        height, width = qkv.shape[1:3]
+        parts = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, H*W, d)
         # q . Rh (B, heads, H*W, H) and q . Rw (B, heads, H*W, W)
-        height, width = x.shape[1:3]
         grid = q.unflatten(2, (height, width))
         rel_h = relative_positions(self.rel_pos_h, height).to(q.dtype)  # (H, H, d)
         rel_w = relative_positions(self.rel_pos_w, width).to(q.dtype)  # (W, W, d)
         rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h).flatten(2, 3)
         cols = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).flatten(2, 3)
         attend = self.attend or fastest_form(q)
-        out = attend(q * self.scale, k, v, rows, cols).transpose(1, 2).reshape(x.shape)
-        projected: Tensor = self.proj(out)
-        return projected
+        out = attend(q * self.scale, k, v, rows, cols).transpose(1, 2)
+        return out.reshape(*qkv.shape[:3], -1)
 
 
 def relative_positions(table: Tensor, count: int) -> Tensor:
@@ -155,8 +171,16 @@ class ImageEncoder(ImageEncoderViT):  # type: ignore[misc]
 
 
 def fold_attention(encoder: ImageEncoderViT) -> ImageEncoderViT:
-    """Replace every block's attention of ``encoder`` by its exact fused form, in place."""
+    """Replace attention and windows of all blocks by exact faster forms, in place."""
     for block in encoder.blocks:
         if isinstance(block.attn, Attention):
-            block.attn = FoldedAttention(block.attn)
+            block.attn = FoldedAttention(block.attn, window_size=block.window_size)
+            block.window_size = 0  # else the block would cut them before
     return encoder
+
+
+def for_any_frame(encoder: nn.Module) -> None:
+    """Let one exported graph serve frames of any shape."""
+    for module in encoder.modules():
+        if isinstance(module, FoldedAttention):
+            module.any_frame = True

@@ -25,7 +25,7 @@ from pipeline.data.partition import load_partition
 from pipeline.disk import flush, flush_tree, write_json, writer_lock
 from pipeline.errors import ConfigError
 from pipeline.progress import Progress
-from pipeline.sam.any_frame import for_any_frame
+from pipeline.sam.attention import for_any_frame
 from pipeline.sam.frame import frame_patch, inside_image, to_client_frame
 from pipeline.sam.onnx import (
     INPUTS,

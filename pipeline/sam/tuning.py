@@ -62,7 +62,7 @@ def tuning(run: PrecomputeConfig) -> dict[str, str]:
 
 def _set_attention(encoder: nn.Module, attend: Attend, *, asked: str) -> None:
     """Let the global blocks attend so; windows of 196 tokens stay folded."""
-    blocks = [b for b in _blocks(encoder, asked) if b.window_size == 0]
+    blocks = [b for b in _blocks(encoder, asked) if b.attn.window_size == 0]
     for block in blocks:
         block.attn.attend = attend
 

@@ -46,7 +46,7 @@ def stock_encoder(variant: str) -> nn.Module:
         stock.use_rel_pos = True
         stock.qkv, stock.proj = folded.qkv, folded.proj
         stock.rel_pos_h, stock.rel_pos_w = folded.rel_pos_h, folded.rel_pos_w
-        block.attn = stock
+        block.attn, block.window_size = stock, folded.window_size
     randomise(encoder, 0)
     return encoder.eval()
 
@@ -72,7 +72,7 @@ def test_a_vit_b_block_equals_segment_anything(window: int, grid: tuple[int, int
     stock = Block(768, 12, use_rel_pos=True, window_size=window, input_size=grid)
     randomise(stock, 2)
     folded = copy.deepcopy(stock)
-    folded.attn = FoldedAttention(folded.attn)
+    folded.attn, folded.window_size = FoldedAttention(folded.attn, window_size=window), 0
     x = torch.randn(1, *grid, 768, generator=torch.Generator().manual_seed(3))
     assert relative_error(folded(x), stock(x)) < 1e-5
 
