@@ -150,9 +150,7 @@ def one_layer(transformer: Any, **sizes: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def two_blocks(
-    shared_pipeline: Config, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
+def two_blocks(shared_pipeline: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let vit_t have a block with windows, one without, and half a decoder.
 
     Tracing costs by the operator. The pipeline that all tests share comes first, so that it is
