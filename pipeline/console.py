@@ -38,11 +38,6 @@ ParamsOption = Annotated[
     Path | None, Option(help="Settings file (default: params.yaml, if there is one).")
 ]
 OS_ADVICE = "check the path, its permissions and the space left on the disk"
-SUPERLINK = Option(metavar="HOST:PORT", help="Flower's SuperLink.")
-ROOT_CERTIFICATES = Option(
-    metavar="FILE", help="Authority that signed the SuperLink's certificate."
-)
-INSECURE = Option("--insecure", help="Without TLS: whoever is between reads and changes all.")
 
 
 class Result(Protocol):

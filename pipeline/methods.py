@@ -1,7 +1,7 @@
 """Everything that depends on ``federate.method``, as one row for each method.
 
 ``docs/method.md`` says where each comes from. A new method is a new row here and, where its target
-is new, a function in ``federation/local_update.py``.
+is new, a rule in the table of ``federation/targets.py``.
 """
 
 from __future__ import annotations
