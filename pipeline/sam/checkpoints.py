@@ -99,8 +99,8 @@ def build_base(config: SamConfig, *, num_classes: int) -> Sam:
         state = _deal_mask_tokens(path, state, num_classes + 1)
     fault = misfit(state, module.state_dict())
     if fault is not None:
-        found = "" if module is not sam else f", found {_looks_like(state)}"
-        raise DataError(f"{path}: {fault}; expected {config.variant}{found}")
+        found = "" if module is not sam else _looks_like(state)
+        raise DataError(f"{path}: {fault}; {_expectation(config.variant, found)}")
     module.load_state_dict(state)
     return sam
 
@@ -137,6 +137,13 @@ def misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str |
         more = ", ..." if len(names) > _NAMED else ""
         parts += [f"{len(names)} {what} ({shown}{more})"] if names else []
     return ", ".join(parts) or None
+
+
+def _expectation(variant: str, found: str) -> str:
+    """Say what a checkpoint should be, and where it looks like something else, what it is."""
+    if found.endswith(f" {variant}"):
+        return f"expected the tensors of {variant}, all of them and no others"
+    return f"expected {variant}" + (f", found {found}" if found else "")
 
 
 def _looks_like(state: Mapping[str, Tensor]) -> str:

@@ -89,7 +89,7 @@ def test_a_checkpoint_that_does_not_fit(
     safetensors.torch.save_file(change(load_state(EMBEDDED_WEIGHTS)), path)
     with pytest.raises(DataError) as caught:
         build_base(SamConfig(checkpoint=path), num_classes=4)
-    end = "; expected vit_t, found what looks like vit_t"
+    end = "; expected the tensors of vit_t, all of them and no others"
     assert re.fullmatch(re.escape(f"{path}: ") + message + end, str(caught.value))
 
 
