@@ -58,7 +58,8 @@ def load_config(
     if path is not None:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; run in the project's folder or pass --params")
-        raw = _yaml(path.read_bytes(), str(path), "sections of keys") or {}
+        raw = _yaml(path.read_bytes(), str(path), "sections of keys")
+        raw = {} if raw is None else raw  # an empty file
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: found {type(raw).__name__}, expected sections of keys")
         raw = _anchored(Config, raw, path.parent if folder is None else folder)

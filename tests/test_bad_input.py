@@ -169,7 +169,7 @@ def test_a_damaged_digest_in_the_partition(project: Project, stage: str, digest:
     path.write_text(json.dumps(raw))
     text = refused(project, 3, stage)
     assert text.startswith(f"{path}: images.{image_id}.image_sha256: ")
-    assert text.endswith("; expected a samfed partition")
+    assert text.endswith("; expected a samfed partition; delete it and run `samfed prepare`")
     shown = call("cache", "info", *project.options)  # what can be shown all the same is
     assert (shown.exit_code, shown.stdout) == (3, "no label store\n")
     assert text in shown.stderr

@@ -196,7 +196,10 @@ def test_a_key_that_is_gone_names_what_does_its_work(
     assert old not in {leaf.removeprefix(".") for leaf in leaves(Config().model_dump())}
 
 
-@pytest.mark.parametrize(("text", "found"), [("[1, 2]", "list"), ("seed", "str"), ("7", "int")])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("[1, 2]", "list"), ("[]", "list"), ("seed", "str"), ("7", "int"), ("false", "bool")],
+)
 def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, found: str) -> None:
     path = write(tmp_path, text)
     assert message(path) == f"{path}: found {found}, expected sections of keys"

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -144,18 +144,25 @@ def load_partition(path: Path, *, with_public: bool = False, stage: str = "prepa
     Raises:
         StageError: there is none, or not the server's. DataError: it is no partition.
     """
-    try:
-        partition = Partition.model_validate(read_json(path, stage=stage))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        fault = first["msg"].removeprefix("Value error, ")
-        raise DataError(f"{path}: {key}: {fault}; expected a samfed partition") from error
+    raw = read_json(path, stage=stage)
+    partition = _validated(path, raw, f"; delete it and run `samfed {stage}`")
     if with_public and not partition.has_public:
         raise StageError(
             f"{path}: found a site's own manifest, expected one with the server's images; run this "
             "at the server"
         )
+    return partition
+
+
+def _validated(path: Path, raw: Any, advice: str) -> Partition:
+    """Return the partition that is in ``raw``; ``advice`` ends the error of one that is not."""
+    try:
+        partition = Partition.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        fault = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path}: {key}: {fault}; expected a samfed partition{advice}") from error
     return check(path, partition)
 
 
@@ -177,7 +184,11 @@ def read_partition_file(path: Path, entries: Mapping[str, ImageEntry]) -> Partit
     Raises:
         DataError: it is no partition, or an image is missing or another.
     """
-    partition = load_partition(path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); expected a partition") from error
+    partition = _validated(path, raw, "")
     for image_id, expected in partition.images.items():
         if image_id not in entries:
             raise DataError(f"{path}: image '{image_id}' is not in data.root; expected every one")

@@ -433,7 +433,7 @@ def test_a_file_outside_of_the_data_is_refused(
         load_partition(path)
     assert str(caught.value) == (
         f"{path}: images.{image_id}.{kind}: '{file}' leads out of data.root; expected a samfed "
-        "partition"
+        "partition; delete it and run `samfed prepare`"
     )
 
 
@@ -508,6 +508,24 @@ def test_a_file_that_is_no_json(tmp_path: Path) -> None:
         load_partition(path)
     assert str(caught.value).startswith(f"{path}: not valid JSON (")
     assert str(caught.value).endswith("); delete it and run `samfed prepare`")
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("{", "not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
+              "(char 1)); expected a partition"),
+        ('{"format": 1}', "scheme: Field required; expected a samfed partition"),
+    ],
+)  # fmt: skip
+def test_nobody_is_told_to_delete_a_partition_of_their_own(
+    tmp_path: Path, content: str, fault: str
+) -> None:
+    path = tmp_path / "published.json"
+    path.write_text(content)
+    with pytest.raises(DataError) as caught:
+        read_partition_file(path, {})
+    assert str(caught.value) == f"{path}: {fault}"
 
 
 def test_an_image_that_is_not_there(written: tuple[Path, Records]) -> None:
