@@ -31,6 +31,8 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]  # no array of torch or ONNX Runti
 CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy, torch and dask all take it
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+ClassCount = Annotated[int, Field(ge=1, le=254)]  # K foreground classes
+Side = Annotated[int, Field(ge=16, le=2048, multiple_of=16)]  # of the client's frame, px
 Architecture = Literal["unet", "fpn", "linknet", "deeplabv3plus", "segformer"]
 
 AggregationName = Literal["fedavg", "median", "trimmed_mean", "krum", "multi_krum"]
@@ -79,10 +81,9 @@ class DataConfig(Section):
     root: Path = Path("data/synthetic")  # folder with images/, masks/ and optionally sites.csv
     # name of the mask of image {id} in masks/; .* is any of png jpg jpeg tif tiff bmp gif
     mask_pattern: Annotated[str, AfterValidator(check_mask_pattern)] = "{id}.*"
-    num_classes: Annotated[int, Field(ge=1, le=254), _FIRST_MODEL] = 1  # K foreground classes
+    num_classes: Annotated[ClassCount, _FIRST_MODEL] = 1  # K foreground classes
     class_names: tuple[str, ...] = ()  # of the classes 1..K, for tables and pages
-    # side of the client's frame, px
-    image_size: Annotated[int, Field(ge=16, le=2048, multiple_of=16), _FIRST_MODEL] = 64
+    image_size: Annotated[Side, _FIRST_MODEL] = 64  # side of the client's frame, px
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

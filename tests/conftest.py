@@ -117,7 +117,12 @@ def tiny_spec() -> ModelSpec:
         image_size=32,
         grey=False,
         temperature=1.0,
-        calibration=Calibration(images=0, ece_before=0.0, ece=0.0, reliability={}),
+        calibration=Calibration(
+            images=0,
+            ece_before=0.0,
+            ece=0.0,
+            reliability={"pixels": [], "confidence": [], "accuracy": []},
+        ),
         likeness=Likeness(images=1, mean=(0.0,), whitening=((1.0,),), threshold=1.0),
         training=Training(
             method="sam_fed", rounds=1, seed=0, client=None, clients=1, images=1, public_images=1

@@ -309,5 +309,11 @@ def _check_entry(entry: dict[str, Any], number: int) -> None:
     dice = entry["val"]["dice"]
     if dice is not None and not 0 <= dice <= 1:
         raise ValueError(f"found a validation Dice of {dice}, expected 0..1")
-    if not all(isinstance(report, dict) for report in entry["clients"].values()):
-        raise ValueError("a client's report is no table")
+    reports = [*entry["clients"].values(), entry.get("server") or {}]
+    if not all(isinstance(report, dict) for report in reports):
+        raise ValueError("a report is no table")
+    found = [value for report in reports for value in report.values()]
+    if not all(value is None or isinstance(value, int | float) for value in found):
+        raise ValueError("a report holds what is no number")
+    if not all(isinstance(warning, str) for warning in entry.get("warnings") or ()):
+        raise ValueError("a warning is no text")

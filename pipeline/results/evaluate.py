@@ -13,6 +13,7 @@ from torch import nn
 from pipeline.config import Config, NetworkConfig
 from pipeline.data.partition import Partition, load_partition
 from pipeline.disk import read_json, write_bytes, write_json
+from pipeline.errors import CorruptStoreError
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.views import as_tensor
 from pipeline.methods import METHODS
@@ -187,13 +188,19 @@ def final_model(
     """Return the run's global model, or a client's own, which has its own ``network``.
 
     Raises:
-        StageError: the run is not complete.
+        StageError: the run is not complete. CorruptStoreError: its settings name another network.
     """
     weights = run.load_model(client)
     # pretrained weights would be overwritten, and their file need not be here any more
     network = (network or config.model).model_copy(update={"encoder_weights": None})
     model = build_model(config, seed=config.seed, network=network)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CorruptStoreError(
+            f"{run.path / 'params.yaml'}: found settings of another network than that of the run's "
+            "weights; run `samfed federate`, which wrote it"
+        ) from error
     return model
 
 

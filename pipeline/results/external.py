@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.disk import read_json
 from pipeline.errors import DataError
-from pipeline.results.scores import described
+from pipeline.results.scores import check_summary, described
 
 FOLDER = "external"  # in a run's folder
 
@@ -53,8 +53,8 @@ def read_external(run: Path) -> tuple[External, ...]:
     for path in sorted((run / FOLDER).glob("*.json")):
         try:
             result = External(**read_json(path, stage="evaluate --data"))
-            result.test["pooled"]["dice"], result.test["clients"]
-        except (KeyError, TypeError) as error:
+            check_summary(result.test)
+        except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}: no external test ({error}); run `samfed evaluate --data` again"
             ) from error

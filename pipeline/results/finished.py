@@ -19,7 +19,7 @@ from pipeline.federation.runs import RunFolder
 from pipeline.results.external import External, read_external
 from pipeline.results.gallery import FILE as GALLERY_FILE
 from pipeline.results.gallery import GalleryImage, load_gallery
-from pipeline.results.scores import described
+from pipeline.results.scores import check_summary, described
 from pipeline.segmentation.metrics import CLASS_SCORES
 from pipeline.segmentation.model_spec import ModelSpec
 
@@ -174,10 +174,11 @@ def _read_evaluation(path: Path) -> Evaluation:
         raise DataError(f"{path}: {fault}, {expected}; run `samfed evaluate` again")
     try:
         found = Evaluation(**metrics)
-        found.test["clients"], found.test["client_mean"]
-        found.test["pooled"]["n"], found.test["pooled"]["dice"]
+        check_summary(found.test)
         found.tolerance["px"], found.tolerance["mm"]
-    except (KeyError, TypeError) as error:
+        for of in found.data.values():
+            of["splits"]["train"], of["masks"], of["groups"], ", ".join(of["sites"])
+    except (KeyError, TypeError, AttributeError) as error:
         fault = f"no method and test metrics in it ({error})"
         raise DataError(f"{path}: {fault}; run `samfed evaluate` again") from error
     return found

@@ -44,6 +44,29 @@ def scales(config: Config, size_mm: tuple[float, float] | None) -> tuple[Scale, 
     return px, Scale(height / side, width / side, settings.tolerance_mm)
 
 
+def check_summary(test: dict[str, Any]) -> None:
+    """Check that ``test`` has the shape of ``summarise_scores``, as read from a file.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it has not.
+    """
+    test["pooled"]["n"], test["pooled"]["dice"]
+    for row in test["clients"].values():
+        row["n"], row["dice"], row["dice_ci95"]
+    for row in (test["pooled"], test["client_mean"], *test["clients"].values()):
+        if not _are_scores(row):
+            raise TypeError("a score is no number")
+
+
+def _are_scores(value: Any) -> bool:
+    """Tell whether ``value`` is a number or None, a pair of these, or a table of all that."""
+    if isinstance(value, dict):
+        return all(map(_are_scores, value.values()))
+    if isinstance(value, list):
+        return len(value) == 2 and all(map(_are_scores, value))
+    return value is None or isinstance(value, int | float)
+
+
 def summarise_scores(scores: Sequence[Score], *, seed: int, names: Sequence[str]) -> dict[str, Any]:
     """Summarise all images, those of each client, and the clients, each counting the same.
 

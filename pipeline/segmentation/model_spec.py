@@ -10,13 +10,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from pipeline.config import NetworkConfig
+from pipeline.config import ClassCount, NetworkConfig, Side
 from pipeline.disk import write_json
 from pipeline.errors import CorruptStoreError, FormatError, StageError
 
 FORMAT = 1
+_AGAIN = (
+    "copy it again, or write it anew: `samfed federate` does for a run, `samfed export` for an "
+    "exported model"
+)
 
 
 class _Part(BaseModel):
@@ -34,6 +46,12 @@ class Likeness(_Part):
     whitening: tuple[tuple[float, ...], ...]  # W, (C, C)
     threshold: PositiveFloat  # a larger distance is unlike the images that it was trained on
 
+    @model_validator(mode="after")
+    def _check(self) -> Likeness:
+        if {len(self.mean)} != {len(self.whitening), *map(len, self.whitening)}:
+            raise ValueError("expected as many features in the mean as in the whitening matrix")
+        return self
+
 
 class Calibration(_Part):
     """How far the probabilities can be believed, on D_p's calibration part.
@@ -46,6 +64,15 @@ class Calibration(_Part):
     ece_before: float
     ece: float
     reliability: dict[str, list[float | None]]
+
+    @field_validator("reliability")
+    @classmethod
+    def _check(cls, bins: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
+        if {*bins} != {"pixels", "confidence", "accuracy"} or None in bins["pixels"]:
+            raise ValueError("expected pixels, confidence and accuracy of each bin")
+        if len({*map(len, bins.values())}) > 1:
+            raise ValueError("expected as many bins in each")
+        return bins
 
 
 class Training(_Part):
@@ -69,14 +96,20 @@ class ModelSpec(_Part):
     samfed: str  # the version that wrote it
     weights_sha256: str  # of the weights' file in the run's folder
     network: NetworkConfig  # without ``encoder_weights``: they are in the weights
-    num_classes: PositiveInt  # K foreground classes; 0 is background
+    num_classes: ClassCount  # K foreground classes; 0 is background
     class_names: tuple[str, ...]  # of 1..K
-    image_size: PositiveInt  # side of the square that images are squashed to, px, bilinear
+    image_size: Side  # side of the square that images are squashed to, px, bilinear
     grey: bool  # whether all of D_p's images are grey; a grey image is repeated over RGB
     temperature: PositiveFloat  # probabilities are softmax(logits / temperature)
     calibration: Calibration
     likeness: Likeness
     training: Training
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSpec:
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"expected {self.num_classes} class_names")
+        return self
 
     @property
     def digest(self) -> str:
@@ -112,7 +145,9 @@ def parse_spec(content: bytes | str, *, source: str) -> ModelSpec:
         raw: Any = json.loads(content)
         found = raw["format"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CorruptStoreError(f"{source}: no description of a model ({error})") from error
+        raise CorruptStoreError(
+            f"{source}: no description of a model ({error}); {_AGAIN}"
+        ) from error
     if found != FORMAT:
         raise FormatError(
             f"{source}: found format {found!r}, expected {FORMAT}; use the samfed that wrote it "
@@ -122,5 +157,6 @@ def parse_spec(content: bytes | str, *, source: str) -> ModelSpec:
         return ModelSpec.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CorruptStoreError(f"{source}: damaged at {where} ({first['msg']})") from error
+        where = ".".join(map(str, first["loc"])) or "(top level)"
+        fault = first["msg"].removeprefix("Value error, ")
+        raise CorruptStoreError(f"{source}: damaged at {where} ({fault}); {_AGAIN}") from error

@@ -233,7 +233,14 @@ def test_a_damaged_history_is_one_line(run: RunFolder) -> None:
     other_round, other_key = odd.replace(b": 2", b": 3"), odd.replace(b"dice", b"dicf")
     text, far = odd.replace(b": 2", b': "2"'), odd.replace(b"null", b"9.5")
     cut = (b'{"round": 2, "cli', b'{"round": 2}', b"[]", b"\xff")
-    for damaged in (*cut, other_round, other_key, text, far):
+    strange = [
+        odd.replace(b'{}, "val"', b'{"a": {"drift": {}}}, "val"'),
+        odd.replace(b'{}, "val"', b'{"a": 1}, "val"'),
+        odd.replace(b"{}", b'{}, "server": ["x"]'),
+        odd.replace(b"{}", b'{}, "server": {"loss": "x"}'),
+        odd.replace(b'["', b'[7, "'),
+    ]
+    for damaged in (*cut, *strange, other_round, other_key, text, far):
         path.write_bytes(whole + damaged)
         with pytest.raises(DataError, match=r"line 2 is no round .*samfed federate --restart`$"):
             run.history()

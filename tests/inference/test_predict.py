@@ -203,6 +203,14 @@ def test_a_run_folder_alone_is_enough(run: Path, images: Path, tmp_path: Path) -
     [
         ({"format": 2}, 5, "found format 2, expected 1"),
         ({"num_classes": "many"}, 5, "damaged at num_classes"),
+        ({"num_classes": 0}, 5, "; copy it again, or write it anew: `samfed federate` does"),
+        ({"image_size": 40}, 5, "damaged at image_size (Input should be a multiple of 16)"),
+        ({"class_names": []}, 5, "damaged at (top level) (expected 1 class_names)"),
+        (
+            {"calibration": {"images": 2, "ece_before": 0, "ece": 0, "reliability": {}}},
+            5,
+            "damaged at calibration.reliability (expected pixels, confidence and accuracy of each",
+        ),
         ({"temperature": 3.0, "weights_sha256": "0"}, 5, "sha256 differs"),
     ],
 )

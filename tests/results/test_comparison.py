@@ -493,7 +493,24 @@ def test_metrics_without_a_table(runs: Path) -> None:
             compare(runs)
         expected = f"{path}: {fault}, this samfed reads format 2; run `samfed evaluate` again"
         assert str(early.value) == expected
-    for change in ({"test": 1}, {"test": {"clients": {}}}, {"tolerance": {}}, {"other": 1}):
+    owner = {"splits": {"train": 1}, "masks": 1, "groups": 1, "sites": ["a"]}
+    path.write_text(json.dumps(whole | {"data": {"server": owner}}))
+    compare(runs)
+    test = whole["test"]
+    for change in (
+        {"test": 1},
+        {"test": {"clients": {}}},
+        {"test": test | {"clients": {"a": {"n": 1, "dice": 0.5}}}},  # no dice_ci95
+        {"test": test | {"pooled": test["pooled"] | {"dice_ci95": 7, "iou": [1]}}},
+        {"test": test | {"pooled": test["pooled"] | {"classes": {"polyp": {"dice": "x"}}}}},
+        {"test": test | {"client_mean": {"dice": "0.5"}}},
+        {"tolerance": {}},
+        {"data": {"server": owner | {"splits": {"tsain": 1}}}},
+        {"data": {"server": owner | {"sites": 1}}},
+        {"data": {"server": 1}},
+        {"data": []},
+        {"other": 1},
+    ):
         damaged = whole | change
         path.write_text(json.dumps(damaged))
         with pytest.raises(DataError) as caught:

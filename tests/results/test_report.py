@@ -15,12 +15,13 @@ from page_reader import Page, pictures
 from PIL import ImageColor
 
 from pipeline.config import Config
-from pipeline.errors import StageError
+from pipeline.errors import CorruptStoreError, StageError
 from pipeline.federation.examples import Example, save_examples
 from pipeline.federation.runs import RunFolder
 from pipeline.params import parse_config
 from pipeline.results.colours import DARK, GREY, LIGHT
 from pipeline.results.curves import CURVES, Panel, run_curves
+from pipeline.results.evaluate import evaluate
 from pipeline.results.finished import Evaluation, FinishedRun, read_run
 from pipeline.results.gallery import GalleryImage
 from pipeline.results.pages import Key, figure_uri
@@ -183,6 +184,21 @@ def test_a_run_that_is_not_whole_names_the_stage(
         path.unlink()
     with pytest.raises(StageError, match=rf"{file}: {fault}; run `samfed {command}` first$"):
         write_report([folder])
+
+
+def test_settings_of_another_network_than_the_weights(
+    shared_pipeline: Config, tmp_path: Path
+) -> None:
+    """As ``params.yaml`` has them where its end is lost."""
+    config = copy_cache(shared_pipeline, tmp_path)
+    path = config.cache.root / "runs/sam_fed/params.yaml"
+    path.write_text(f"data: {{image_size: 32}}\ncache: {{root: {config.cache.root}}}\n")
+    with pytest.raises(CorruptStoreError) as caught:
+        evaluate(config, RunFolder(path.parent))
+    assert str(caught.value) == (
+        f"{path}: found settings of another network than that of the run's weights; run `samfed "
+        "federate`, which wrote it"
+    )
 
 
 # --------------------------------------------------------------------------- tables
