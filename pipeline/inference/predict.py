@@ -51,7 +51,7 @@ class Predicted:
         if self.unlike:
             count, every = len(self.unlike), self.computed + self.kept
             lines.append(
-                f"{count} of {every} are unlike what this model was trained on, as "
+                f"{count} of {every} are unlike what this model was trained on, e.g. "
                 f"{self.unlike[0]}: do not trust their masks (column `unlike`)"
             )
         return "\n".join(lines)

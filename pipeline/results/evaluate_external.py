@@ -137,7 +137,7 @@ def _name_own(config: Config, digests: Sequence[str]) -> None:
         own = [image_id for image_id, image, _ in parts if image in known]
         if own:
             log.warning(
-                "%d of %d images, as %s, are in %s too: if the run was made on it, this test is "
+                "%d of %d images, e.g. %s, are in %s too: if the run was made on it, this test is "
                 "not external",
                 len(own),
                 len(digests),

@@ -56,7 +56,8 @@ def read_external(run: Path) -> tuple[External, ...]:
             check_summary(result.test)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path}: no external test ({error}); run `samfed evaluate --data` again"
+                f"{path}: not the result of an external test ({error}); run `samfed evaluate "
+                "--data` again"
             ) from error
         found.append(result)
     return tuple(found)

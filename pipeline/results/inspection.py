@@ -100,7 +100,10 @@ def show(config: Config, client: str, image_id: str, *, out: Path | None = None)
     store = LabelStore(store_path(cache, client))
     (key,) = partition.row_keys([image_id])
     if key not in store.rows:
-        raise IdentityError(f"{store.path}: of other images than now; run `samfed precompute-sam`")
+        raise IdentityError(
+            f"{store.path}: has labels of other images than the partition has now; run `samfed "
+            "precompute-sam`"
+        )
     row = store.rows.index(key)
     state, start = store.state(row // store.rows_per_chunk), row % store.rows_per_chunk
     if not state.done[start]:
@@ -225,7 +228,10 @@ def _whole_store(config: Config, partition: Partition, owner: str, path: Path) -
         raise DataError(f"{path}: is there already; move it away or choose another folder")
     store = LabelStore(store_path(config.cache.root, owner))
     if store.rows != partition.row_keys(owner_images(partition)[owner]):
-        raise IdentityError(f"{store.path}: of other images than now; run `samfed precompute-sam`")
+        raise IdentityError(
+            f"{store.path}: has labels of other images than the partition has now; run `samfed "
+            "precompute-sam`"
+        )
     if store.pending():
-        raise StageError(f"{store.path}: not labelled whole yet; run `samfed precompute-sam`")
+        raise StageError(f"{store.path}: has images without a label; run `samfed precompute-sam`")
     return store

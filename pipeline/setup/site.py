@@ -95,7 +95,7 @@ def _labels(config: Config) -> Lines:
     store = LabelStore(path)
     if store.identity != asked or store.rows != manifest.row_keys(manifest.clients[name].train):
         raise IdentityError(
-            f"{path}: of another teacher, or of other images; run `samfed precompute-sam`"
+            f"{path}: made by another teacher, or for other images; run `samfed precompute-sam`"
         )
     done = int(store.done().sum())
     text = f"{path}: {done} of {len(store)} images, teacher {asked.digest}"

@@ -281,6 +281,6 @@ def test_images_of_another_kind_are_named(
     spec["likeness"]["threshold"] = distance[farthest] * 0.999
     path.write_text(json.dumps(spec))
     result = call("predict", tmp_path / "run", images, "--out", tmp_path / "b")
-    assert f"1 of 3 are unlike what this model was trained on, as {farthest}" in result.stdout
+    assert f"1 of 3 are unlike what this model was trained on, e.g. {farthest}" in result.stdout
     flags = {line["file"]: line["unlike"] for line in rows(tmp_path / "b")}
     assert flags == {name: "yes" if name == farthest else "no" for name in distance}

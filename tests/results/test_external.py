@@ -67,7 +67,7 @@ def test_the_teacher_and_another_name(finished: Config, params: Path, hospital: 
 def test_images_of_the_runs_own_data_are_named(params: Path, hospital: Path) -> None:
     result = call("evaluate", "--params", params, "--data", hospital)
     count = len(list((hospital / "images").iterdir()))
-    assert f"{count} of {count} images, as " in result.stderr
+    assert f"{count} of {count} images, e.g. " in result.stderr
     for path in (hospital / "images").iterdir():
         with Image.open(path) as image:
             image.rotate(180).save(path)

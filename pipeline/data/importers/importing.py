@@ -187,7 +187,7 @@ def _content(
         items = read_pairs(entry, pairs, files, progress)
     unmasked = [pair.name for pair in pairs.pairs if not pair.masks]
     if unmasked:
-        logger.warning("%s: %d images have no mask, as %s", kind, len(unmasked), unmasked[0])
+        logger.warning("%s: %d images have no mask, e.g. %s", kind, len(unmasked), unmasked[0])
     left_out = _count(
         kind,
         {
@@ -216,7 +216,7 @@ def _count(kind: str, left_out: dict[str, list[str]]) -> dict[str, int]:
     """Warn of files that are left out, one of each sort by name, and return their numbers."""
     for what, names in left_out.items():
         if names:
-            logger.warning("%s: %d %s are left out, as %s", kind, len(names), what, names[0])
+            logger.warning("%s: %d %s are left out, e.g. %s", kind, len(names), what, names[0])
     return {what: len(names) for what, names in left_out.items()}
 
 

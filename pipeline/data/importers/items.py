@@ -70,7 +70,7 @@ def parse_window(text: str | None) -> tuple[float, float] | None:
         centre, width = nan, nan
     if not isfinite(centre) or not 0 < width < inf:
         raise ConfigError(
-            f"--window {text}: expected CENTER,WIDTH with a positive width, as 40,400"
+            f"--window {text}: expected CENTER,WIDTH with a positive width, e.g. 40,400"
         )
     return centre, width
 

@@ -95,8 +95,8 @@ def _parts(pair: Pair, names: list[str]) -> list[str]:
     wanted = pair.layout.parts or len(names)
     if len(names) > wanted:
         raise DataError(
-            f"{pair.name}: has {len(names)} masks, as {names[0]} and {names[1]}, expected {wanted};"
-            " give the folder of one of them"
+            f"{pair.name}: has {len(names)} masks, e.g. {names[0]} and {names[1]}, expected "
+            f"{wanted}; give the folder of one of them"
         )
     return names if len(names) == wanted else []
 

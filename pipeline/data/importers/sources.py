@@ -32,7 +32,9 @@ def open_source(source: Path, unpacked: Path, progress: Progress | None = None) 
         DataError: an archive cannot be used (``unpack``).
     """
     if source.is_file() and _FOREIGN_ARCHIVE.fullmatch(source.name):
-        raise DataError(f"{source}: cannot be unpacked here; unpack it yourself, give the folder")
+        raise DataError(
+            f"{source}: cannot be unpacked here; unpack it yourself and give the folder"
+        )
     name = source.resolve().name
     files = {name: source} if source.is_file() else _walk(source, name)
     beside = 0

@@ -137,9 +137,9 @@ def test_what_is_left_out_is_said_in_one_line_each(
     result = import_data("busi", source, tmp_path / "out")
     top = "Dataset_BUSI_with_GT/benign"
     assert caplog.messages == [
-        f"busi: 1 images have no mask, as {top}/benign (2).png",
-        f"busi: 1 masks without an image are left out, as {top}/benign (3)_mask.png",
-        f"busi: 1 files that are not the data set's are left out, as {top}/scan.png",
+        f"busi: 1 images have no mask, e.g. {top}/benign (2).png",
+        f"busi: 1 masks without an image are left out, e.g. {top}/benign (3)_mask.png",
+        f"busi: 1 files that are not the data set's are left out, e.g. {top}/scan.png",
     ]
     assert (result.images, result.masks) == (3, 2)
     assert scan(result.folder).images["benign_2"].mask is None
@@ -175,7 +175,7 @@ def test_an_image_with_a_mask_too_many_is_refused(tmp_path: Path) -> None:
     source = lay_out("isic2018", tmp_path / "in")
     (source / "copy").mkdir()
     mask(source / "copy" / "ISIC_0000001_segmentation.png")
-    with pytest.raises(DataError, match=r"ISIC_0000001\.jpg: has 2 masks, as .+, expected 1"):
+    with pytest.raises(DataError, match=r"ISIC_0000001\.jpg: has 2 masks, e\.g\. .+, expected 1"):
         import_data("isic2018", source, tmp_path / "out")
 
 

@@ -203,7 +203,7 @@ def test_labels_without_an_image_are_not_taken_for_images(
     result = import_data("nifti", tmp_path / "in", tmp_path / "out")
     assert result.left_out == {"label volumes without an image": 1}
     assert caplog.messages == [
-        "nifti: 1 label volumes without an image are left out, as in/b_seg.nii"
+        "nifti: 1 label volumes without an image are left out, e.g. in/b_seg.nii"
     ]
 
 
