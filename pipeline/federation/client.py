@@ -302,7 +302,8 @@ class Client:
         return self._load(self._distilled.path(request.round_number), request.round_number)
 
     def _load(self, path: Path, number: int) -> PrivateState:
-        state = load(path, PrivateState) if path.is_file() else None
+        restart = "federate --restart"
+        state = load(path, PrivateState, stage=restart) if path.is_file() else None
         if state is None or state.round != number:
             raise StageError(
                 f"{path}: found {'nothing' if state is None else f'round {state.round}'}, expected "

@@ -100,10 +100,7 @@ def show(config: Config, client: str, image_id: str, *, out: Path | None = None)
     store = LabelStore(store_path(cache, client))
     (key,) = partition.row_keys([image_id])
     if key not in store.rows:
-        raise IdentityError(
-            f"{store.path}: has labels of other images than the partition has now; run `samfed "
-            "precompute-sam`"
-        )
+        raise _other_images(store)
     row = store.rows.index(key)
     state, start = store.state(row // store.rows_per_chunk), row % store.rows_per_chunk
     if not state.done[start]:
@@ -142,6 +139,13 @@ def check_name(what: str, name: str, known: Collection[str]) -> None:
         if len(shown) > _FEW:
             shown = [*(sorted(difflib.get_close_matches(name, known)) or shown[:3]), "..."]
         raise ConfigError(f"no {what} is called '{name}'; found {', '.join(shown) or 'none'}")
+
+
+def _other_images(store: LabelStore) -> IdentityError:
+    return IdentityError(
+        f"{store.path}: has labels of other images than the partition has now; run `samfed "
+        "precompute-sam`"
+    )
 
 
 def _image_store(cache: Path, owner: str) -> ImageStore:
@@ -228,10 +232,7 @@ def _whole_store(config: Config, partition: Partition, owner: str, path: Path) -
         raise DataError(f"{path}: is there already; move it away or choose another folder")
     store = LabelStore(store_path(config.cache.root, owner))
     if store.rows != partition.row_keys(owner_images(partition)[owner]):
-        raise IdentityError(
-            f"{store.path}: has labels of other images than the partition has now; run `samfed "
-            "precompute-sam`"
-        )
+        raise _other_images(store)
     if store.pending():
         raise StageError(f"{store.path}: has images without a label; run `samfed precompute-sam`")
     return store

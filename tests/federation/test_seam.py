@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition
-from pipeline.errors import ConfigError, NotFiniteError, SamfedError
+from pipeline.errors import ConfigError, CorruptStoreError, NotFiniteError, SamfedError
 from pipeline.federation.engines import in_process
 from pipeline.federation.inputs import ClientContext
 from pipeline.federation.messages import (
@@ -188,6 +188,13 @@ def test_lost_private_state_is_named(labelled: Config) -> None:
     config = changed(labelled, "lost", own=True)
     run = federate(config)
     path = run.path / "clients" / CLIENT / "round_0002.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CorruptStoreError) as damaged:
+        federate(config)
+    assert str(damaged.value) == (
+        f"{path}: damaged (sha256 differs); delete it and run `samfed federate --restart`"
+    )
     path.unlink()
     with pytest.raises(SamfedError) as caught:
         federate(config)
