@@ -30,9 +30,9 @@ from pipeline.names import check_mask_pattern, different_names, folder_name, sit
 Count = Annotated[int, Field(gt=0, lt=2**31)]  # no array of torch or ONNX Runtime is longer
 CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy, torch and dask all take it
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 ClassCount = Annotated[int, Field(ge=1, le=254)]  # K foreground classes
 Side = Annotated[int, Field(ge=16, le=2048, multiple_of=16)]  # of the client's frame, px
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Architecture = Literal["unet", "fpn", "linknet", "deeplabv3plus", "segformer"]
 
 AggregationName = Literal["fedavg", "median", "trimmed_mean", "krum", "multi_krum"]
