@@ -24,6 +24,7 @@ from distributed.scheduler import KilledWorker
 from distributed.utils import LoopRunner
 
 from pipeline.cores import usable_cores
+from pipeline.dask_noise import interrupted_quietly
 from pipeline.errors import ConfigError, SamfedError, first_line
 from pipeline.runtime import resolve_device, visible_gpus
 
@@ -295,7 +296,7 @@ def connect(address: str) -> Iterator[Cluster]:
             f"({first_line(error)}); "
             "expected tcp://host:port, tls:// with dask's certificates set, or a scheduler file"
         ) from error
-    with _interrupted_quietly(), client:
+    with interrupted_quietly(), client:
         if not await_worker(client, address, missing="no workers yet"):
             raise ConfigError(
                 f"--scheduler {address}: no worker within {WORKERS_SECONDS:g} s; "
@@ -319,7 +320,7 @@ def local_cluster(workers: int, *, device: str) -> Iterator[Cluster]:
     with ExitStack() as started:
         started.callback(nanny.setLevel, nanny.level)
         started.enter_context(dask.config.set(_UNWATCHED))
-        started.enter_context(_interrupted_quietly())
+        started.enter_context(interrupted_quietly())
         loop = started.enter_context(_loop_without_ctrl_c())
         try:
             cluster = started.enter_context(
@@ -351,6 +352,7 @@ def _worker(number: int, gpus: list[str]) -> dict[str, object]:
         "memory_limit": 0,  # pausing and spilling serve dask's own data; we keep none
         "dashboard": False,
         "silence_logs": logging.WARNING,
+        "preload": ["pipeline.dask_noise"],
     }
     return {"cls": distributed.Nanny, "options": options}
 
@@ -359,25 +361,6 @@ def _scheduler() -> dict[str, object]:
     # port 0: dask's usual one may be another cluster's, and dask would warn of it
     options = {"host": _HERE, "dashboard": False, "dashboard_address": f"{_HERE}:0"}
     return {"cls": distributed.Scheduler, "options": options}
-
-
-@contextmanager
-def _interrupted_quietly() -> Iterator[None]:
-    """Keep an interrupted call of dask's from printing a traceback of its own.
-
-    Where a signal arrives before the event loop began with the call, what cancels the call finds
-    nothing to cancel: ``distributed.utils.sync`` then raises a NameError in the loop.
-    """
-    loops = logging.getLogger("tornado.application")
-    loops.addFilter(_is_news)
-    try:
-        yield
-    finally:
-        loops.removeFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], NameError))
 
 
 @contextmanager

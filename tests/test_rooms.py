@@ -21,6 +21,7 @@ GROUND = {
     "deciding",
     "console",
     "cores",
+    "dask_noise",
     "disk",
     "errors",
     "folders",

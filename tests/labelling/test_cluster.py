@@ -134,6 +134,32 @@ def test_ctrl_c_with_local_workers(
     assert content(config.cache.root / "sam") == content(prepared.cache.root / "sam")
 
 
+def test_local_workers_are_stopped_without_a_word() -> None:
+    """dask's would show a traceback beside our one line, as often as not."""
+
+    def stop_in_the_log() -> list[str]:
+        """What a worker says that is stopped in the middle of its work, and of something else."""
+        said = list[str]()
+
+        class Said(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                said.append(record.getMessage())
+
+        handler, worker = Said(), logging.getLogger("distributed.worker")
+        worker.addHandler(handler)
+        logging.getLogger("distributed.worker.state_machine").warning(
+            "Async instruction for <Task> ended with CancelledError"
+        )
+        worker.error("Failed to communicate with scheduler during heartbeat.")
+        worker.error("something else")
+        worker.removeHandler(handler)
+        return said
+
+    with local_cluster(1, device="cpu") as cluster:
+        found = cluster.client.run(stop_in_the_log)
+    assert [*found.values()] == [["something else"]]
+
+
 def test_a_signal_before_dask_began_with_a_call(
     workers: Workers, caplog: pytest.LogCaptureFixture
 ) -> None:
