@@ -31,9 +31,8 @@ from pipeline.federation.flower.site import Site, reply_to
 log = logging.getLogger("samfed.site")
 
 JOIN_SECONDS = 30.0  # for the SuperLink to answer at all
-_SOON_SECONDS = 0.2  # between two looks for messages while a run goes on
-_LATER_SECONDS = 1.0  # the same where none came for a while
-_WHILE_SECONDS = 60.0
+_SOON_SECONDS, _LATER_SECONDS = 0.1, 1.0  # between two looks for messages, at least and at most
+_OF_WAITING = 0.25  # of the time since the last message: a SuperLink spends its time on looks
 _SHORT = ("who", "busy")  # questions that are answered at once
 _AWAY_SECONDS = 5.0  # between two tries where the SuperLink does not answer
 
@@ -78,6 +77,11 @@ class _Answer:
     seconds: float
 
 
+def _pause(waited: float) -> float:
+    """Return the seconds until the next look, of the seconds since the last message or answer."""
+    return min(_LATER_SECONDS, max(_SOON_SECONDS, _OF_WAITING * waited))
+
+
 class _Node:
     """The messages of a node: what a thread is at work on, and what has been answered."""
 
@@ -116,10 +120,10 @@ class _Node:
                 last = time.monotonic()
                 self._take(message)
                 continue
-            soon = time.monotonic() - last < _WHILE_SECONDS and not self._requests
+            pause = _LATER_SECONDS if self._requests else _pause(time.monotonic() - last)
             with suppress(Empty):
-                pause = _SOON_SECONDS if soon else _LATER_SECONDS
                 self._unsent.append(self._done.get(timeout=pause))
+                last = time.monotonic()
 
     def _take(self, message: Message) -> None:
         """Answer a short question at once; leave the others to the thread."""
