@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -78,7 +78,15 @@ def slow_link(address: str, mbit: float, ms: float) -> Iterator[tuple[str, list[
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_connection(host, int(port))
-        await asyncio.gather(there.carry(reader, far_writer), back.carry(far_reader, writer))
+        with suppress(asyncio.CancelledError):  # the link ends, which asyncio's streams would log
+            await asyncio.gather(there.carry(reader, far_writer), back.carry(far_reader, writer))
+
+    async def end_all() -> None:
+        """End what is on its way, which nobody waits for any more."""
+        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
 
     loop.run_until_complete(asyncio.start_server(connected, HERE, here))
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -86,6 +94,7 @@ def slow_link(address: str, mbit: float, ms: float) -> Iterator[tuple[str, list[
     try:
         yield f"{HERE}:{here}", [there, back]
     finally:
+        asyncio.run_coroutine_threadsafe(end_all(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
 
