@@ -23,6 +23,12 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
         self.activation = "gelu" if gelu else "none"
 
+    @property
+    def weight(self) -> Tensor:
+        """Return (D, C) bfloat16, for blocks that multiply it themselves, as timm's BEiT does."""
+        weight: Tensor = self.packed.to_dense()
+        return weight
+
     def forward(self, x: Tensor) -> Tensor:
         """Project ``x`` (..., C) to (..., D) bfloat16."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -46,12 +52,13 @@ class PackedMlp(nn.Module):
 
 def pack(encoder: nn.Module) -> None:
     """Replace every linear layer of ``encoder`` by its packed form; convolutions stay."""
-    for parent in [*encoder.modules()]:
-        for name, child in [*parent.named_children()]:
-            if isinstance(child, MLPBlock) and _is_gelu(child.act):
-                setattr(parent, name, PackedMlp(child))
-            elif isinstance(child, nn.Linear):
-                setattr(parent, name, PackedLinear(child))
+    for name, child in [*encoder.named_children()]:
+        if isinstance(child, MLPBlock) and _is_gelu(child.act):
+            setattr(encoder, name, PackedMlp(child))
+        elif isinstance(child, nn.Linear):
+            setattr(encoder, name, PackedLinear(child))
+        else:  # not what has been replaced: its layers would be packed twice
+            pack(child)
 
 
 def _is_gelu(activation: nn.Module) -> bool:

@@ -64,3 +64,28 @@ def test_an_encoder() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = encoder(x)
     assert error(found, exact) < 1.2 * error(plain.float(), exact)
+
+
+@torch.no_grad()
+def test_a_block_that_multiplies_the_weights_itself() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(96, 40), torch.randn(7, 96)
+    packed = PackedLinear(layer)
+    found = nn.functional.linear(x.bfloat16(), packed.weight, packed.bias)
+    assert torch.equal(packed.weight, layer.weight.bfloat16())
+    assert error(found, layer(x)) < 5e-3
+
+
+def test_each_layer_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[nn.Linear] = []
+    init = PackedLinear.__init__
+
+    def counting(self: PackedLinear, linear: nn.Linear, *, gelu: bool = False) -> None:
+        packed.append(linear)
+        init(self, linear, gelu=gelu)
+
+    monkeypatch.setattr(PackedLinear, "__init__", counting)
+    encoder = build_sam("vit_t").image_encoder
+    linear = [module for module in encoder.modules() if isinstance(module, nn.Linear)]
+    pack(encoder)
+    assert len(packed) == len(linear)
