@@ -62,9 +62,9 @@ def _unused_labels(config: Config, name: str, entry: Entry) -> dict[str, str]:
     """
     found, whose = {}, f"{name}: " if config.heterogeneous else ""
     for number, title in enumerate(config.data.classes, start=1):
-        gain = entry.get(f"target_gain_{number}")
-        if gain is not None and is_harm(gain):
-            target, model = entry[f"target_dice_{number}"], entry[f"model_dice_{number}"]
+        keys = (f"{what}_{number}" for what in ("target_gain", "target_dice", "model_dice"))
+        gain, target, model = map(entry.get, keys)
+        if None not in (gain, target, model) and is_harm(gain):
             start = f"{whose}labels of {title} with the help of {config.sam.variant} are not used"
             found[start] = (
                 f"{start}: their Dice is {target:.2f} on the calibration part, and "

@@ -22,6 +22,7 @@ _SHRINKAGE = 0.2  # of the correlations: few images would make directions look e
 _LEAST_SPREAD = 1e-6
 _DIGITS = 6
 _ROUNDING = 1e-9
+_LARGEST = torch.finfo(torch.float32).max  # of a feature: sums of more would overflow
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,20 @@ class Moments:
         """Return what ``as_tensor`` joined, or None where no images can have such sums."""
         if values is None or values.shape != like.as_tensor().shape:
             return None
-        found = cls(count, values[0].double(), values[1:].double())
-        if not values.isfinite().all() or not torch.equal(found.products, found.products.T):
+        if values.dtype != torch.float64 or not values.isfinite().all():
             return None
-        least = torch.linalg.eigvalsh(found.covariance())[0]
-        return found if least >= -_ROUNDING * found.products.diagonal().sum() / count else None
+        found = cls(count, values[0], values[1:])
+        if values.abs().max() > count * _LARGEST**2 or found.sums.abs().max() > count * _LARGEST:
+            return None
+        if not torch.equal(found.products, found.products.T):
+            return None
+        covariance = found.covariance()
+        least = torch.linalg.eigvalsh(covariance)[0]
+        if least < -_ROUNDING * found.products.diagonal().sum() / count:
+            return None
+        # beside a huge feature others could hide that cannot go together
+        correlation, _ = _correlation(covariance)
+        return found if torch.linalg.eigvalsh(correlation)[0] >= -_SHRINKAGE / 2 else None
 
     def covariance(self) -> Tensor:
         """Return the covariance (C, C) of the images' features."""
@@ -124,12 +134,17 @@ def statistics(parts: Sequence[Moments]) -> Statistics:
         total = total + part
     mean = total.sums / total.count
     covariance = total.covariance()
-    spread = covariance.diagonal().clamp(min=_LEAST_SPREAD**2).sqrt()
-    correlation = covariance / torch.outer(spread, spread)
+    correlation, spread = _correlation(covariance)
     identity = torch.eye(len(mean), dtype=torch.float64)
     shrunk = (1 - _SHRINKAGE) * correlation + _SHRINKAGE * identity
     whitening = torch.linalg.cholesky(torch.linalg.inv(shrunk)).T / spread
     return Statistics(total.count, mean, whitening)
+
+
+def _correlation(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return correlations (C, C) and standard deviations (C,)."""
+    spread = covariance.diagonal().clamp(min=_LEAST_SPREAD**2).sqrt()
+    return covariance / torch.outer(spread, spread), spread
 
 
 def distances(features: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:

@@ -66,17 +66,17 @@ def from_bytes(content: bytes, kind: Any) -> Any:
         metadata = json.loads(header["__metadata__"]["samfed"])
         whole = _digest(metadata["content"], tensors) == metadata["sha256"]
         plain = json.loads(metadata["content"])
-    except Exception as error:  # safetensors and json raise many kinds for damaged bytes
+        value, found = plain["value"], plain["type"]
+        for place, tensor in tensors.items() if whole else ():
+            value = _put_in(value, place.split("/"), tensor)
+    except Exception as error:  # many kinds: who made the bytes may have put in anything
         raise ValueError(f"damaged ({error})") from error
     if not whole:
         raise ValueError("damaged (sha256 differs)")
-    value = plain["value"]
-    for place, tensor in tensors.items():
-        value = _put_in(value, place.split("/"), tensor)
     for member in get_args(kind) if isinstance(kind, UnionType) else (kind,):
-        if plain["type"] == getattr(member, "__name__", None) or not is_dataclass(member):
+        if found == getattr(member, "__name__", None) or not is_dataclass(member):
             return _adapter(member).validate_python(value)
-    raise ValueError(f"found {plain['type']}, expected {kind}")
+    raise ValueError(f"found {found}, expected {kind}")
 
 
 def save(path: Path, value: Any) -> None:

@@ -61,6 +61,7 @@ def test_labels_that_do_harm_are_named_once_with_teacher_class_and_numbers() -> 
     ]
     assert client_warnings(settings(method="sam_soft"), "a", entry(**harm)) == {}
     assert client_warnings(settings(), "a", entry(**harm | {"target_gain_1": -0.05})) == {}
+    assert client_warnings(settings(), "a", entry(target_gain_1=-0.15, model_dice_1=0.4)) == {}
 
 
 def test_a_warning_comes_once_a_run_for_each_client_and_kind() -> None:

@@ -63,6 +63,22 @@ def test_sums_that_no_images_have_are_refused() -> None:
     negative[1:] -= 1e4 * torch.eye(3)
     assert Moments.received(20, crooked, like=own) is None
     assert Moments.received(20, negative, like=own) is None
+    assert Moments.received(20, values.to(torch.int64), like=own) is None
+
+
+def test_sums_that_would_break_those_of_all_are_refused() -> None:
+    """The hugest number is no cover for features that cannot go together, nor for an overflow."""
+    own = moments(draw(20, 5))
+    pairs = [[0.0, 0.0, 0.0], [1e70, 0.0, 0.0], [0.0, 1.0, 5.0], [0.0, 5.0, 1.0]]
+    hidden = 20 * torch.tensor(pairs, dtype=torch.float64)
+    far, large = hidden.clone(), 1e308 * torch.eye(3, dtype=torch.float64)
+    far[0] = 1e200
+    for values in (hidden, far, torch.cat([torch.zeros(1, 3), large])):
+        assert Moments.received(20, values, like=own) is None
+    flat = moments(torch.full((20, 3), 7.1, dtype=torch.float64))  # a network may see no difference
+    found = Moments.received(20, flat.as_tensor(), like=own)
+    assert found is not None
+    assert statistics([own, found]).whitening.isfinite().all()
 
 
 def test_no_client_widens_the_threshold_at_will() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import CorruptStoreError
 from pipeline.federation.examples import Example, load_examples, save_examples
+from pipeline.stores import plain_data
 from pipeline.stores.plain_data import Plain, State, from_bytes, load, save, to_bytes
 
 
@@ -77,6 +80,26 @@ def test_what_is_not_plain_is_refused() -> None:
         from_bytes(to_bytes(Inner("fast", ())), Inner)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="damaged"):
         from_bytes(b"\x80\x04K\x01.", Outer)  # a pickle
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        ([], "5"),
+        ("text", "logits"),
+        ({}, "logits/deep"),
+        (None, "logits"),
+        ({"logits": [0]}, "x/y"),
+    ],
+)
+def test_a_message_that_somebody_made_by_hand_is_refused(value: Any, place: str) -> None:
+    """Its digest fits, and a tensor has no place in the rest: whoever may send one can do that."""
+    tensors = {place: torch.zeros(2)}
+    for plain in ({"type": "Other", "value": value}, {"type": "Other"}, {"value": value}):
+        text = json.dumps(plain)
+        said = json.dumps({"content": text, "sha256": plain_data._digest(text, tensors)})
+        with pytest.raises(ValueError, match=r"damaged|validation error"):
+            from_bytes(safetensors.torch.save(tensors, {"samfed": said}), Other)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
