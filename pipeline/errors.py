@@ -8,6 +8,7 @@ A message names the file or key, what was found, what was expected, and what to 
 EXIT_PARTIAL = 6
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+_LINE = 500  # characters of what another machine says
 
 
 class Terminated(KeyboardInterrupt):
@@ -71,3 +72,8 @@ class NotFiniteError(SamfedError):
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, or its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(text: str) -> str:
+    """Return what another machine says as one line, which no terminal takes for more than text."""
+    return "".join(each if each.isprintable() else " " for each in text[:_LINE])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from pipeline.errors import SamfedError
+from pipeline.errors import SamfedError, one_line
 from pipeline.federation.agreement import Calibration
 from pipeline.federation.compression import Packed
 from pipeline.federation.messages import AnyRequest, ClientEntry, FitRequest, Reply
@@ -16,6 +17,10 @@ from pipeline.federation.runs import Checkpoint, RunFolder
 from pipeline.federation.schedule import Rates
 from pipeline.federation.streams import Streams
 from pipeline.stores.plain_data import State
+
+MOST_IMAGES = 2**31  # of a client
+_MOST_METRICS = 1000  # of a reply: three a class, of which there are 254 at most, and some 30
+_METRIC = re.compile(r"[a-z][a-z0-9_]{0,39}")  # the name of one
 
 
 class TooFewError(SamfedError):
@@ -44,15 +49,29 @@ class Engine(Protocol):
 def asked(engine: Engine, requests: Sequence[AnyRequest]) -> Iterator[tuple[AnyRequest, Reply]]:
     """Yield each request with its reply.
 
-    A reply in another client's name, or to another round, becomes one with a fault.
+    A reply in another client's name, to another round, or that no samfed gives, becomes one with a
+    fault. A fault is one line.
     """
     for request, reply in zip(requests, engine.run(requests), strict=True):
-        expected = request.client, request.round_number
-        if (reply.client, reply.round_number) == expected:
-            yield request, reply
+        odd = _odd(request, reply)
+        if odd is not None:
+            yield request, request.reply(fault=one_line(odd))
+        elif reply.fault:
+            yield request, replace(reply, fault=one_line(reply.fault))
         else:
-            found = f"it answers as {reply.client} in round {reply.round_number}"
-            yield request, request.reply(fault=found)
+            yield request, reply
+
+
+def _odd(request: AnyRequest, reply: Reply) -> str | None:
+    """Return why nothing of a reply can be believed, or None: a site may run anything."""
+    if (reply.client, reply.round_number) != (request.client, request.round_number):
+        return f"it answers as {reply.client} in round {reply.round_number}"
+    if not (0 <= reply.images <= MOST_IMAGES and 0 <= reply.seconds < math.inf):
+        return f"it counts {reply.images} images, and {reply.seconds} s of work"
+    if len(reply.metrics) > _MOST_METRICS:
+        return f"it has {len(reply.metrics)} numbers, more than {_MOST_METRICS}"
+    odd = [name for name in reply.metrics if _METRIC.fullmatch(name) is None]
+    return f"it names a number '{odd[0]}'" if odd else None
 
 
 @dataclass

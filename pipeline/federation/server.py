@@ -235,15 +235,20 @@ class Server:
     def _validate(self, after: Checkpoint) -> dict[str, Any]:
         """Return the mean Dice over all validation images, and each client's."""
         asks = not self.config.privacy.on  # else nobody tells any score
-        names = [entry.name for entry in self.engine.entries if entry.val_images and asks]
+        asked_for = {e.name: e.val_images for e in self.engine.entries if e.val_images and asks}
         scores: dict[str, float] = {}
         images = total = 0.0
         weights = self.strategy.broadcast(after.weights)
-        for reply in self._evaluate(after, names, part="val", weights=weights):
-            if reply.fault:
-                log.warning("%s: validation score rejected, %s", reply.client, reply.fault)
+        for reply in self._evaluate(after, [*asked_for], part="val", weights=weights):
+            dice, fault = reply.metrics.get("dice"), reply.fault
+            if not fault and (dice is None or not 0 <= dice <= 1):
+                fault = f"its Dice is {dice}"
+            if not fault and reply.images != asked_for[reply.client]:
+                fault = f"it counts {reply.images} images, expected {asked_for[reply.client]}"
+            if fault or dice is None:
+                log.warning("%s: validation score rejected, %s", reply.client, fault)
                 continue
-            scores[reply.client] = dice = reply.metrics.get("dice") or 0.0
+            scores[reply.client] = dice
             images, total = images + reply.images, total + dice * reply.images
         return {"dice": total / images if images else None, "clients": scores}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
@@ -296,6 +297,55 @@ def test_a_reply_in_anothers_name_or_to_another_round_is_rejected(
     run = federate(changed(labelled, "forged", rounds=1), connect=forged.connect)
     warnings = [w for w in run.history()[0]["warnings"] if "rejected" in w]
     assert warnings == [f"{CLIENT}: update rejected, it answers as {found}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"images": 10**400}, "it counts 1000000"),
+        ({"images": -1}, "it counts -1 images"),
+        ({"seconds": math.nan}, "nan s of work"),
+        ({"metrics": {"<b>": 1.0}}, "it names a number '<b>'"),
+        ({"metrics": dict.fromkeys(map("n{}".format, range(2000)), 1.0)}, "it has 2000 numbers"),
+        ({"fault": "a\nERROR: b\x1b[2J" + "c" * 9999}, "a ERROR: b [2Jccc"),
+    ],
+    ids=["huge", "negative", "seconds", "name", "many", "fault"],
+)
+def test_a_reply_that_no_samfed_gives_is_rejected_in_one_line(
+    labelled: Config, change: dict[str, Any], reason: str
+) -> None:
+    """It stops no run, and writes nothing but one line of its own to the log and the history."""
+    odd = Watched(lambda request, reply: replace(reply, **change) if _is(reply) else reply)
+    run = federate(changed(labelled, "odd", rounds=1), connect=odd.connect)
+    (warning,) = (w for w in run.history()[0]["warnings"] if "rejected" in w)
+    assert warning.startswith(f"{CLIENT}: update rejected, ")
+    assert reason in warning
+    assert len(warning) < 600
+    assert warning.isprintable()
+    assert len(run.history()[0]["clients"][CLIENT]) < 10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metrics": {"dice": math.nan}},
+        {"metrics": {"dice": 7.0}},
+        {"metrics": {}},
+        {"images": 9999},
+    ],
+)
+def test_a_score_that_cannot_be_does_not_count(
+    labelled: Config, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def boast(request: AnyRequest, reply: Reply) -> Reply:
+        scored = isinstance(request, EvaluateRequest) and request.part and reply.client == CLIENT
+        return replace(reply, **change) if scored else reply
+
+    run = federate(changed(labelled, "boast", rounds=1), connect=Watched(boast).connect)
+    val = run.history()[0]["val"]
+    assert sorted(val["clients"]) == ["site_a", "site_c", "site_d"]
+    assert min(val["clients"].values()) <= val["dice"] <= max(val["clients"].values())
+    assert f"{CLIENT}: validation score rejected, " in caplog.text
 
 
 def test_a_client_rejected_for_long_goes_on_from_its_last_accepted_round(labelled: Config) -> None:
