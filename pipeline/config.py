@@ -25,7 +25,13 @@ from pydantic import (
 )
 
 from pipeline.methods import METHODS, Method, methods_for
-from pipeline.names import check_mask_pattern, different_names, folder_name, site_name
+from pipeline.names import (
+    check_mask_pattern,
+    different_names,
+    encoder_name,
+    folder_name,
+    site_name,
+)
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]  # no array of torch or ONNX Runtime is longer
 CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
@@ -213,7 +219,8 @@ class NetworkConfig(Section):
 
     # decoder behind the encoder
     architecture: Architecture = "unet"
-    encoder: str = "tu-mobilenetv3_small_050"  # smp encoder name; tu-<name> is timm's
+    # smp encoder name; tu-<name> is timm's
+    encoder: Annotated[str, AfterValidator(encoder_name)] = "tu-mobilenetv3_small_050"
     encoder_depth: Annotated[int, Field(ge=3, le=5)] = 4  # levels; each halves the sides
     # U-Net: one per depth; segformer: one; fpn, linknet and deeplabv3plus do not use them
     decoder_channels: tuple[Count, ...] = (48, 32, 24, 16)

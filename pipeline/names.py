@@ -1,4 +1,4 @@
-"""Names in the settings that become folders, sites and files: what may be one, and what to do."""
+"""Names in the settings, of folders, sites, files, encoders: what may be one, and what to do."""
 
 from __future__ import annotations
 
@@ -29,6 +29,18 @@ def site_name(name: str) -> str:
             "expected the name of a site: no slash or colon, no leading dot, no space around it, "
             "and not 'server'"
         )
+    return name
+
+
+def encoder_name(name: str) -> str:
+    """Return the name of an encoder.
+
+    Raises:
+        ValueError: it could be timm's way to a folder or to a server (``tu-hf-hub:...``), where
+            nothing is ever looked for: a site takes this name from the run's server.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ValueError("expected the name of an encoder: letters, digits and _ . - alone")
     return name
 
 

@@ -297,6 +297,11 @@ def test_an_override_below_a_value(tmp_path: Path) -> None:
             "partition.server_images); expected one of root, ",
         ),
         (
+            "model.encoder=tu-hf-hub:someone/something",
+            "--set model.encoder: found 'tu-hf-hub:someone/something', expected the name of an "
+            "encoder: letters, digits and _ . - alone",
+        ),
+        (
             "model.clients=[{encoder: 3}]",
             "--set model.clients: model.clients.0.encoder: found 3, expected text; write it in "
             "quotes",
