@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import write_params
 from dask_processes import group_is_there
 from forks import Forks
 
 from pipeline.config import Config
+from pipeline.errors import Terminated
 from pipeline.federation.runs import RunFolder
+from tools import federation_demo
 
 
 def test_sigterm_to_federate_with_a_worker(labelled: Config, tmp_path: Path, forks: Forks) -> None:
@@ -42,3 +46,22 @@ def test_sigterm_to_federate_with_a_worker(labelled: Config, tmp_path: Path, for
     assert "Traceback" not in err
     assert "leaked" not in err
     assert run.load_checkpoint() is not None
+
+
+@pytest.mark.parametrize(("stop", "code"), [(Terminated, 143), (KeyboardInterrupt, 130)])
+def test_the_federation_demo_says_what_ended_it(
+    monkeypatch: pytest.MonkeyPatch, stop: type[BaseException], code: int
+) -> None:
+    def play(*_: object, **__: object) -> None:
+        if stop is Terminated:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        raise stop
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["federation_demo"])
+    monkeypatch.setattr(federation_demo, "play", play)
+    try:
+        assert federation_demo.main() == code
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -14,6 +14,8 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import yaml
 
@@ -21,7 +23,7 @@ from pipeline.config import Config
 from pipeline.data.prepare import prepare
 from pipeline.data.public import export_public, import_public
 from pipeline.data.synthetic import write_dataset
-from pipeline.errors import EXIT_INTERRUPTED, SamfedError
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, SamfedError, Terminated
 from pipeline.federation.flower.launch import launch
 from pipeline.federation.flower.local import deployed
 from pipeline.labelling.precompute import precompute
@@ -44,18 +46,22 @@ def main() -> int:
     given = parser.parse_args()
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("samfed").setLevel(logging.INFO)
-    # SIGTERM ends it in order, as Ctrl-C does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         with tempfile.TemporaryDirectory(prefix="samfed-federation-") as name:
             play(Path(name), given.out, rounds=given.rounds, images=given.images)
     except SamfedError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted: all processes have ended, nothing is left", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
     return 0
+
+
+def terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """End it in order where SIGTERM comes, as Ctrl-C does."""
+    raise Terminated
 
 
 def play(folder: Path, out: Path, *, rounds: int, images: int) -> None:
