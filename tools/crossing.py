@@ -119,7 +119,7 @@ def _tensors() -> dict[str, str]:
     return {
         "State": f"4 a number of the network: {network:,} for the default one, uncompressed",
         r"\(N, K": f"2 N (K+1) S²: {logits:,} for {images} images of {size} px and one class",
-        r"\(C\+1, C": "8 C (C+1), C being the features of the network's last encoder stage",
+        r"\(C\+1, C": "8 C (C+1), C being the encoder's features at a quarter of the image's side",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import ssl
 import threading
@@ -17,6 +18,8 @@ from conftest import LABELLED, call, copy_cache, fails, write_params
 from engines import changed, models
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity
 from forks import Forks
 
@@ -26,8 +29,9 @@ from pipeline.data.public import export_public, import_public
 from pipeline.errors import NetworkError, SamfedError
 from pipeline.federation.audit import audit
 from pipeline.federation.flower import engine as engine_module
-from pipeline.federation.flower import node
+from pipeline.federation.flower import fleet, node
 from pipeline.federation.flower.engine import FlowerEngine, over_grid
+from pipeline.federation.flower.fleet import Fleet
 from pipeline.federation.flower.launch import launch
 from pipeline.federation.flower.letters import Letter
 from pipeline.federation.flower.link import Link
@@ -39,11 +43,13 @@ from pipeline.federation.flower.local import (
     make_key,
 )
 from pipeline.federation.flower.site import Site, reply_to
+from pipeline.federation.hosting import VERSION
 from pipeline.federation.inputs import load_inputs
-from pipeline.federation.messages import EvaluateRequest
+from pipeline.federation.messages import ClientEntry, EvaluateRequest
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.server import federate
 from pipeline.segmentation.networks import build_model, get_state
+from pipeline.stores.plain_data import to_bytes
 
 # Flower's own use of another library
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
@@ -244,8 +250,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_does_not_fit_is_named_before_the_first_round(
-    server: Config, sites: dict[str, Config], quick: None
+    server: Config, sites: dict[str, Config], quick: None, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     contexts = load_inputs(server).contexts
     one, two = (answering(sites, name) for name in SITES)
 
@@ -258,10 +265,35 @@ def test_who_does_not_fit_is_named_before_the_first_round(
     entries = FlowerEngine(Sites([two, one]), contexts).entries  # type: ignore[arg-type]
     assert [entry.name for entry in entries] == list(SITES)
     assert refused(one).startswith("site_b: no node within 0.1 s; found site_a; start one")
-    assert refused(one, two, one).startswith("site_a: found two nodes of this name, expected one")
+    twice = refused(one, two, one)
+    assert twice.startswith("site_a: found two nodes of this name, expected one")
+    assert "(nodes 1 and 3; `flwr supernode list` says whose they are)" in twice
     old = Letter("who", client="site_b", version="0.0.1 (results of version 0)")
     assert "site_b: found samfed 0.0.1" in refused(one, lambda letter: old)
     assert refused(one, lambda letter: Letter("")).startswith("site_b: no node")
+    for entry in (
+        ClientEntry("site_a", 9, 1),
+        ClientEntry("site_b", 0, 1),
+        ClientEntry("site_b", 10**400, 1),
+        ClientEntry("site_b", 9, -1),
+    ):
+
+        def posing(letter: Letter, entry: ClientEntry = entry) -> Letter:
+            said = {"body": to_bytes(entry)} if letter.kind == "entry" else {}
+            return replace(two(letter), **said)
+
+        assert refused(one, posing).startswith("site_b: it says of itself that it is ")
+    damaged = partial(replace, client="site_b", version=VERSION, body=b"what")
+    assert "site_b: what it says of itself is damaged" in refused(one, damaged)
+    shout = Letter("who", client="\x1b[2J\nERROR: all is lost", version=VERSION)
+    assert refused(one, lambda letter: shout).startswith("site_b: no node within 0.1 s; found  [2J")
+    entries = FlowerEngine(Sites([one, two, one]), contexts, {1: "site_c", 3: "site_a"}).entries  # type: ignore[arg-type]
+    assert [entry.name for entry in entries] == list(SITES)  # nor does who poses as it keep it out
+    assert caplog.messages[-3:] == [
+        "node 1 says that it is site_a, but its key is that of site_c",
+        "site_b: node 2",
+        "site_a: node 3",
+    ]
     larger = server.data.model_copy(update={"image_size": 64})
     other = server.model_copy(update={"data": larger})
     contexts = tuple(replace(each, config=other) for each in contexts)
@@ -364,6 +396,27 @@ def test_a_site_that_works_too_long_is_left_out(
     (reply,) = engine.run([scoring(limited)])
     assert reply.timed_out
     assert [kind for _, kind in grid.asked].count("ask") == 1
+
+
+def test_a_message_that_is_none_does_not_end_a_node(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may start runs at the SuperLink may send any bytes; a node drops them."""
+    error = Message(
+        Error(1, "why"), reply_to=Message(Letter("who").pack(), dst_node_id=1, message_type="query")
+    )
+    connection = Fleet(Link(f"127.0.0.1:{free_port()}", insecure=True), None, tmp_path / "node")
+    with closing(connection):
+        for content in (
+            b"what",
+            b"Message 0\0what",
+            Letter("who").pack().deflate(),
+            error.deflate(),
+        ):
+            pieces = {"m": content}
+            monkeypatch.setattr(fleet, "pull_objects", lambda *_, pieces=pieces, **__: pieces)
+            with pytest.raises(ObjectPullError):
+                connection._whole(1, ObjectTree(object_id="m"))
 
 
 def test_a_node_says_that_it_is_at_work_as_often_as_it_is_asked(

@@ -42,7 +42,9 @@ def serve(grid: Grid, context: Context) -> None:
     mode = given.get("mode", "auto")
     if mode not in _MODES:
         raise ConfigError(f"flwr run: mode: found '{mode}', expected one of {', '.join(_MODES)}")
-    federate(_settings(given), mode=mode, connect=partial(over_grid, grid))
+    registered = {int(node): name for node, name in json.loads(given.get("nodes") or "{}").items()}
+    connect = partial(over_grid, grid, registered=registered)
+    federate(_settings(given), mode=mode, connect=connect)
 
 
 @client_app.query()

@@ -11,22 +11,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from uuid import uuid4
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from pipeline.errors import SamfedError
+from pipeline.errors import SamfedError, first_line, one_line
 from pipeline.federation.flower.letters import Letter, pack_body
 from pipeline.federation.flower.site import told
 from pipeline.federation.hosting import Run, body_of, same_body
 from pipeline.federation.inputs import ClientContext
 from pipeline.federation.messages import AnyRequest, ClientEntry, Reply
-from pipeline.federation.rounds import Engine
+from pipeline.federation.rounds import MOST_IMAGES, Engine
 from pipeline.federation.workplace import Workplace
 from pipeline.stores.plain_data import from_bytes
 
@@ -42,15 +43,24 @@ _AWAY = {
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     ErrorCode.NODE_UNAVAILABLE,
 }
+_NOBODY: Mapping[int, str] = MappingProxyType({})
 _LOSSES = 3  # of one request at its node, before the request is taken for the reason
 
 
 @contextmanager
 def over_grid(
-    grid: Grid, contexts: Sequence[ClientContext], workplace: Workplace
+    grid: Grid,
+    contexts: Sequence[ClientContext],
+    workplace: Workplace,
+    *,
+    registered: Mapping[int, str] = _NOBODY,
 ) -> Iterator[Engine]:
-    """Reach clients through a SuperLink; pass it with its grid as ``federate(..., connect=)``."""
-    yield FlowerEngine(grid, contexts)
+    """Reach clients through a SuperLink; pass it with its grid as ``federate(..., connect=)``.
+
+    Args:
+        registered: the names that nodes' keys are registered with, where they are with one.
+    """
+    yield FlowerEngine(grid, contexts, registered)
 
 
 @dataclass
@@ -75,13 +85,21 @@ class FlowerEngine:
     A site that fails, or is away for long, gives a reply with a fault, so that the round goes on.
     """
 
-    def __init__(self, grid: Grid, contexts: Sequence[ClientContext]) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        contexts: Sequence[ClientContext],
+        registered: Mapping[int, str] = _NOBODY,
+    ) -> None:
         """Find every client's node, and let it load its data.
+
+        Args:
+            registered: as for ``over_grid``.
 
         Raises:
             SamfedError: a client has no node or two, or its site does not fit; it names the site.
         """
-        self._grid, self._run = grid, Run()
+        self._grid, self._run, self._registered = grid, Run(), registered
         self._sent: tuple[AnyRequest, ConfigRecord] | None = None  # the last body
         self._limit = contexts[0].config.federate.round_timeout_s or math.inf  # seconds
         self._nodes = self._find([context.name for context in contexts])
@@ -89,7 +107,7 @@ class FlowerEngine:
         tasks = [self._send(_Task(name, self._letter("entry", name), None)) for name in self._told]
         answers = [self._answer(task, math.inf) for task in tasks]
         self.entries: Sequence[ClientEntry] = [
-            from_bytes(_usable(task.name, letter).body, ClientEntry)
+            _entry(task.name, letter)
             for task, letter in zip(tasks, answers, strict=True)
             if letter is not None
         ]
@@ -123,7 +141,8 @@ class FlowerEngine:
             for message in self._grid.pull_messages(list(asked)):
                 node = asked.pop(message.metadata.reply_to_message_id)
                 if not message.has_error():
-                    known[node] = self._introduced(Letter.unpack(message.content), known, names)
+                    letter = Letter.unpack(message.content)
+                    known[node] = self._introduced(node, letter, known, names)
             missing = [name for name in names if name not in known.values()]
             seconds = time.monotonic() - began
             if not missing and (not asked or seconds > LATE_SECONDS):
@@ -139,25 +158,38 @@ class FlowerEngine:
                 waited = True
             time.sleep(_POLL_SECONDS[0])
 
-    def _introduced(self, letter: Letter, known: dict[int, str], names: Sequence[str]) -> str:
+    def _introduced(
+        self, node: int, letter: Letter, known: dict[int, str], names: Sequence[str]
+    ) -> str:
         """Return the client's name that a node gives, if it may take part.
+
+        Who is registered by another name has no say: else each site could keep others out.
 
         Raises:
             SamfedError: another node has that name, or it runs another samfed.
         """
-        if letter.client in known.values():
+        name, version = one_line(letter.client), one_line(letter.version)
+        own = self._registered.get(node, name)
+        if name != own:
+            log.warning("node %d says that it is %s, but its key is that of %s", node, name, own)
+            return f"{name} with the key of {own}"
+        if name not in names:
+            log.warning("%s: no client of this run; its node %d is not asked", name, node)
+            return name
+        same = [other for other, its in known.items() if its == name]
+        if same:
             raise SamfedError(
-                f"{letter.client}: found two nodes of this name, expected one; stop one of them, "
-                "or give it another --name"
+                f"{name}: found two nodes of this name, expected one; stop one of them, or give it "
+                f"another --name (nodes {same[0]} and {node}; `flwr supernode list` says whose "
+                "they are)"
             )
-        if letter.client not in names:
-            log.warning("%s: no client of this run; its node is not asked", letter.client)
-        elif letter.version != self._run.version:
+        if version != self._run.version:
             raise SamfedError(
-                f"{letter.client}: found samfed {letter.version}, expected {self._run.version} as "
-                "at the server; install it there"
+                f"{name}: found samfed {version}, expected {self._run.version} as at the server; "
+                "install it there"
             )
-        return letter.client
+        log.info("%s: node %d", name, node)
+        return name
 
     # --------------------------------------------------------------------------- letters
 
@@ -221,7 +253,7 @@ class FlowerEngine:
             return Letter.unpack(message.content)
         error = message.error
         if error.code not in _AWAY:
-            reason = (error.reason or "no reason given").splitlines()[0]
+            reason = one_line((error.reason or "no reason given").splitlines()[0])
             return _failure(task, f"its ClientApp failed ({reason}); see the SuperNode's log there")
         if self._nodes[task.name] in self._grid.get_node_ids():
             return self._send_again(task)
@@ -253,7 +285,29 @@ def _usable(name: str, letter: Letter) -> Letter:
         SamfedError: it brings none, or is another client's; the site is named.
     """
     if letter.client != name:
-        raise SamfedError(f"{name}: found an answer by '{letter.client}', expected its own")
+        raise SamfedError(
+            f"{name}: found an answer by '{one_line(letter.client)}', expected its own"
+        )
     if letter.error:
-        raise SamfedError(f"{name}: {letter.error}")
+        raise SamfedError(f"{name}: {one_line(letter.error)}")
     return letter
+
+
+def _entry(name: str, letter: Letter) -> ClientEntry:
+    """Return what a site says of its client.
+
+    Raises:
+        SamfedError: it says nothing that can be read, or what no client can be; it is named.
+    """
+    try:
+        entry: ClientEntry = from_bytes(_usable(name, letter).body, ClientEntry)
+    except ValueError as error:
+        raise SamfedError(f"{name}: what it says of itself is {first_line(error)}") from error
+    counts = 0 < entry.images <= MOST_IMAGES and 0 <= entry.val_images <= MOST_IMAGES
+    if entry.name != name or not counts:
+        said = f"{entry.name} with {entry.images} images, {entry.val_images} to validate on"
+        raise SamfedError(
+            f"{name}: it says of itself that it is {one_line(said)}; expected its own name and at "
+            "least one image; see what runs there"
+        )
+    return entry

@@ -33,6 +33,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
     inflate_object_from_contents,
     pull_objects,
     push_objects,
@@ -42,7 +43,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from pipeline.disk import write_bytes
-from pipeline.errors import ConfigError, NetworkError
+from pipeline.errors import ConfigError, NetworkError, first_line
 from pipeline.federation.flower.link import Link, RefusedError
 
 _HEARTBEAT_SECONDS = HEARTBEAT_DEFAULT_INTERVAL / 2
@@ -147,13 +148,20 @@ class Fleet:
             return self._whole(run_id, response.message_object_trees[0])
 
     def _whole(self, run_id: int, tree: ObjectTree) -> Message:
-        """Bring all pieces of a message."""
+        """Bring all pieces of a message.
+
+        Raises:
+            ObjectPullError: they are not there, or no message.
+        """
         pull = make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id)
         pieces = [piece.object_id for piece in iterate_object_tree(tree)]
         contents = pull_objects(pieces, pull, initial_backoff=_RETRY_SECONDS)
-        message = inflate_object_from_contents(tree.object_id, contents)
-        if not isinstance(message, Message):
-            raise NetworkError(f"SuperLink {self._link.address}: found a message that is none")
+        try:
+            message = inflate_object_from_contents(tree.object_id, contents)
+        except Exception as error:  # many kinds: whoever may start runs may send any bytes
+            raise ObjectPullError(tree.object_id, first_line(error)) from error
+        if not isinstance(message, Message) or not message.has_content():
+            raise ObjectPullError(tree.object_id, "it is no message with content")
         message.metadata.__dict__["_message_id"] = tree.object_id  # no message contains its own
         self._client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(

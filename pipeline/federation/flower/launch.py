@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -14,7 +15,12 @@ from typing import Any
 from flwr.app.user_config import UserConfig
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.serde import fab_to_proto, user_config_to_proto
-from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest, StopRunRequest
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    StartRunRequest,
+    StopRunRequest,
+)
 from flwr.proto.run_pb2 import RunStatus
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
@@ -54,17 +60,24 @@ def launch(
     """
     content = build_fab_from_disk(APP)
     given: UserConfig = {"settings": absolute(config).model_dump_json(), "mode": mode}
-    request = StartRunRequest(
-        fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {})),
-        override_config=user_config_to_proto(given),
-    )
     run = RunFolder(config.cache.root / "runs" / config.federate.name)
     with link.open(ControlHttpClient, "flwr CLI") as control:
         with link.reaching():
+            given["nodes"] = json.dumps(_registered(control))
+            request = StartRunRequest(
+                fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {})),
+                override_config=user_config_to_proto(given),
+            )
             number = control.StartRun(request).run_id
         with _stopped_with_us(control, link, number):
             _follow(_Statuses(control, link, number), run, _Display(config, progress, track))
     return run
+
+
+def _registered(control: ControlHttpClient) -> dict[int, str]:
+    """Return the names that keys are registered with, by node: `flwr supernode register --name`."""
+    nodes = control.ListNodes(ListNodesRequest()).nodes_info
+    return {node.node_id: node.name for node in nodes if node.name}
 
 
 class _Statuses:
