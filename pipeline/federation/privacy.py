@@ -39,6 +39,23 @@ def check_privacy(config: Config) -> None:
     Raises:
         ConfigError: one is not, or dp-accounting is not installed.
     """
+    check_covered(config)
+    if not config.privacy.on:
+        return
+    try:
+        import dp_accounting  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "privacy.mode: dp-accounting is not installed; run pip install 'samfed[privacy]'"
+        ) from error
+
+
+def check_covered(config: Config) -> None:
+    """Check the settings alone, as a site does, which counts no epsilon.
+
+    Raises:
+        ConfigError: one is not covered.
+    """
     mode, rule = config.privacy.mode, config.federate.aggregation
     traits = METHODS[config.federate.method]
     if not config.privacy.on:
@@ -54,12 +71,6 @@ def check_privacy(config: Config) -> None:
     for reason, found in reasons.items():
         if found:
             raise ConfigError(f"privacy.mode {mode} has {reason}")
-    try:
-        import dp_accounting  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "privacy.mode: dp-accounting is not installed; run pip install 'samfed[privacy]'"
-        ) from error
 
 
 def guarantee(config: Config, names: Sequence[str], rounds: int) -> dict[str, float]:

@@ -22,8 +22,9 @@ from typing import Any
 from pipeline.config import Config, NetworkConfig
 from pipeline.data.partition import PARTITION_FILE, PUBLIC_FILE, Partition, load_partition
 from pipeline.disk import file_sha256
-from pipeline.errors import DataError, IdentityError, SamfedError, StageError
+from pipeline.errors import ConfigError, DataError, IdentityError, SamfedError, StageError
 from pipeline.federation.inputs import ClientContext, PublicRows
+from pipeline.federation.privacy import check_covered
 from pipeline.stores.label_store import LabelStore, differences
 
 log = logging.getLogger("samfed.site")
@@ -79,6 +80,10 @@ def _check_settings(told: ClientContext, own: Config) -> None:
         found, expected = getattr(own.privacy, key), getattr(told.config.privacy, key)
         if found != expected:  # a site that asks for privacy takes part in no run with another one
             raise _differs(told, f"privacy.{key}", found, expected, "agree on one")
+    try:
+        check_covered(told.config)  # not every server asks itself
+    except ConfigError as error:
+        raise ConfigError(f"{told.name}: {error} at the server") from error
 
 
 def _check_public(told: ClientContext, manifest: Partition, cache: Path) -> None:

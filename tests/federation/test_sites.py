@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY, answer, copy_cache, digest, fails, listing, tiny_config, write_params
-from engines import changed, models
+from engines import NETWORKS, changed, models
 
 from pipeline.config import Config
 from pipeline.data.partition import Partition, load_partition, save_partition
@@ -241,6 +241,13 @@ def test_a_site_that_does_not_fit_says_what_differs(apart: Apart, north: Config)
     assert refusal(apart, replaced(north, "privacy", mode="client")) == (
         "north: privacy.mode: found client at the site, expected none as at the server; agree on "
         "one"
+    )
+    # a server that does not ask itself whether the noise covers all that it asks for
+    own = replaced(apart.config("server"), "model", clients=NETWORKS)
+    private = replaced(own, "privacy", mode="client")
+    assert refusal(apart, replaced(north, "privacy", mode="client"), private) == (
+        "north: privacy.mode client has no bound for logits: leave model.clients empty at the "
+        "server"
     )
     manifest = north.cache.root / "public.json"
     public = load_partition(manifest)

@@ -22,7 +22,7 @@ from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
 from pipeline.disk import writer_lock
-from pipeline.errors import NetworkError
+from pipeline.errors import NetworkError, one_line
 from pipeline.federation.flower.fleet import Fleet
 from pipeline.federation.flower.letters import Letter
 from pipeline.federation.flower.link import Link, RefusedError, UnreachableError
@@ -112,6 +112,7 @@ class _Node:
                 continue
             except (ObjectPullError, ObjectPushError, ExceptionGroup) as error:
                 log.warning("a message was lost on its way: %s", error)
+                time.sleep(_LATER_SECONDS)
                 continue
             if not reached:
                 log.warning("the SuperLink answers again")
@@ -131,7 +132,7 @@ class _Node:
         if letter.kind in _SHORT:
             self._unsent.append(self._answer(message, letter))
             return
-        log.info("%s: %s", self._site.name, letter.kind)
+        log.info("%s: %s", self._site.name, one_line(letter.kind))
         self._requests.add(letter.about)
         self._todo.put((message, letter))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.errors import SamfedError, StageError, first_line
+from pipeline.errors import SamfedError, StageError, first_line, one_line
 from pipeline.federation.audit import note_sent, sent_file
 from pipeline.federation.flower.letters import Letter
 from pipeline.federation.hosting import VERSION, Run, answer
@@ -90,7 +90,7 @@ def reply_to(letter: Letter, site: Site, at_work: Callable[[str], bool]) -> Lett
         run = Run(letter.run)
         return replace(reply, body=answer(run, context, body, letter.state_round))
     except SamfedError as error:
-        log.error("%s", error)
+        log.error("%s", one_line(str(error)))  # it may quote what the server said
         return replace(reply, error=str(error).removeprefix(f"{site.name}: "))
     except Exception as error:  # the server is told, whatever it is, and goes on without us
         log.exception("%s: no reply to the server", site.name)
