@@ -267,7 +267,7 @@ def test_who_does_not_fit_is_named_before_the_first_round(
     assert refused(one).startswith("site_b: no node within 0.1 s; found site_a; start one")
     twice = refused(one, two, one)
     assert twice.startswith("site_a: found two nodes of this name, expected one")
-    assert "(nodes 1 and 3; `flwr supernode list` says whose they are)" in twice
+    assert "(nodes 1 and 3, as `flwr supernode register` numbered them)" in twice
     old = Letter("who", client="site_b", version="0.0.1 (results of version 0)")
     assert "site_b: found samfed 0.0.1" in refused(one, lambda letter: old)
     assert refused(one, lambda letter: Letter("")).startswith("site_b: no node")

@@ -180,8 +180,8 @@ class FlowerEngine:
         if same:
             raise SamfedError(
                 f"{name}: found two nodes of this name, expected one; stop one of them, or give it "
-                f"another --name (nodes {same[0]} and {node}; `flwr supernode list` says whose "
-                "they are)"
+                f"another --name (nodes {same[0]} and {node}, as `flwr supernode register` "
+                "numbered them)"
             )
         if version != self._run.version:
             raise SamfedError(
