@@ -64,7 +64,9 @@ def _unused_labels(config: Config, name: str, entry: Entry) -> dict[str, str]:
     for number, title in enumerate(config.data.classes, start=1):
         keys = (f"{what}_{number}" for what in ("target_gain", "target_dice", "model_dice"))
         gain, target, model = map(entry.get, keys)
-        if None not in (gain, target, model) and is_harm(gain):
+        if gain is None or target is None or model is None:
+            continue
+        if is_harm(gain):
             start = f"{whose}labels of {title} with the help of {config.sam.variant} are not used"
             found[start] = (
                 f"{start}: their Dice is {target:.2f} on the calibration part, and "
