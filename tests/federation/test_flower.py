@@ -18,6 +18,8 @@ from conftest import LABELLED, call, copy_cache, fails, write_params
 from engines import changed, models
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from flwr.proto.fleet_pb2 import PullMessagesResponse
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity
@@ -405,6 +407,10 @@ def test_a_message_that_is_none_does_not_end_a_node(
     error = Message(
         Error(1, "why"), reply_to=Message(Letter("who").pack(), dst_node_id=1, message_type="query")
     )
+    waiting = PullMessagesResponse(
+        messages_list=[ProtoMessage()], message_object_trees=[ObjectTree(object_id="m")]
+    )
+    monkeypatch.setattr(fleet.FleetHttpClient, "PullMessages", lambda *_: waiting)
     connection = Fleet(Link(f"127.0.0.1:{free_port()}", insecure=True), None, tmp_path / "node")
     with closing(connection):
         for content in (
@@ -416,7 +422,7 @@ def test_a_message_that_is_none_does_not_end_a_node(
             pieces = {"m": content}
             monkeypatch.setattr(fleet, "pull_objects", lambda *_, pieces=pieces, **__: pieces)
             with pytest.raises(ObjectPullError):
-                connection._whole(1, ObjectTree(object_id="m"))
+                connection.receive()
 
 
 def test_a_node_says_that_it_is_at_work_as_often_as_it_is_asked(
