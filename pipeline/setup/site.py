@@ -23,7 +23,7 @@ from pipeline.federation.sites import at_site
 from pipeline.methods import METHODS
 from pipeline.sam.teacher import checked_card
 from pipeline.setup.doctor import CHECKS, DoctorResult, Lines, examined
-from pipeline.stores.label_store import LabelStore
+from pipeline.stores.label_store import LabelStore, differences
 
 _MACHINE = ("versions", "device", "threads", "disk", "locks")  # of `samfed doctor`
 _SOON_DAYS = 30  # before a certificate's end
@@ -93,10 +93,13 @@ def _labels(config: Config) -> Lines:
     asked = card.labels(config)
     path = config.cache.root / "sam" / f"{name}.zarr"
     store = LabelStore(path)
-    if store.identity != asked or store.rows != manifest.row_keys(manifest.clients[name].train):
+    for field, found, expected in differences(store.identity, asked):
         raise IdentityError(
-            f"{path}: made by another teacher, or for other images; run `samfed precompute-sam`"
+            f"{path}: {field}: found {found}, expected {expected} by the settings here; take the "
+            "server's settings and teacher, then run `samfed precompute-sam`"
         )
+    if store.rows != manifest.row_keys(manifest.clients[name].train):
+        raise IdentityError(f"{path}: made for other images; run `samfed precompute-sam`")
     done = int(store.done().sum())
     text = f"{path}: {done} of {len(store)} images, teacher {asked.digest}"
     if done == len(store):

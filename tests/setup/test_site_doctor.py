@@ -96,6 +96,14 @@ def test_what_is_missing_is_a_problem_that_says_what_to_do(site: Config) -> None
     assert "Traceback" not in result.output
 
 
+def test_settings_that_are_not_those_of_the_labels(site: Config) -> None:
+    """What differs is named: the labels may be right, and the settings not the server's."""
+    data = site.data.model_copy(update={"image_size": 64})
+    status, text = said(site.model_copy(update={"data": data}))["labels"]
+    assert status == "problem"
+    assert "label_size: found 32, expected 64 by the settings here; take the server's" in text
+
+
 def test_a_cache_of_many_is_no_sites(shared_pipeline: Config) -> None:
     kind, text = said(shared_pipeline)["manifest"]
     assert kind == "problem"
