@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import NotFiniteError
 from pipeline.segmentation.model_spec import Likeness
 from pipeline.segmentation.networks import normalise
 
@@ -128,6 +129,9 @@ def statistics(parts: Sequence[Moments]) -> Statistics:
 
     With standard deviations s and correlations R, W = L^T diag(1/s), where L L^T is the inverse of
     0.8 R + 0.2 I.
+
+    Raises:
+        NotFiniteError: features are so large that nothing can be told of their correlations.
     """
     total = parts[0]
     for part in parts[1:]:
@@ -137,8 +141,14 @@ def statistics(parts: Sequence[Moments]) -> Statistics:
     correlation, spread = _correlation(covariance)
     identity = torch.eye(len(mean), dtype=torch.float64)
     shrunk = (1 - _SHRINKAGE) * correlation + _SHRINKAGE * identity
-    whitening = torch.linalg.cholesky(torch.linalg.inv(shrunk)).T / spread
-    return Statistics(total.count, mean, whitening)
+    factor, failed = torch.linalg.cholesky_ex(torch.linalg.inv_ex(shrunk).inverse)
+    if failed or not factor.isfinite().all():
+        raise NotFiniteError(
+            "the final model's features of the images are too large to be told apart: its training "
+            "has broken down; see the warnings of its rounds, lower federate.learning_rate, or, "
+            "where a client may mean harm, set federate.aggregation"
+        )
+    return Statistics(total.count, mean, factor.T / spread)
 
 
 def _correlation(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.config import Config
+from pipeline.errors import NotFiniteError
 from pipeline.segmentation.likeness import (
     Moments,
     distances,
@@ -79,6 +80,13 @@ def test_sums_that_would_break_those_of_all_are_refused() -> None:
     found = Moments.received(20, flat.as_tensor(), like=own)
     assert found is not None
     assert statistics([own, found]).whitening.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e10, 1e200], ids=["beyond what sums can tell", "infinite"])
+def test_features_of_a_ruined_model_end_in_one_line(scale: float) -> None:
+    """As where hostile updates have wrecked the weights."""
+    with pytest.raises(NotFiniteError, match=r"training has broken down.*federate\.aggregation"):
+        statistics([moments(scale + draw(20, 0))])
 
 
 def test_no_client_widens_the_threshold_at_will() -> None:
