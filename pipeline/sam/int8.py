@@ -28,7 +28,7 @@ def has_vnni() -> bool:
     Without these instructions oneDNN's sums of two products overflow 16 bits as well.
     """
     able = torch.cpu.get_capabilities()
-    return any(able.get(name) for name in _INSTRUCTIONS)
+    return torch.backends.mkldnn.is_available() and any(able.get(name) for name in _INSTRUCTIONS)
 
 
 class Int8Linear(nn.Module):
@@ -46,6 +46,18 @@ class Int8Linear(nn.Module):
         self.zeros = torch.zeros(self.out_features, dtype=torch.int32)
         bias = linear.bias
         self.bias = weight.new_zeros(self.out_features) if bias is None else bias.detach().float()
+
+    @property
+    def weight(self) -> Tensor:
+        """Not there in floating point, for a backbone that multiplies weights itself.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "precompute.precision: int8 does not fit this backbone, which multiplies its weights "
+            "itself instead of calling its layers; use auto, bf16 or fp32"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Project ``x`` (..., C) to (..., D)."""

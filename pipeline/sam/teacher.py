@@ -148,7 +148,8 @@ def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     able = torch.cpu.get_capabilities()
-    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+    fast = able.get("amx_bf16") or able.get("avx512_bf16")
+    return bool(fast and torch.backends.mkldnn.is_available())
 
 
 class Teacher:

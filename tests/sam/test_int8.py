@@ -75,6 +75,12 @@ def test_an_encoder_without_float_layers() -> None:
     assert encoder(torch.zeros(1, 3, 256, 256)).shape == (1, 64, 16, 16)
 
 
+def test_a_backbone_that_multiplies_weights_itself_is_refused() -> None:
+    layer = Int8Linear(nn.Linear(8, 4), dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"precompute\.precision: int8 .* use auto, bf16 or fp32"):
+        nn.functional.linear(torch.zeros(1, 8), layer.weight)
+
+
 def test_an_encoder_without_linear_layers_is_refused() -> None:
     encoder = build_sam("timm:mobilenetv3_small_050", input_size=64).image_encoder
     with pytest.raises(ConfigError, match=r"int8 is for linear layers, .* use auto, bf16 or fp32"):
