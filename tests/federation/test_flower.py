@@ -198,7 +198,7 @@ def test_the_proxy_lets_sites_reach_the_fleet_api_alone(deployment: Deployment) 
 
 # ----------------------------------------------------------------------- without a network
 
-Answer = Callable[[Letter], Letter | Error | None]
+Answer = Callable[[Letter], Letter | Error | Exception | None]
 
 
 class Sites:
@@ -206,7 +206,7 @@ class Sites:
 
     def __init__(self, answers: Sequence[Answer]) -> None:
         self._answers = dict(enumerate(answers, start=1))
-        self._waiting: dict[str, Message] = {}
+        self._waiting: dict[str, Message | Exception] = {}
         self.asked: list[tuple[int, str]] = []
 
     def get_node_ids(self) -> list[int]:
@@ -221,12 +221,18 @@ class Sites:
             message.metadata.__dict__["_message_id"] = name
             if isinstance(answer, Letter):
                 self._waiting[name] = Message(answer.pack(), reply_to=message)
+            elif isinstance(answer, Exception):
+                self._waiting[name] = answer
             elif answer is not None:
                 self._waiting[name] = Message(answer, reply_to=message)
         return [str(len(self.asked))]
 
     def pull_messages(self, names: list[str]) -> list[Message]:
-        return [self._waiting.pop(name) for name in names if name in self._waiting]
+        found = [self._waiting.pop(name) for name in names if name in self._waiting]
+        for each in found:
+            if isinstance(each, Exception):  # as Flower does where bytes are no message
+                raise each
+        return [each for each in found if isinstance(each, Message)]
 
 
 def answering(sites: dict[str, Config], name: str) -> Callable[[Letter], Letter]:
@@ -296,6 +302,8 @@ def test_who_does_not_fit_is_named_before_the_first_round(
         "site_b: node 2",
         "site_a: node 3",
     ]
+    broken = refused(lambda letter: ValueError("no head"), one)  # nor does who sends no message
+    assert broken.startswith("site_b: no node within 0.1 s; found node 1, which sends no message, ")
     larger = server.data.model_copy(update={"image_size": 64})
     other = server.model_copy(update={"data": larger})
     contexts = tuple(replace(each, config=other) for each in contexts)
@@ -366,20 +374,24 @@ def test_a_site_that_fails_is_a_fault_and_the_round_goes_on(
 ) -> None:
     contexts = load_inputs(server).contexts
     site = answering(sites, "site_a")
-    answers: list[Letter | Error] = [
+    answers: list[Letter | Error | Exception] = [
         Letter("ask", client="site_a", error="no space left"),
         Letter("ask", client="site_b"),
         Letter("ask", client="site_a", body=b"what"),
         Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "it broke\nhere"),
+        KeyError("what"),
+        ValueError("no head"),
     ]
     grid = Sites([lambda letter: answers.pop(0) if letter.kind == "ask" else site(letter)])
     engine = FlowerEngine(grid, contexts[:1])  # type: ignore[arg-type]
     request = scoring(server)
-    faults = [reply.fault for reply in engine.run([request] * 4)]
+    faults = [reply.fault for reply in engine.run([request] * 6)]
     assert faults[0] == "no space left"
     assert "found an answer by 'site_b', expected its own" in faults[1]
     assert "its reply is damaged" in faults[2]
     assert "its ClientApp failed (it broke)" in faults[3]
+    assert "its reply is no message ('what')" in faults[4]
+    assert "its reply is no message (no head)" in faults[5]
 
 
 def test_a_site_that_works_too_long_is_left_out(

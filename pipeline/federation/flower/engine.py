@@ -17,9 +17,11 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from uuid import uuid4
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
+from google.protobuf.message import DecodeError
 
 from pipeline.errors import SamfedError, first_line, one_line
 from pipeline.federation.flower.letters import Letter, pack_body
@@ -44,6 +46,11 @@ _AWAY = {
     ErrorCode.NODE_UNAVAILABLE,
 }
 _NOBODY: Mapping[int, str] = MappingProxyType({})
+#: What Flower raises of a reply that its node did not make of a message; none is httpx's.
+_UNREADABLE = (
+    ValueError, LookupError, TypeError, AttributeError, DecodeError, UnexpectedObjectContentError
+)  # fmt: skip
+_NO_MESSAGE = "its reply is no message"
 _LOSSES = 3  # of one request at its node, before the request is taken for the reason
 
 
@@ -138,11 +145,14 @@ class FlowerEngine:
         while True:
             new = set(self._grid.get_node_ids()) - known.keys() - set(asked.values())
             asked |= {self._push(node, Letter("who").pack()): node for node in sorted(new)}
-            for message in self._grid.pull_messages(list(asked)):
-                node = asked.pop(message.metadata.reply_to_message_id)
-                if not message.has_error():
-                    letter = Letter.unpack(message.content)
-                    known[node] = self._introduced(node, letter, known, names)
+            for message, node in tuple(asked.items()):  # one by one: none can spoil the others'
+                found = self._pull(message)
+                if found is not None:
+                    del asked[message]
+                if isinstance(found, Letter):
+                    known[node] = self._introduced(node, found, known, names)
+                elif found is not None and found.code not in _AWAY:
+                    known[node] = f"node {node}, which sends no message"
             missing = [name for name in names if name not in known.values()]
             seconds = time.monotonic() - began
             if not missing and (not asked or seconds > LATE_SECONDS):
@@ -215,17 +225,21 @@ class FlowerEngine:
             raise SamfedError(f"node {node}: the SuperLink does not take a message for it")
         return sent
 
-    def _pull(self, message: str) -> Message | None:
-        """Return the answer to a message, if it is there."""
-        found = list(self._grid.pull_messages([message]))
-        return found[0] if found else None
+    def _pull(self, message: str) -> Letter | Error | None:
+        """Return the answer to a message, if it is there, or why it never will be."""
+        try:
+            for found in self._grid.pull_messages([message]):
+                return found.error if found.has_error() else Letter.unpack(found.content)
+        except _UNREADABLE as error:
+            return Error(ErrorCode.UNKNOWN, f"{_NO_MESSAGE} ({first_line(error)})")
+        return None
 
     def _answer(self, task: _Task, limit: float) -> Letter | None:
         """Return the site's answer, or one with an error; None where it had ``limit`` seconds."""
         began, (first, last) = time.monotonic(), _POLL_SECONDS
         while True:
-            message = self._pull(task.message)
-            letter = self._doubt(task) if message is None else self._opened(task, message)
+            found = self._pull(task.message)
+            letter = self._doubt(task) if found is None else self._opened(task, found)
             if letter is not None or time.monotonic() - task.sent > limit:
                 return letter
             time.sleep(min(last, first + (time.monotonic() - began) / 10))
@@ -241,19 +255,20 @@ class FlowerEngine:
             told = self._pull(task.question)
             if told is not None:
                 task.question, task.looked = "", time.monotonic()
-                task.lost = not told.has_error() and not Letter.unpack(told.content).at_work
+                task.lost = isinstance(told, Letter) and not told.at_work
         elif time.monotonic() - task.looked > LOOK_SECONDS:
             question = Letter("busy", about=task.letter.about)
             task.question = self._push(self._nodes[task.name], question.pack())
         return None
 
-    def _opened(self, task: _Task, message: Message) -> Letter | None:
-        """Return what a message says; None where the SuperLink says that the node is away."""
-        if not message.has_error():
-            return Letter.unpack(message.content)
-        error = message.error
-        if error.code not in _AWAY:
-            reason = one_line((error.reason or "no reason given").splitlines()[0])
+    def _opened(self, task: _Task, found: Letter | Error) -> Letter | None:
+        """Return what was found; None where the SuperLink says that the node is away."""
+        if isinstance(found, Letter):
+            return found
+        if found.code not in _AWAY:
+            reason = one_line(((found.reason or "").splitlines() or ["no reason given"])[0])
+            if reason.startswith(_NO_MESSAGE):
+                return _failure(task, reason)
             return _failure(task, f"its ClientApp failed ({reason}); see the SuperNode's log there")
         if self._nodes[task.name] in self._grid.get_node_ids():
             return self._send_again(task)
