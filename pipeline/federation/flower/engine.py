@@ -17,11 +17,10 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from uuid import uuid4
 
+import httpx
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
-from google.protobuf.message import DecodeError
 
 from pipeline.errors import SamfedError, first_line, one_line
 from pipeline.federation.flower.letters import Letter, pack_body
@@ -46,10 +45,6 @@ _AWAY = {
     ErrorCode.NODE_UNAVAILABLE,
 }
 _NOBODY: Mapping[int, str] = MappingProxyType({})
-#: What Flower raises of a reply that its node did not make of a message; none is httpx's.
-_UNREADABLE = (
-    ValueError, LookupError, TypeError, AttributeError, DecodeError, UnexpectedObjectContentError
-)  # fmt: skip
 _NO_MESSAGE = "its reply is no message"
 _LOSSES = 3  # of one request at its node, before the request is taken for the reason
 
@@ -230,7 +225,9 @@ class FlowerEngine:
         try:
             for found in self._grid.pull_messages([message]):
                 return found.error if found.has_error() else Letter.unpack(found.content)
-        except _UNREADABLE as error:
+        except (httpx.HTTPError, OSError):  # no SuperLink
+            raise
+        except Exception as error:  # many kinds: a node may send any bytes
             return Error(ErrorCode.UNKNOWN, f"{_NO_MESSAGE} ({first_line(error)})")
         return None
 
