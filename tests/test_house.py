@@ -92,6 +92,14 @@ def test_no_test_file_imports_another() -> None:
     assert imports == set()
 
 
+def test_no_two_modules_beside_the_package_have_one_name() -> None:
+    """Tests, tools and benchmarks are imported by their bare names, within one process of tests."""
+    names = [path.stem for path in [*OUTSIDE, *(ROOT / "tools").rglob("*.py")]]
+    assert (
+        sorted({name for name in names if names.count(name) > 1} - {"__init__", "conftest"}) == []
+    )
+
+
 def private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name != "_"
 

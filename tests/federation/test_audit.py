@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import answer, call, fails, write_params
-from engines import Watched, changed
+from watched_engines import Watched, changed
 
 from pipeline.config import Config
 from pipeline.errors import SamfedError

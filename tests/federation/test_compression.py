@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Watched, changed, models
 from torch import Tensor
+from watched_engines import Watched, changed, models
 
 from pipeline.config import Config
 from pipeline.federation.client import PrivateState

@@ -6,8 +6,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any, get_args
 
 from conftest import copy_cache
-from engines import Watched, changed
 from torch import Tensor
+from watched_engines import Watched, changed
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition

@@ -14,8 +14,8 @@ import distributed
 import pytest
 from conftest import call, digest, write_params
 from dask_processes import Workers, thread_workers
-from engines import Watched, changed, models
 from forks import Forks
+from watched_engines import Watched, changed, models
 
 from pipeline.cluster import Cluster, check_worker, connect
 from pipeline.config import Config

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engines import Watched, changed
+from watched_engines import Watched, changed
 
 from pipeline.config import Config
 from pipeline.disk import file_sha256

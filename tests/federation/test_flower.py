@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from conftest import LABELLED, call, copy_cache, fails, write_params
-from engines import changed, models
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.proto.fleet_pb2 import PullMessagesResponse
@@ -24,6 +23,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity
 from forks import Forks
+from watched_engines import changed, models
 
 from pipeline.config import Config
 from pipeline.data.partition import ServerPart, load_partition, save_partition

@@ -13,8 +13,8 @@ import pytest
 import torch
 from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 from dp_accounting.rdp import RdpAccountant
-from engines import Watched, changed, models
 from scipy.stats import kstest, norm
+from watched_engines import Watched, changed, models
 
 from pipeline.config import Config, PrivacyConfig
 from pipeline.errors import ConfigError, CorruptStoreError

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import call, write_params
-from engines import Remote, Site, Watched, changed, models
 from forks import Forks
 from torch import Tensor
+from watched_engines import Remote, Site, Watched, changed, models
 
 from pipeline.config import Config
 from pipeline.data.partition import load_partition

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY, answer, copy_cache, digest, fails, listing, tiny_config, write_params
-from engines import NETWORKS, changed, models
+from watched_engines import NETWORKS, changed, models
 
 from pipeline.config import Config
 from pipeline.data.partition import Partition, load_partition, save_partition
