@@ -203,13 +203,16 @@ class PrecomputeConfig(Section):
     # vit_*, global blocks; auto: the fastest for the device (benchmarks/attention.py)
     attention: Literal["auto", "bias", "flex"] = "auto"
     residual: Literal["fp32", "bf16"] = "fp32"  # vit_*: what blocks add to; bf16 must keep masks
-    # flips and turns of an image whose mean is its label: 2, its mirror image; 4, all flips
-    views: Annotated[Literal[1, 2, 4, 8], _TEACHER] = 1
-    probabilities: bool = False  # keep those of every class beside the labels
+    views: Annotated[Literal[1, 2, 4, 8], _TEACHER] = 1  # flips and turns whose mean is the label
+    probabilities: bool | None = None  # keep those of every class; null: where there are several
     readers: Count | None = None  # threads that decode; null = one a core, or a worker's share
     threads: Count | None = None  # torch threads on the CPU; null = all, or a worker's share
     warn_consistency: Fraction = 0.7  # Dice of a flipped image's label below this is a warning
     warn_empty: Fraction = 0.5  # share of empty masks above this is a warning
+
+    def keeps_probabilities(self, num_classes: int) -> bool:
+        """Return whether those of every class are kept beside labels of so many classes."""
+        return num_classes > 1 if self.probabilities is None else self.probabilities
 
 
 class NetworkConfig(Section):
@@ -217,8 +220,7 @@ class NetworkConfig(Section):
 
     decides = _RUN
 
-    # decoder behind the encoder
-    architecture: Architecture = "unet"
+    architecture: Architecture = "unet"  # decoder behind the encoder
     # smp encoder name; tu-<name> is timm's
     encoder: Annotated[str, AfterValidator(encoder_name)] = "tu-mobilenetv3_small_050"
     encoder_depth: Annotated[int, Field(ge=3, le=5)] = 4  # levels; each halves the sides

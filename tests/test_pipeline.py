@@ -8,6 +8,7 @@ import math
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,10 @@ from pipeline.config import Config
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
 from pipeline.errors import ConfigError, DataError, IdentityError, StageError
-from pipeline.federation.inputs import load_inputs
+from pipeline.federation.inputs import load_client, load_inputs
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.server import federate
+from pipeline.federation.targets import sam_distribution
 from pipeline.labelling.precompute import precompute
 from pipeline.labelling.quality import statistics
 from pipeline.results.evaluate import evaluate, final_model, round_table
@@ -38,6 +40,7 @@ from pipeline.results.gallery import load_gallery
 from pipeline.results.report import write_report
 from pipeline.sam.finetune import finetune
 from pipeline.stores.label_store import LabelStore
+from pipeline.stores.optional_arrays import read_levels
 
 
 @pytest.fixture
@@ -259,6 +262,7 @@ def test_two_classes_grey_images_and_a_partition_read_back(
     store = LabelStore(config.cache.root / "sam" / "client_00.zarr")
     assert store.identity.num_classes == 2
     assert store.read().masks.max() <= 2
+    check_probabilities_of_two_classes(config, store)
     report = write_report([RunFolder(config.cache.root / "runs" / "sam_fed")])
     assert report.path.is_file()
     read_back = tiny_config(
@@ -268,6 +272,29 @@ def test_two_classes_grey_images_and_a_partition_read_back(
         partition={"file": str(config.cache.root / "partition.json")},
     )
     assert prepare(read_back).partition == load_partition(config.cache.root / "partition.json")
+
+
+def check_probabilities_of_two_classes(config: Config, store: LabelStore) -> None:
+    """Stage one keeps every class's, rounds read them, and a run without them is another one."""
+    inputs = load_inputs(config)
+    client, *_ = inputs.contexts
+    given = load_client(client)
+    assert np.array_equal(given.probabilities, read_levels(store.path, range(len(store))))
+    distribution = sam_distribution(given, 3)
+    assert torch.equal(distribution.argmax(dim=1), given.masks.long())
+    rest = 1 - distribution.amax(dim=1)
+    assert (rest - 2 * distribution.amin(dim=1)).max() > 0.1, "the other two do not share evenly"
+
+    shuffled = config.model_copy(update={"seed": 1})  # seed 0 leaves these few where they are
+    shuffled = changed(shuffled, "shuffled", method="shuffled")
+    control = load_client(replace(client, config=shuffled))
+    assert not torch.equal(control.masks, given.masks)
+    assert torch.equal(sam_distribution(control, 3).argmax(dim=1), control.masks.long())
+
+    without = {"probabilities": False}
+    plain = config.model_copy(update={"precompute": config.precompute.model_copy(update=without)})
+    assert load_inputs(plain).fingerprint != inputs.fingerprint
+    assert load_client(replace(client, config=plain)).probabilities is None
 
 
 def test_labels_of_an_older_teacher_are_refused(labelled: Config, run: RunFolder) -> None:

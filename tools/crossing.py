@@ -51,6 +51,8 @@ METRICS = {
     "client_offset": "the same of the received model's",
     "sam_empty": "chance that an empty label of SAM's is right, on the server's set",
     "client_empty": "the same of the received model's",
+    "client_consistency": "Dice of the model's labels under other light, on the server's set",
+    "client_kept": "share of its expected Dice that the model keeps, by the same at the site",
     "target_dice_1": "of the targets of class 1, on the server's set; so for each class",
     "model_dice_1": "of the received model alone",
     "target_gain_1": "of the first over the second, shrunk",

@@ -10,16 +10,18 @@ agreement; docs/method.md explains it:
 * SAM's odds of foreground are multiplied by ``(2 - E_s) / E_s``: Dice is highest if foreground is
   what has a chance of E / 2 or more (Lipton et al., ECML 2014). The model's are not, as it would
   learn to say more, and more again in the next round.
+* The model keeps less of what it promises where changes of light and colour move its labels more
+  than at home: E_c is lower there (``Calibration.client_kept``).
 * The target is proportional to ``p_s^t p_c^(1 - t)`` with the trust
-  ``t = 4 E_s^8 / (4 E_s^8 + E_c^8)``. It is sharpened, which moves no boundary, and the image's
-  weight is the square of what it promises then.
+  ``t = 2 O_s^3 / (2 O_s^3 + O_c^3)``, where ``O = E / (1 - E)``. It is sharpened, which moves no
+  boundary, and the image's weight is the square of what it promises then.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -28,9 +30,10 @@ from torch import Tensor
 from pipeline.config import AgreementConfig, Rule
 
 _CLIP = 1 / 512  # probabilities are never taken as certain
-_LEAST_DICE = 0.05  # what a source is expected to reach at least, so that odds stay finite
-_TRUST_POWER = 8
-_SAM_PRIOR = 4.0  # the model's own word is no news to it: SAM's counts for more, all else equal
+_LEAST_DICE, _MOST_DICE = 0.05, 0.98  # what a source is expected to reach, so that odds are finite
+_TRUST_POWER = 3
+_SAM_PRIOR = 2.0  # the model's own word is no news to it: SAM's counts for more, all else equal
+_DOUBT_POWER = 2  # of the model's consistency, in what is believed of it away from home
 # Dice that a model may have over the targets where it was trained, with targets that help elsewhere
 _HOME_ADVANTAGE = 0.1
 # power of a target's odds: calibrated ones are too flat to learn from in few steps
@@ -49,6 +52,8 @@ class Calibration:
     client_offset: float = 0.0
     sam_empty: float = 0.5  # chance that an empty label of SAM's is right
     client_empty: float = 0.5
+    client_consistency: float | None = None  # Dice of the model's labels under other light
+    client_kept: float = 1.0  # share of its expected Dice that the model keeps at a site
     target_dice: tuple[float, ...] = ()  # of the targets, by class, where they were measured
     model_dice: tuple[float, ...] = ()  # of the received model alone
     target_gain: tuple[float, ...] = ()  # of the first over the second, shrunk
@@ -58,6 +63,13 @@ class Calibration:
         """The classes whose targets are so much worse than what the model says by itself."""
         gains = enumerate(self.target_gain, start=1)
         return [number for number, gain in gains if is_harm(gain)]
+
+    def at_site(self, consistency: float) -> Calibration:
+        """Return it for a site at which the model's labels have so much Dice under other light."""
+        if not self.client_consistency:
+            return self
+        kept = min(1.0, consistency / self.client_consistency) ** _DOUBT_POWER
+        return replace(self, client_kept=kept)
 
     def numbers(self) -> dict[str, float]:
         """Return all of it by name, for a client's report."""
@@ -118,6 +130,22 @@ def spread(label: Tensor, probability: Tensor, classes: int) -> Tensor:
     own = probability.clamp(1 / classes + _CLIP, 1)[:, None]
     rest = ((1 - own) / (classes - 1)).expand(-1, classes, -1, -1)
     return rest.scatter(1, label[:, None], own)
+
+
+def from_levels(levels: Tensor, label: Tensor) -> Tensor:
+    """Return distributions (B, K+1, H, W) from stored levels of every class.
+
+    Rounding may have made the label's level that of another class; it stays the most probable one,
+    by half a level at least.
+
+    Args:
+        levels: (B, K+1, H, W) uint8 in 0..255, each rounded by itself. label: (B, H, W) int64.
+    """
+    values, own = levels.float(), label[:, None]
+    others = values.scatter(1, own, 0).amax(dim=1, keepdim=True)
+    values = values.scatter(1, own, torch.maximum(values.gather(1, own), others + 0.5))
+    values = values.clamp(min=255 * _CLIP)
+    return values / values.sum(dim=1, keepdim=True)
 
 
 def tempered(distribution: Tensor, inverse_temperature: float) -> Tensor:
@@ -213,8 +241,9 @@ def _adaptive(sources: Sources, config: AgreementConfig, fitted: Calibration) ->
     sam, e_sam = _sam_side(sources.sam, fitted)
     client = tempered(sources.client, fitted.client_inverse_temperature)
     e_client = expected_dice(client, fitted.client_empty) + fitted.client_offset
-    for_sam = _SAM_PRIOR * e_sam**_TRUST_POWER
-    trust = for_sam / (for_sam + e_client.clamp(_LEAST_DICE, 1) ** _TRUST_POWER)
+    e_client = (e_client * fitted.client_kept).clamp(_LEAST_DICE, _MOST_DICE)
+    lead = _TRUST_POWER * (e_sam.logit() - e_client.logit())
+    trust = torch.sigmoid(math.log(_SAM_PRIOR) + lead)
     t = trust[:, None, None, None]
     logs = t * sam.clamp(min=_CLIP).log() + (1 - t) * client.clamp(min=_CLIP).log()
     target = logs.softmax(dim=1)
@@ -237,7 +266,7 @@ def _sam_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor
     """Return SAM's distributions, calibrated and raised for Dice, and its E (B,)."""
     sam = sam_calibrated(distribution, fitted)
     dice = expected_dice(sam, fitted.sam_empty) + fitted.sam_offset
-    dice = dice.clamp(_LEAST_DICE, 1)
+    dice = dice.clamp(_LEAST_DICE, _MOST_DICE)
     return foreground_raised(sam, (2 - dice) / dice), dice
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.federation.agreement import Calibration, agree
-from pipeline.federation.targets import agreement_rule, sources_of
+from pipeline.federation.targets import agreement_rule, calibration_at_site, sources_of
 from pipeline.federation.views import ClientData, PublicSet
 from pipeline.segmentation.networks import predict_masks
 from pipeline.stores.plain_data import load, save
@@ -73,6 +73,8 @@ def client_examples(
     shown = replace(client.first(_CLIENT_EXAMPLES), truth=None)
     if shown.confidences is None:
         shown = replace(shown, truth=shown.masks, masks=None)
+    if shown.masks is not None:
+        calibration = calibration_at_site(model, client.images, calibration, config)
     return _examples(model, shown, calibration, config)
 
 

@@ -28,11 +28,12 @@ from pipeline.federation.views import ClientData, PublicSet, as_tensor
 from pipeline.methods import METHODS
 from pipeline.stores.image_store import ImageSet, read_image_store
 from pipeline.stores.label_store import Identity, LabelStore, RowKey, read_labels
+from pipeline.stores.optional_arrays import read_levels
 from pipeline.stores.teacher_card import CARD_FILE, load_card
 
 #: Raised whenever the same settings and data would give other models: a run of another version
 #: cannot be continued. ``tests/federation/test_golden_run.py`` guards it.
-RESULT_VERSION = 5
+RESULT_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,16 @@ class ClientContext:
 
     def data(self, owner: str, store: str, rows: Sequence[RowKey]) -> ClientData:
         """Read an owner's images, with the truth where the store has it and SAM's labels if any."""
-        stored, masks, confidences = self.images(store, [row.image_id for row in rows]), None, None
+        stored = self.images(store, [row.image_id for row in rows])
+        masks = confidences = probabilities = None
         if self.identity is not None:
             path = self.config.cache.root / "sam" / f"{owner}.zarr"
             labels = read_labels(path, rows=rows, identity=self.identity)
             masks, confidences = map(torch.from_numpy, (labels.masks, labels.confidences))
+            if reads_probabilities(self.config):
+                probabilities = torch.from_numpy(read_levels(path, range(len(rows))))
         truth = None if stored.labels is None else torch.from_numpy(stored.labels)
-        return ClientData(owner, as_tensor(stored), masks, confidences, truth)
+        return ClientData(owner, as_tensor(stored), masks, confidences, probabilities, truth)
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,15 @@ def load_inputs(config: Config) -> RunInputs:
     return RunInputs(load_public(contexts[0]), rows.sha256, contexts, digest, fingerprint)
 
 
+def reads_probabilities(config: Config) -> bool:
+    """Return whether rounds read SAM's probabilities of every class.
+
+    Of one class the label's confidence says the same.
+    """
+    classes = config.data.num_classes
+    return classes > 1 and config.precompute.keeps_probabilities(classes)
+
+
 def load_public(context: ClientContext) -> PublicSet:
     """Read D_p, with SAM's labels of its calibration part where labels are asked for."""
     rows = context.public
@@ -183,11 +196,10 @@ def load_client(context: ClientContext) -> ClientData:
         data = replace(data, truth=_labels(context.images(f"oracle/{name}", ids, stage=stage)))
     if traits.needs_truth:
         return replace(data, masks=data.truth, truth=None)
-    if traits.shuffles_labels and data.masks is not None and data.confidences is not None:
-        # the control: real labels, of the wrong images
+    if traits.shuffles_labels:  # the control: real labels, of the wrong images
         rng = Streams.of_client(context.config.seed, context.index, 0).rng("shuffled labels")
         rows = torch.from_numpy(rng.permutation(len(data.images)))
-        return replace(data, masks=data.masks[rows], confidences=data.confidences[rows])
+        return replace(data.part(rows), images=data.images, truth=data.truth)
     return data
 
 
@@ -227,4 +239,6 @@ def _fingerprint(config: Config, partition: str, identity: Identity | None) -> s
     chosen["partition"] = partition
     chosen["labels"] = identity.digest if identity is not None else None
     chosen["version"] = RESULT_VERSION
+    if identity is not None and reads_probabilities(config):
+        chosen["class_probabilities"] = True
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()

@@ -34,8 +34,8 @@ def at_site(told: ClientContext, own: Config) -> ClientContext:
     """Return the client's context as it holds at its site.
 
     What decides the result is the server's; where files lie and what computes is the site's:
-    ``cache``, ``data.root``, ``sam``, ``precompute``, ``federate.device`` and
-    ``model.encoder_weights``.
+    ``cache``, ``data.root``, ``sam``, ``precompute`` but for ``probabilities``,
+    ``federate.device`` and ``model.encoder_weights``.
 
     Args:
         told: the context that the server made. own: the site's settings.
@@ -56,12 +56,13 @@ def at_site(told: ClientContext, own: Config) -> ClientContext:
     _check_public(told, manifest, cache)
     _check_labels(told, cache)
     server = told.config
+    asked = server.precompute.keeps_probabilities(server.data.num_classes)  # rounds read them
     config = server.model_copy(
         update={
             "data": server.data.model_copy(update={"root": own.data.root}),
             "cache": own.cache,
             "sam": own.sam,
-            "precompute": own.precompute,
+            "precompute": own.precompute.model_copy(update={"probabilities": asked}),
             "model": _with_own_weights(told, own),
             "federate": server.federate.model_copy(update={"device": own.federate.device}),
         }

@@ -21,6 +21,7 @@ Purpose = Literal[
     "fusion rows",  # images of that copy in each batch
     "fusion dropout",
     "shuffled labels",  # of the control method
+    "consistency views",  # on which a model's labels should not change
 ]
 _KEYS = {purpose: key for key, purpose in enumerate(get_args(Purpose))}
 

@@ -18,14 +18,18 @@ from pipeline.federation.agreement import (
     Sources,
     agree,
     count_agreement,
+    foreground_dice,
+    from_levels,
     spread,
 )
 from pipeline.federation.calibration import calibrate
-from pipeline.federation.views import ClientData, PublicSet, Views
+from pipeline.federation.streams import Streams
+from pipeline.federation.views import ClientData, PublicSet, Views, strong_copies
 from pipeline.methods import METHODS, Target
-from pipeline.segmentation.networks import normalise, predict_probabilities
+from pipeline.segmentation.networks import normalise, predict_masks, predict_probabilities
 
 _BATCH = 32  # images that are labelled at a time
+_ASKED = 64  # images that tell how consistent a model is
 _RULES_OF_SAM: Mapping[Target, Rule] = {"sam": "sam_only", "sam_soft": "sam_soft"}
 
 
@@ -78,8 +82,10 @@ def sources_of(model: nn.Module, data: ClientData) -> Sources:
 
 def sam_distribution(data: ClientData, classes: int) -> Tensor:
     """Return SAM's distributions (N, K+1, S, S) float32, from what the label store has."""
-    masks, confidences = _given(data.masks), _given(data.confidences)
-    return spread(masks.long(), confidences.float() / 255, classes)
+    label = _given(data.masks).long()
+    if data.probabilities is not None:
+        return from_levels(data.probabilities, label)
+    return spread(label, _given(data.confidences).float() / 255, classes)
 
 
 def measure_calibration(model: nn.Module, public: PublicSet, config: Config) -> Calibration:
@@ -94,12 +100,51 @@ def measure_calibration(model: nn.Module, public: PublicSet, config: Config) -> 
         return Calibration()
     truth = _given(public.calibration.truth).long()
     sources = sources_of(model, public.calibration)
-    return calibrate(sources, truth, groups=public.groups, config=rule)
+    found = calibrate(sources, truth, groups=public.groups, config=rule)
+    if rule.rule != "adaptive":
+        return found
+    own = measure_consistency(model, public.calibration.images, config)
+    return replace(found, client_consistency=own)
+
+
+def calibration_at_site(
+    model: nn.Module, images: Tensor, calibration: Calibration, config: Config
+) -> Calibration:
+    """Return what holds of ``calibration``, measured on D_p, for a site with such images.
+
+    Args:
+        images: (N, 3, S, S) uint8, of which up to 64 are asked about.
+    """
+    if calibration.client_consistency is None:
+        return calibration
+    return calibration.at_site(measure_consistency(model, images, config))
+
+
+def measure_consistency(model: nn.Module, images: Tensor, config: Config) -> float:
+    """Return the mean Dice, 0..1, of a model's labels of images with those of strong views.
+
+    The views differ from the images in light, colour, blur and noise. Their random changes are the
+    same in every round and for every owner, so that values can be compared.
+
+    Args:
+        images: (N, 3, S, S) uint8, of which up to 64 are taken, evenly.
+    """
+    some = images[:: -(-len(images) // _ASKED)]
+    rng = Streams(config.seed).rng("consistency views")
+    found = []
+    for part in some.split(_BATCH):
+        changed = strong_copies(part, rng, config.augment)
+        label, other = (predict_masks(model, each) for each in (part, changed))
+        found.append(foreground_dice(label, other))
+    return float(torch.cat(found).mean())
 
 
 def _label_by_agreement(learner: Learner, client: ClientData, rows: Tensor) -> ClientData:
     """Fix the targets for the round: SAM's labels against the received model's predictions."""
     rule = agreement_rule(learner.config)
+    learner.calibration = calibration_at_site(
+        learner.model, client.images[rows], learner.calibration, learner.config
+    )
     shape = (len(client.images), *client.images.shape[2:])
     classes = learner.config.data.num_classes
     target = torch.zeros((shape[0], classes, *shape[1:]), dtype=torch.uint8)

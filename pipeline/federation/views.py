@@ -29,8 +29,9 @@ from pipeline.stores.image_store import ImageSet
 class ClientData:
     """Images (N, 3, S, S) uint8 of one owner and what labels them, (N, S, S) uint8.
 
-    ``masks`` and ``confidences`` come from the label store (SAM methods); for ``oracle`` the masks
-    are the truth. Both are None where the method uses neither. ``target`` and ``weight`` are what a
+    ``masks``, ``confidences`` and, of several classes where the settings ask for them,
+    ``probabilities`` come from the label store (SAM methods); for ``oracle`` the masks are the
+    truth. All are None where the method uses neither. ``target`` and ``weight`` are what a
     round makes of them (``targets.TargetRule.prepare``). A client's ``truth`` is there for an audit
     alone: it scores pseudo-labels and never trains anything.
     """
@@ -39,6 +40,7 @@ class ClientData:
     images: Tensor
     masks: Tensor | None = None
     confidences: Tensor | None = None
+    probabilities: Tensor | None = None  # (N, K+1, S, S) uint8, of every class in 0..255
     truth: Tensor | None = None
     target: Tensor | None = None  # (N, K, S, S) uint8, 255 times the foreground's probabilities
     weight: Tensor | None = None  # (N, S, S) uint8, 255 times the pixels' weights
@@ -142,6 +144,16 @@ class _View:
     def labels(self, values: Tensor) -> Tensor:
         """Return what belongs to the images (B, S, S) under the same geometry."""
         return warp_labels(values.to(self.sampling.device), self.grid)
+
+
+def strong_copies(images: Tensor, rng: np.random.Generator, settings: AugmentConfig) -> Tensor:
+    """Return images with strongly changed light and colour; geometry stays.
+
+    Args and result: (B, 3, S, S) uint8 on the CPU.
+    """
+    limits = STRONG.times(settings.intensity)
+    changed = change_appearance(images.float() / 255, limits, rng, grey=is_grey(images))
+    return (changed * 255).round().to(torch.uint8)
 
 
 def labelled_batch(public: PublicSet, sampling: Sampling) -> tuple[Tensor, Tensor]:

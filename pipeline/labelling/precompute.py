@@ -149,7 +149,7 @@ class _Stores:
             job.identity,
             job.rows(owner),
             archive=cache / "archive" / owner,
-            probabilities=job.config.precompute.probabilities,
+            probabilities=job.config.precompute.keeps_probabilities(job.config.data.num_classes),
         )
         if notice:
             log.warning(notice)

@@ -155,7 +155,8 @@ class OnnxTeacher:
 
     def tune(self, run: PrecomputeConfig) -> OnnxTeacher:
         """Run as many views, and keep what these settings ask for; return the teacher."""
-        self.views, self.keeps_probabilities = run.views, run.probabilities
+        self.views = run.views
+        self.keeps_probabilities = run.keeps_probabilities(self.card.num_classes)
         return self
 
     def provenance(self) -> dict[str, str]:

@@ -204,7 +204,7 @@ class Teacher:
         self.sam.image_encoder = tune(self.sam.image_encoder, run, self.device)
         self.tuning = tuning(run)
         self.views = run.views if self.prompter is None else 1
-        self.keeps_probabilities = run.probabilities
+        self.keeps_probabilities = run.keeps_probabilities(self.card.num_classes)
         return self
 
     def provenance(self) -> dict[str, str]:

@@ -40,6 +40,13 @@ def read_probabilities(path: Path, rows: range) -> NDArray[np.float32]:
     """Read the probabilities of every class in some rows: (n, K+1, S, S) float32, 0..1.
 
     They are stored in steps of 1/255, each rounded by itself: a pixel's may miss one by (K+1)/510.
+    Errors as ``read_levels``'s.
+    """
+    return read_levels(path, rows).astype(np.float32) / np.float32(255)
+
+
+def read_levels(path: Path, rows: range) -> Bytes:
+    """Read them as they are stored: (n, K+1, S, S) uint8, 255 for a probability of 1.
 
     Raises:
         StageError: the store has none, or a row is not done. CorruptStoreError: a row is missing or
@@ -53,4 +60,4 @@ def read_probabilities(path: Path, rows: range) -> NDArray[np.float32]:
             "precompute.probabilities=true"
         )
     levels: Bytes = store.read_arrays([PROBABILITIES], rows)[PROBABILITIES]
-    return levels.astype(np.float32) / np.float32(255)
+    return levels

@@ -18,6 +18,7 @@ from pipeline.federation.agreement import (
     expected_dice,
     foreground_dice,
     foreground_raised,
+    from_levels,
     shares_of,
     spread,
     tempered,
@@ -63,7 +64,7 @@ def dice_of(foreground: list[float]) -> float:
 
 def pooled_by_hand(sam: list[float], e_sam: float, client: list[float], e_client: float) -> float:
     """Return the trust, and write the pooled chances into ``sam``."""
-    trust = 4 * e_sam**8 / (4 * e_sam**8 + e_client**8)
+    trust = 2 * odds(e_sam) ** 3 / (2 * odds(e_sam) ** 3 + odds(e_client) ** 3)
     raised = [(2 - e_sam) / e_sam * odds(p) for p in sam]
     for i, (mine, theirs) in enumerate(zip(raised, client, strict=True)):
         both = mine**trust * odds(theirs) ** (1 - trust)
@@ -106,6 +107,22 @@ def test_what_was_calibrated_counts() -> None:
     client = [each / (1 + each) for each in client]
     pooled_by_hand(sam, dice_of(sam) - 0.1, client, dice_of(client))
     assert foreground_of(result) == pytest.approx(sharp(sam), abs=1e-4)
+
+
+def test_what_the_model_does_not_keep_away_from_home_counts_less() -> None:
+    """Its labels have two thirds of the Dice under other light that they have at home."""
+    home = Calibration(client_consistency=0.9)
+    away = home.at_site(0.6)
+    assert away.client_kept == pytest.approx(4 / 9)
+    result = agree(SOURCES, config=AgreementConfig(), calibration=away)
+    expected = [0.9, 0.8, 0.4, 0.05]
+    trust = pooled_by_hand(expected, 3.4 / 4.15, [0.7, 0.4, 0.9, 0.2], 4 / 9 * 3.2 / 4.2)
+    assert trust > 0.98
+    assert foreground_of(result) == pytest.approx(sharp(expected), abs=1e-4)
+    assert result.label.flatten().tolist() == [1, 1, 0, 0], "SAM wins the conflict"
+    assert home.at_site(0.95) == home, "to waver less than at home is no merit"
+    unknown = Calibration()
+    assert unknown.at_site(0.1) == unknown
 
 
 def test_sam_alone_is_calibrated_and_raised_too() -> None:
@@ -207,6 +224,19 @@ def test_more_classes() -> None:
     result = agree(Sources(sam, client), config=AgreementConfig())
     assert result.label.flatten().tolist() == [2, 2, 1]
     assert torch.allclose(result.target.sum(dim=1), torch.ones(1, 1, 3))
+
+
+def test_stored_levels_of_every_class_keep_the_label_on_top() -> None:
+    """The first pixel as stored; the second a tie by rounding; the third a class that is sure."""
+    levels = torch.tensor([[200, 100, 0], [40, 100, 0], [15, 55, 255]], dtype=torch.uint8)
+    label = torch.tensor([[[0, 1, 2]]])
+    found = from_levels(levels[None, :, None], label)
+    assert found.argmax(dim=1).equal(label)
+    assert torch.allclose(found.sum(dim=1), torch.ones(1, 1, 3))
+    assert found[0, :, 0, 0].tolist() == pytest.approx([200 / 255, 40 / 255, 15 / 255])
+    least = 255 / 512  # nothing is taken as certain
+    expected = [least / (255 + 2 * least), least / (255 + 2 * least), 255 / (255 + 2 * least)]
+    assert found[0, :, 0, 2].tolist() == pytest.approx(expected)
 
 
 # --------------------------------------------------------------------------- classes not used

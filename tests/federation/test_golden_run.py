@@ -26,26 +26,26 @@ ADVICE = (
     "the same settings and data give another result now: raise RESULT_VERSION in "
     "pipeline/federation/inputs.py, so that no earlier run goes on with it, and pin these numbers"
 )
-VERSION = 5  # with which the numbers below were made
+VERSION = 6  # with which the numbers below were made
 #: By kind of networks: of the last round, the means over clients, and the norm of all weights.
 GOLDEN: dict[str, dict[str, float]] = {
     "equal": {
-        "loss": 2.2042,
-        "loss_agree": 1.2261,
-        "agreement": 0.4042,
+        "loss": 2.2004,
+        "loss_agree": 1.2238,
+        "agreement": 0.4033,
         "coverage": 1.0,
         "drift": 0.00267,
         "sam_bias": -0.4,
-        "norm": 170.151,
+        "norm": 170.135,
     },
     "own": {
-        "loss": 2.0554,
-        "loss_agree": 1.1405,
-        "agreement": 0.4756,
+        "loss": 2.0512,
+        "loss_agree": 1.1330,
+        "agreement": 0.4749,
         "coverage": 1.0,
-        "drift": 0.00270,
+        "drift": 0.00269,
         "sam_bias": -0.4,
-        "norm": 266.285,
+        "norm": 266.360,
     },
 }
 

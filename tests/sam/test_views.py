@@ -189,7 +189,7 @@ def test_what_labels_of_views_hold() -> None:
         assert labels.view_agreement[row] == pytest.approx(np.mean(dice), abs=1e-6)
         flat = [(mask[row] > 0).astype(np.uint8) for mask in back[:2]]
         assert labels.flip_dice[row] == pytest.approx(dice_score(*flat, num_classes=1), abs=1e-6)
-    plain = one.label(images, 16)
+    plain = teacher(probabilities=False).label(images, 16)
     assert (plain.view_agreement, plain.flip_dice, plain.probabilities) == (None, None, None)
 
 

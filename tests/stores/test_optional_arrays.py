@@ -105,7 +105,7 @@ def test_a_store_has_the_arrays_that_were_asked_for(
             assert np.array_equal(value, getattr(expected, name)[64:])
         else:
             assert value is None
-    assert store.read().probabilities is None  # stage two reads three arrays alone
+    assert store.read().probabilities is None  # only where they are asked for
     agreement = read_view_agreement(path)
     assert agreement.dtype == np.float32
     assert len(agreement) == COUNT
