@@ -14,7 +14,8 @@ agreement; docs/method.md explains it:
   than at home: E_c is lower there (``Calibration.client_kept``).
 * The target is proportional to ``p_s^t p_c^(1 - t)`` with the trust
   ``t = 2 O_s^3 / (2 O_s^3 + O_c^3)``, where ``O = E / (1 - E)``. It is sharpened, which moves no
-  boundary, and the image's weight is the square of what it promises then.
+  boundary, and the image's weight is the square of what it promises then, times
+  ``1/4 + 3/4 t``: the model's own word alone counts a quarter.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _CLIP = 1 / 512  # probabilities are never taken as certain
 _LEAST_DICE, _MOST_DICE = 0.05, 0.98  # what a source is expected to reach, so that odds are finite
 _TRUST_POWER = 3
 _SAM_PRIOR = 2.0  # the model's own word is no news to it: SAM's counts for more, all else equal
+# weight of a target that is the model's own word, which holds on to what the model was
+_OWN_WEIGHT = 0.25
 _DOUBT_POWER = 2  # of the model's consistency, in what is believed of it away from home
 # Dice that a model may have over the targets where it was trained, with targets that help elsewhere
 _HOME_ADVANTAGE = 0.1
@@ -248,7 +251,9 @@ def _adaptive(sources: Sources, config: AgreementConfig, fitted: Calibration) ->
     logs = t * sam.clamp(min=_CLIP).log() + (1 - t) * client.clamp(min=_CLIP).log()
     target = logs.softmax(dim=1)
     empty = trust * fitted.sam_empty + (1 - trust) * fitted.client_empty
-    return _unless_unused(_weighted(target, empty), fitted)
+    made = _weighted(target, empty)
+    news = _OWN_WEIGHT + (1 - _OWN_WEIGHT) * trust
+    return _unless_unused(made._replace(weight=made.weight * news[:, None, None]), fitted)
 
 
 def _sam_soft(sources: Sources, config: AgreementConfig, fitted: Calibration) -> PseudoLabel:

@@ -80,14 +80,15 @@ def test_soft_agreement_by_hand() -> None:
     assert 0.8 < trust < 0.9
     assert foreground_of(result) == pytest.approx(sharp(expected), abs=1e-4)
     assert result.label.flatten().tolist() == [1, 1, 1, 0]
-    assert result.weight.flatten().tolist() == pytest.approx([dice_of(sharp(expected)) ** 2] * 4)
+    weight = dice_of(sharp(expected)) ** 2 * (1 / 4 + 3 / 4 * trust)
+    assert result.weight.flatten().tolist() == pytest.approx([weight] * 4)
     assert shares_of(count_agreement(SOURCES, result)) == pytest.approx(
         {
             "agreement": 0.5,
             "coverage": 1.0,
             "from_sam": 0.25,
             "from_client": 0.25,
-            "weight": dice_of(sharp(expected)) ** 2,
+            "weight": weight,
         }
     )
 
@@ -201,6 +202,15 @@ def test_an_image_that_neither_source_is_sure_of_counts_less() -> None:
         return float(agree(Sources(sides, sides), config=AgreementConfig()).weight.mean())
 
     assert weight(0.8) < 0.9 * weight(0.9) < 0.9 * weight(0.99)
+
+
+def test_the_models_own_word_alone_counts_a_quarter() -> None:
+    nothing = two_classes(torch.full((1, 8, 8), 0.01))
+    never = Calibration(sam_empty=0.05)  # SAM's empty labels were wrong
+    both = Sources(nothing, surely(square(), 0.99))
+    result = agree(both, config=AgreementConfig(), calibration=never)
+    assert torch.equal(result.label, square())
+    assert bool(((result.weight > 0.24) & (result.weight < 0.26)).all())
 
 
 def test_where_sam_sees_nothing_the_clients_object_stands() -> None:
