@@ -296,6 +296,13 @@ def check_probabilities_of_two_classes(config: Config, store: LabelStore) -> Non
     assert load_inputs(plain).fingerprint != inputs.fingerprint
     assert load_client(replace(client, config=plain)).probabilities is None
 
+    for other, reads in (("sam_only", False), ("sam_soft", True)):
+        asked = changed(config, other, method=other)
+        assert (load_client(replace(client, config=asked)).probabilities is not None) == reads
+    bare = changed(plain, "sam_only", method="sam_only")
+    only = changed(config, "sam_only", method="sam_only")
+    assert load_inputs(bare).fingerprint == load_inputs(only).fingerprint
+
 
 def test_labels_of_an_older_teacher_are_refused(labelled: Config, run: RunFolder) -> None:
     other = labelled.model_copy(update={"sam": labelled.sam.model_copy(update={"lora_rank": 3})})

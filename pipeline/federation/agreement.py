@@ -315,3 +315,5 @@ RULES: Mapping[Rule, AgreementRule] = {
         both.client_label, (both.client.amax(dim=1) >= config.threshold).float()
     ),
 }
+#: Those that ask of SAM its labels at most, and not how probable other classes are.
+LABEL_RULES: frozenset[Rule] = frozenset({"consensus", "sam_only", "client_only"})

@@ -19,7 +19,12 @@ Entry = dict[str, Any]
 
 
 def quality_warnings(config: Config, entries: Sequence[ClientEntry]) -> list[str]:
-    """Name the clients on whose mirrored images SAM contradicted itself in stage one."""
+    """Name the clients on whose mirrored images SAM contradicted itself in stage one.
+
+    Nobody is named where SAM was trained without mirrored images.
+    """
+    if config.augment.flips == "none":
+        return []
     limit = config.precompute.warn_consistency
     return [
         f"{entry.name}: SAM is inconsistent, its labels of mirrored images have Dice "

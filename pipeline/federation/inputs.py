@@ -23,7 +23,9 @@ from pipeline.data.partition import PARTITION_FILE, ClientPart, Partition, load_
 from pipeline.deciding import deciding_settings
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, SamfedError, StageError
+from pipeline.federation.agreement import LABEL_RULES
 from pipeline.federation.streams import Streams
+from pipeline.federation.targets import agreement_rule
 from pipeline.federation.views import ClientData, PublicSet, as_tensor
 from pipeline.methods import METHODS
 from pipeline.stores.image_store import ImageSet, read_image_store
@@ -163,10 +165,11 @@ def load_inputs(config: Config) -> RunInputs:
 def reads_probabilities(config: Config) -> bool:
     """Return whether rounds read SAM's probabilities of every class.
 
-    Of one class the label's confidence says the same.
+    Of one class the label's confidence says the same, and a rule may ask for labels alone.
     """
     classes = config.data.num_classes
-    return classes > 1 and config.precompute.keeps_probabilities(classes)
+    kept = classes > 1 and config.precompute.keeps_probabilities(classes)
+    return kept and agreement_rule(config).rule not in LABEL_RULES
 
 
 def load_public(context: ClientContext) -> PublicSet:

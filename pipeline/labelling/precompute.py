@@ -192,6 +192,6 @@ class _Stores:
             found = statistics(store.quality())
             if found is not None:
                 self.result.statistics[owner] = found
-                self.result.warnings += quality_warnings(owner, found, self._job.config.precompute)
+                self.result.warnings += quality_warnings(owner, found, self._job.config)
         for line in self.result.warnings:
             log.warning(line)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import PrecomputeConfig
+from pipeline.config import Config
 from pipeline.segmentation.metrics import dice_score
 from pipeline.stores.arrays import Bytes
 from pipeline.stores.label_store import RowKey, RowQuality
@@ -90,19 +90,23 @@ def _mean(values: Any) -> float | None:
     return float(np.mean(values, dtype=np.float64)) if len(values) else None
 
 
-def quality_warnings(owner: str, statistics: Statistics, config: PrecomputeConfig) -> list[str]:
-    """Return one line for each reason to look at SAM's labels of ``owner`` before using them."""
-    lines, dice = [], statistics["flip_dice"]
-    if dice is not None and dice < config.warn_consistency:
+def quality_warnings(owner: str, statistics: Statistics, config: Config) -> list[str]:
+    """Return one line for each reason to look at SAM's labels of ``owner`` before using them.
+
+    Mirror images say nothing against a teacher that was trained without any (``augment.flips``).
+    """
+    lines, dice, limits = [], statistics["flip_dice"], config.precompute
+    mirrored = config.augment.flips != "none"
+    if mirrored and dice is not None and dice < limits.warn_consistency:
         lines.append(
             f"{owner}: SAM contradicts itself: the labels of {statistics['flips']} mirrored images "
             f"match its own with Dice {dice:.2f}, below precompute.warn_consistency "
-            f"{config.warn_consistency:g}; look at them before you trust them"
+            f"{limits.warn_consistency:g}; look at them before you trust them"
         )
-    if statistics["empty"] > config.warn_empty:
+    if statistics["empty"] > limits.warn_empty:
         lines.append(
             f"{owner}: SAM finds nothing in {statistics['empty']:.0%} of {statistics['images']} "
-            f"images, above precompute.warn_empty {config.warn_empty:g}; look at them before you "
+            f"images, above precompute.warn_empty {limits.warn_empty:g}; look at them before you "
             "trust its labels"
         )
     return lines

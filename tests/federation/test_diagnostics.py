@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config
+from pipeline.config import AugmentConfig, Config
 from pipeline.federation.diagnostics import (
     client_warnings,
     first_told,
@@ -111,6 +111,8 @@ def test_inconsistent_sam_names_the_client() -> None:
     assert quality_warnings(settings(), entries) == [
         "a: SAM is inconsistent, its labels of mirrored images have Dice 0.60, below 0.70"
     ]
+    upright = settings().model_copy(update={"augment": AugmentConfig(flips="none")})
+    assert quality_warnings(upright, entries) == []
 
 
 def test_what_is_not_finite_becomes_null() -> None:

@@ -11,7 +11,7 @@ from conftest import tiny_config
 from numpy.typing import NDArray
 from teachers import FakeTeacher, content, run, write_noise
 
-from pipeline.config import Config, PrecomputeConfig
+from pipeline.config import AugmentConfig, Config, PrecomputeConfig
 from pipeline.data.images import read_image
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
@@ -88,7 +88,8 @@ def test_no_foreground_anywhere_and_nothing_mirrored() -> None:
     assert (found["foreground_confidence"], found["flip_dice"]) == (None, None)
     assert (found["empty"], found["area"], found["flips"]) == (1, 0, 0)
     assert statistics_table({"a": found}).split()[-1] == "-"
-    assert quality_warnings("a", found, PrecomputeConfig(warn_consistency=1, warn_empty=1)) == []
+    strict = Config(precompute=PrecomputeConfig(warn_consistency=1, warn_empty=1))
+    assert quality_warnings("a", found, strict) == []
 
 
 def test_a_row_that_was_never_measured() -> None:
@@ -106,7 +107,7 @@ def test_the_sample_is_the_images_own() -> None:
 
 
 def test_warnings_name_the_client() -> None:
-    config = PrecomputeConfig()
+    config = Config()
     assert quality_warnings("site_b", FAIR, config) == []  # on the limit is not below it
     assert quality_warnings("site_b", FAIR | {"flip_dice": 0.52, "empty": 0.6}, config) == [
         "site_b: SAM contradicts itself: the labels of 16 mirrored images match its own with Dice "
@@ -114,6 +115,13 @@ def test_warnings_name_the_client() -> None:
         "site_b: SAM finds nothing in 60% of 40 images, above precompute.warn_empty 0.5; look at "
         "them before you trust its labels",
     ]
+
+
+def test_mirror_images_say_nothing_of_a_teacher_that_never_saw_any() -> None:
+    poor = FAIR | {"flip_dice": 0.52}
+    for flips, count in (("none", 0), ("horizontal", 1), ("both", 1)):
+        config = Config(augment=AugmentConfig(flips=flips))
+        assert len(quality_warnings("site_b", poor, config)) == count
 
 
 def test_the_table() -> None:
