@@ -12,11 +12,14 @@ from types import MappingProxyType
 from typing import Literal
 
 Method = Literal[
-    "start", "supervised", "fedavg_ssl", "semifl", "fedmd", "rc_rf", "sam_only", "sam_soft",
-    "sam_fed", "shuffled", "oracle",
+    "start", "supervised", "adabn", "fedavg_ssl", "semifl", "fed_mean_teacher", "fedmd", "rc_rf",
+    "sam_only", "sam_soft", "sam_fed", "shuffled", "oracle",
 ]  # fmt: skip
 
-Target = Literal["none", "client", "received", "sam", "sam_soft", "agreement", "truth"]
+Target = Literal[
+    "none", "nothing", "client", "received", "mean_teacher", "sam", "sam_soft", "agreement",
+    "truth",
+]  # fmt: skip
 Exchange = Literal["none", "mean", "condensation"]
 Networks = Literal["equal", "own", "any"]
 
@@ -25,8 +28,10 @@ Networks = Literal["equal", "own", "any"]
 class MethodTraits:
     """What a method does, beside what all methods do alike."""
 
-    target: Target  # of the unlabelled term: nothing, the client's own label at each step, the
-    # received model's fixed for the round, SAM's, the agreement of SAM and client, or the truth
+    # of the unlabelled term: none without one, nothing of images that only batch norm sees, the
+    # client's own label at each step, the received model's fixed for the round, what the mean of
+    # the client's last weights says, SAM's, the agreement of SAM and client, or the truth
+    target: Target
     networks: Networks = "any"  # the clients it is for: with one network, with their own, or both
     exchange: Exchange = "none"  # between own networks: nothing, mean logits (FedMD), RC and RF
     shuffles_labels: bool = False  # the control: SAM's labels of the wrong images
@@ -55,8 +60,10 @@ METHODS: Mapping[Method, MethodTraits] = MappingProxyType(
     {
         "start": MethodTraits("none", trains=False),
         "supervised": MethodTraits("none"),
+        "adabn": MethodTraits("nothing"),
         "fedavg_ssl": MethodTraits("client", networks="equal"),
         "semifl": MethodTraits("received", networks="equal", tunes_at_server=True),
+        "fed_mean_teacher": MethodTraits("mean_teacher", networks="equal"),
         "fedmd": MethodTraits("client", networks="own", exchange="mean"),
         "rc_rf": MethodTraits("client", networks="own", exchange="condensation"),
         "sam_only": MethodTraits("sam"),

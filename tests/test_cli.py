@@ -513,8 +513,8 @@ def test_resume_and_restart(project: Project) -> None:
 
 def test_an_unknown_method_of_the_demo(tmp_path: Path) -> None:
     assert fails(2, "demo", "--out", tmp_path / "demo", "--method", "magic") == (
-        "--method magic: no such method; expected one of start, supervised, fedavg_ssl, semifl, "
-        "fedmd, rc_rf, sam_only, sam_soft, sam_fed, shuffled, oracle"
+        "--method magic: no such method; expected one of start, supervised, adabn, fedavg_ssl, "
+        "semifl, fed_mean_teacher, fedmd, rc_rf, sam_only, sam_soft, sam_fed, shuffled, oracle"
     )
     text = fails(2, "demo", "--out", tmp_path / "demo", "--method", "rc_rf")
     assert "rc_rf is for clients with networks of their own; list them in model.clients" in text

@@ -79,8 +79,12 @@ def test_another_seed_gives_another_model(labelled: Config, run: RunFolder) -> N
 
 
 @pytest.mark.parametrize(
-    "method", ["supervised", "fedavg_ssl", "semifl", "sam_only", "sam_soft", "shuffled", "oracle"]
-)
+    "method",
+    [
+        "supervised", "adabn", "fedavg_ssl", "semifl", "fed_mean_teacher", "sam_only", "sam_soft",
+        "shuffled", "oracle",
+    ],
+)  # fmt: skip
 def test_every_method_runs(
     shared_pipeline: Config, labelled: Config, run: RunFolder, method: str
 ) -> None:

@@ -12,6 +12,7 @@ agreement; docs/method.md explains it:
   learn to say more, and more again in the next round.
 * The model keeps less of what it promises where changes of light and colour move its labels more
   than at home: E_c is lower there (``Calibration.client_kept``).
+* At a site where the model promises more than 0.9, all of it counts for less (``room_left``).
 * The target is proportional to ``p_s^t p_c^(1 - t)`` with the trust
   ``t = 2 O_s^3 / (2 O_s^3 + O_c^3)``, where ``O = E / (1 - E)``. It is sharpened, which moves no
   boundary, and the image's weight is the square of what it promises then, times
@@ -36,6 +37,9 @@ _TRUST_POWER = 3
 _SAM_PRIOR = 2.0  # the model's own word is no news to it: SAM's counts for more, all else equal
 # weight of a target that is the model's own word, which holds on to what the model was
 _OWN_WEIGHT = 0.25
+# mean Dice that the model lacks by its own word, from which on unlabelled images count in full
+_ROOM = 0.1
+_ROOM_POWER = 4
 _DOUBT_POWER = 2  # of the model's consistency, in what is believed of it away from home
 # Dice that a model may have over the targets where it was trained, with targets that help elsewhere
 _HOME_ADVANTAGE = 0.1
@@ -193,6 +197,20 @@ def agree(
     return RULES[config.rule](sources, config, calibration or Calibration())
 
 
+def expected_lack(sources: Sources, calibration: Calibration) -> Tensor:
+    """Return the Dice (B,) that the model lacks by its own word, ``1 - E_c``."""
+    _, dice = _client_side(sources.client, calibration)
+    return 1 - dice
+
+
+def room_left(lack: float) -> float:
+    """Return how much unlabelled images count, 0..1, for a model that lacks so much Dice.
+
+    ``min(1, lack / 0.1)^4``: labels that are no better than a good model only hold it back.
+    """
+    return min(1.0, lack / _ROOM) ** _ROOM_POWER
+
+
 def count_agreement(sources: Sources, target: PseudoLabel) -> dict[str, float]:
     """Return what images add to the sums of a client's round; ``shares_of`` reads these."""
     kept = target.weight > 0
@@ -242,9 +260,7 @@ AgreementRule = Callable[[Sources, AgreementConfig, Calibration], PseudoLabel]
 
 def _adaptive(sources: Sources, config: AgreementConfig, fitted: Calibration) -> PseudoLabel:
     sam, e_sam = _sam_side(sources.sam, fitted)
-    client = tempered(sources.client, fitted.client_inverse_temperature)
-    e_client = expected_dice(client, fitted.client_empty) + fitted.client_offset
-    e_client = (e_client * fitted.client_kept).clamp(_LEAST_DICE, _MOST_DICE)
+    client, e_client = _client_side(sources.client, fitted)
     lead = _TRUST_POWER * (e_sam.logit() - e_client.logit())
     trust = torch.sigmoid(math.log(_SAM_PRIOR) + lead)
     t = trust[:, None, None, None]
@@ -273,6 +289,13 @@ def _sam_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor
     dice = expected_dice(sam, fitted.sam_empty) + fitted.sam_offset
     dice = dice.clamp(_LEAST_DICE, _MOST_DICE)
     return foreground_raised(sam, (2 - dice) / dice), dice
+
+
+def _client_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:
+    """Return the model's calibrated distributions and its E (B,)."""
+    client = tempered(distribution, fitted.client_inverse_temperature)
+    dice = expected_dice(client, fitted.client_empty) + fitted.client_offset
+    return client, (dice * fitted.client_kept).clamp(_LEAST_DICE, _MOST_DICE)
 
 
 def _weighted(target: Tensor, empty: float | Tensor) -> PseudoLabel:

@@ -1,6 +1,6 @@
 """One client's local update: a pure function of weights, data, labels and random streams.
 
-    L = L_sup(f(x_p), y_p) + lambda_u L_agree(f(strong(x)), target, w)
+    L = L_sup(f(x_p), y_p) + lambda_u room L_agree(f(strong(x)), target, w)
       + mu / 2 |w - w_0|^2
 
 Every method takes the same number of optimiser steps on the same labelled batches, the methods
@@ -106,13 +106,15 @@ def local_update(
                 terms["loss_prox"] = proximal_loss(model, start)
                 terms["loss"] = terms["loss"] + settings.proximal_weight * terms["loss_prox"]
             terms["gradient_norm"] = optimiser_step(model, optimizer, terms["loss"])
+            if rule is not None:
+                rule.follow(learner)
             for name, value in terms.items():
                 sums[name] += float(value.detach())
     metrics: Metrics = {name: value / steps for name, value in sums.items()}
     if traits.uses_sam:
         metrics |= shares_of(learner.counts)
     if traits.uses_agreement:
-        metrics |= learner.calibration.numbers()
+        metrics |= learner.calibration.numbers() | {"room": learner.room}
     if client.truth is not None:
         metrics["pseudo_label_dice"] = audited_dice(learner.counts)
     metrics["drift"] = _relative_change(model, task.weights)
@@ -139,7 +141,7 @@ def losses(
     if unlabelled is not None:
         target, weight = (part.to(logits.device) for part in unlabelled[1])
         terms["loss_agree"] = agreement_loss(logits[count:], target, weight.to(logits.dtype))
-        total = total + task.unlabelled_weight * terms["loss_agree"]
+        total = total + task.unlabelled_weight * learner.room * terms["loss_agree"]
     return {"loss": total, **terms}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,10 @@ from pipeline.federation.agreement import (
     Sources,
     agree,
     count_agreement,
+    expected_lack,
     foreground_dice,
     from_levels,
+    room_left,
     spread,
 )
 from pipeline.federation.calibration import calibrate
@@ -30,6 +33,8 @@ from pipeline.segmentation.networks import normalise, predict_masks, predict_pro
 
 _BATCH = 32  # images that are labelled at a time
 _ASKED = 64  # images that tell how consistent a model is
+# of a mean teacher's weights, what a step keeps; a round has some 10 to 30 steps
+_TEACHER_KEEPS = 0.9
 _RULES_OF_SAM: Mapping[Target, Rule] = {"sam": "sam_only", "sam_soft": "sam_soft"}
 
 
@@ -41,6 +46,8 @@ class Learner:
     config: Config
     calibration: Calibration
     counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    teacher: nn.Module | None = None  # the running mean of the model's weights, where it teaches
+    room: float = 1.0  # how much the unlabelled term counts in this round (``room_left``)
 
     def count(self, more: Mapping[str, float]) -> None:
         """Add what agreement or the audit counted of a batch."""
@@ -59,13 +66,14 @@ class Learner:
 class TargetRule:
     """How a method labels unlabelled images: once before the steps, and at each step.
 
-    ``prepare`` is told the rows that the steps will draw.
+    ``prepare`` is told the rows that the steps will draw; ``follow`` comes after each step.
     """
 
     label: Callable[[Learner, Views], PseudoLabel]
     prepare: Callable[[Learner, ClientData, Tensor], ClientData] = lambda learner, client, rows: (
         client
     )
+    follow: Callable[[Learner], None] = lambda learner: None
 
 
 def agreement_rule(config: Config) -> AgreementConfig:
@@ -153,11 +161,16 @@ def _label_by_agreement(learner: Learner, client: ClientData, rows: Tensor) -> C
         sources = sources_of(learner.model, client.part(part))
         made = agree(sources, config=rule, calibration=learner.calibration)
         learner.count(count_agreement(sources, made))
+        if rule.rule == "adaptive":
+            lack = expected_lack(sources, learner.calibration)
+            learner.count({"lack": float(lack.sum())})
         soft = made.target
         if soft.ndim == sources.same.ndim:  # classes
             soft = F.one_hot(soft, classes + 1).permute(0, 3, 1, 2)
         target[part] = (soft[:, 1:] * 255.0).round().to(torch.uint8)
         weight[part] = (made.weight * 255.0).round().to(torch.uint8)
+    if rule.rule == "adaptive":
+        learner.room = room_left(learner.counts["lack"] / len(rows))
     return replace(client, target=target, weight=weight)
 
 
@@ -186,6 +199,35 @@ def _received(learner: Learner, views: Views) -> PseudoLabel:
     return PseudoLabel(_given(views.masks), _sure(_given(views.confidences), learner))
 
 
+def _nothing(learner: Learner, views: Views) -> PseudoLabel:
+    """Leave the unlabelled images to batch norm."""
+    shape = (len(views.strong), *views.strong.shape[2:])
+    return PseudoLabel(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
+
+
+def _teacher_prediction(learner: Learner, views: Views) -> PseudoLabel:
+    """Take what the running mean of the model's weights says (Tarvainen & Valpola, 2017)."""
+    if learner.teacher is None:
+        learner.teacher = copy.deepcopy(learner.model).requires_grad_(False)
+    learner.teacher.eval()
+    with torch.no_grad():
+        target = learner.teacher(normalise(views.weak)).float().softmax(dim=1)
+    return PseudoLabel(target, torch.ones_like(target[:, 0]))
+
+
+def _teacher_follows(learner: Learner) -> None:
+    """Move the teacher's weights towards the model's; batch norm's statistics are the model's."""
+    if learner.teacher is None:
+        raise ValueError("the teacher follows a step that it did not teach")
+    pairs = zip(learner.teacher.parameters(), learner.model.parameters(), strict=True)
+    with torch.no_grad():
+        for mean, new in pairs:
+            mean.lerp_(new, 1 - _TEACHER_KEEPS)
+        buffers = zip(learner.teacher.buffers(), learner.model.buffers(), strict=True)
+        for old, now in buffers:
+            old.copy_(now)
+
+
 def _truth(learner: Learner, views: Views) -> PseudoLabel:
     return PseudoLabel(_given(views.masks), torch.ones(_given(views.masks).shape))
 
@@ -203,8 +245,10 @@ def _given(values: Tensor | None) -> Tensor:
 #: By ``MethodTraits.target``; "none" has no unlabelled term.
 TARGETS: Mapping[Target, TargetRule] = MappingProxyType(
     {
+        "nothing": TargetRule(_nothing),
         "client": TargetRule(_own_prediction),
         "received": TargetRule(_received, prepare=_label_with_received),
+        "mean_teacher": TargetRule(_teacher_prediction, follow=_teacher_follows),
         "sam": TargetRule(_as_fixed, prepare=_label_by_agreement),
         "sam_soft": TargetRule(_as_fixed, prepare=_label_by_agreement),
         "agreement": TargetRule(_as_fixed, prepare=_label_by_agreement),

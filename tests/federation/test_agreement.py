@@ -16,9 +16,11 @@ from pipeline.federation.agreement import (
     agree,
     count_agreement,
     expected_dice,
+    expected_lack,
     foreground_dice,
     foreground_raised,
     from_levels,
+    room_left,
     shares_of,
     spread,
     tempered,
@@ -211,6 +213,14 @@ def test_the_models_own_word_alone_counts_a_quarter() -> None:
     result = agree(both, config=AgreementConfig(), calibration=never)
     assert torch.equal(result.label, square())
     assert bool(((result.weight > 0.24) & (result.weight < 0.26)).all())
+
+
+def test_a_model_that_lacks_little_is_left_alone() -> None:
+    """It lacks 1 - E_c: here 1 - 3.2 / 4.2, more at a site where it does not keep its word."""
+    assert float(expected_lack(SOURCES, Calibration())) == pytest.approx(1 - 3.2 / 4.2, abs=1e-4)
+    away = Calibration(client_offset=0.1, client_kept=0.5)
+    assert float(expected_lack(SOURCES, away)) == pytest.approx(1 - (3.2 / 4.2 + 0.1) / 2, abs=1e-4)
+    assert [room_left(lack) for lack in (0.0, 0.05, 0.1, 0.3)] == [0, pytest.approx(1 / 16), 1, 1]
 
 
 def test_where_sam_sees_nothing_the_clients_object_stands() -> None:

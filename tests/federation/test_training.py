@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.federation import local_update as training
+from pipeline.federation import targets
 from pipeline.federation.agreement import Calibration, PseudoLabel, agree
 from pipeline.federation.local_update import (
     LocalResult,
@@ -23,8 +24,8 @@ from pipeline.federation.local_update import (
     train_on_server,
 )
 from pipeline.federation.streams import Streams
-from pipeline.federation.targets import sources_of
-from pipeline.federation.views import ClientData, PublicSet
+from pipeline.federation.targets import TARGETS, Learner, sources_of
+from pipeline.federation.views import ClientData, PublicSet, Sampling, draw_views
 from pipeline.federation.workplace import Workplace, build_networks
 from pipeline.params import parse_config
 from pipeline.segmentation.networks import build_model, get_state, predict_probabilities
@@ -144,7 +145,10 @@ def test_models_that_do_not_fit_are_named(model: dict[str, Any], size: int, mess
     assert message in str(error.value)
 
 
-METHODS = ["supervised", "fedavg_ssl", "semifl", "sam_only", "sam_soft", "sam_fed", "oracle"]
+METHODS = [
+    "supervised", "adabn", "fedavg_ssl", "semifl", "fed_mean_teacher", "sam_only", "sam_soft",
+    "sam_fed", "oracle",
+]  # fmt: skip
 
 
 def test_a_pure_function_of_its_arguments() -> None:
@@ -228,6 +232,24 @@ def test_a_rounds_targets_are_of_the_received_model(
         assert float(inside) > float(outside) + 0.3
 
 
+def test_unlabelled_images_count_by_what_the_model_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that promises all of a Dice at the site learns from the server's set alone."""
+    for expected in (0.0, 0.0625, 1.0):
+
+        def lacks(sources: Any, calibration: Any, expected: float = expected) -> Tensor:
+            return torch.full((len(sources.dice),), 0.1 * expected**0.25)
+
+        monkeypatch.setattr(targets, "expected_lack", lacks)
+        found = update("sam_fed").metrics
+        assert found["room"] == pytest.approx(expected, rel=1e-5)
+        parts = found["loss_sup"] + expected * found["loss_agree"]
+        assert found["loss"] == pytest.approx(parts, rel=1e-5)
+        assert found["loss_agree"] > 0
+        alone = update("sam_soft").metrics
+        assert "room" not in alone
+        assert alone["loss"] == pytest.approx(alone["loss_sup"] + alone["loss_agree"], rel=1e-5)
+
+
 def test_supervised_never_touches_the_clients_images() -> None:
     _, client = make_data()
     both = [
@@ -235,6 +257,46 @@ def test_supervised_never_touches_the_clients_images() -> None:
         for images in (client.images, 255 - client.images)
     ]
     assert all(torch.equal(value, both[1][name]) for name, value in both[0].items())
+
+
+def test_adabn_learns_nothing_from_the_clients_images_but_their_statistics() -> None:
+    """Their share of the loss is nothing, and batch norm's statistics move with them."""
+    _, client = make_data()
+    first, other = (
+        update("adabn", local_steps=1, client=ClientData("one", images))
+        for images in (client.images, 255 - client.images)
+    )
+    assert first.metrics["loss_agree"] == 0
+    assert first.metrics["loss"] == first.metrics["loss_sup"]
+    moved = [name for name, value in first.weights.items() if name.endswith("running_mean")]
+    assert any(not torch.equal(first.weights[name], other.weights[name]) for name in moved)
+    alone = update("supervised", local_steps=1)
+    assert any(not torch.equal(first.weights[name], alone.weights[name]) for name in moved)
+
+
+def test_a_mean_teacher_follows_its_model() -> None:
+    """A tenth of the way at each step, from the weights that were received."""
+    config = settings(method="fed_mean_teacher")
+    learner = Learner(build_model(config, seed=0), config, Calibration())
+    received = get_state(learner.model)
+    rule = TARGETS["mean_teacher"]
+    _, client = make_data()
+    views = draw_views(client, Sampling.unlabelled(Streams(0), config, torch.device("cpu")))
+    made = rule.label(learner, views)
+    expected = learner.predict(views.weak)
+    assert torch.allclose(made.target, expected, atol=1e-6)
+    assert bool((made.weight == 1).all())
+    with torch.no_grad():
+        for value in (*learner.model.parameters(), *learner.model.buffers()):
+            value.copy_(value + 1)
+    rule.follow(learner)
+    assert learner.teacher is not None
+    follows = get_state(learner.teacher)
+    parameters = {name for name, _ in learner.model.named_parameters()}
+    for name, value in received.items():
+        step = 0.1 if name in parameters else 1
+        assert torch.allclose(follows[name].double(), value.double() + step, atol=1e-5), name
+    assert not torch.allclose(rule.label(learner, views).target, expected, atol=1e-6)
 
 
 def test_training_learns() -> None:
