@@ -53,7 +53,7 @@ METRICS = {
     "client_empty": "the same of the received model's",
     "client_consistency": "Dice of the model's labels under other light, on the server's set",
     "client_kept": "share of its expected Dice that the model keeps, by the same at the site",
-    "room": "weight of the site's images in the loss, by the Dice that the model promises there",
+    "room": "factor of the loss on the site's images, less where the model promises much Dice",
     "target_dice_1": "of the targets of class 1, on the server's set; so for each class",
     "model_dice_1": "of the received model alone",
     "target_gain_1": "of the first over the second, shrunk",

@@ -157,20 +157,19 @@ def _label_by_agreement(learner: Learner, client: ClientData, rows: Tensor) -> C
     classes = learner.config.data.num_classes
     target = torch.zeros((shape[0], classes, *shape[1:]), dtype=torch.uint8)
     weight = torch.zeros(shape, dtype=torch.uint8)
+    lack = 0.0
     for part in rows.split(_BATCH):
         sources = sources_of(learner.model, client.part(part))
         made = agree(sources, config=rule, calibration=learner.calibration)
         learner.count(count_agreement(sources, made))
-        if rule.rule == "adaptive":
-            lack = expected_lack(sources, learner.calibration)
-            learner.count({"lack": float(lack.sum())})
+        lack += float(expected_lack(sources, learner.calibration).sum())
         soft = made.target
         if soft.ndim == sources.same.ndim:  # classes
             soft = F.one_hot(soft, classes + 1).permute(0, 3, 1, 2)
         target[part] = (soft[:, 1:] * 255.0).round().to(torch.uint8)
         weight[part] = (made.weight * 255.0).round().to(torch.uint8)
-    if rule.rule == "adaptive":
-        learner.room = room_left(learner.counts["lack"] / len(rows))
+    if rule.rule == "adaptive" and learner.calibration.model_dice:
+        learner.room = room_left(lack / len(rows))  # a promise that was checked, at home at least
     return replace(client, target=target, weight=weight)
 
 

@@ -63,7 +63,12 @@ def make_data() -> tuple[PublicSet, ClientData]:
 
 
 def update(
-    method: str, *, seed: int = 5, client: ClientData | None = None, **federate: Any
+    method: str,
+    *,
+    seed: int = 5,
+    client: ClientData | None = None,
+    calibration: Calibration | None = None,
+    **federate: Any,
 ) -> LocalResult:
     """Return an update of a first model, which is the broadcast one too."""
     config = settings(method=method, **federate)
@@ -72,7 +77,7 @@ def update(
     weights = get_state(build_model(config, seed=0))
     task = LocalTask(
         weights=weights,
-        calibration=Calibration(),
+        calibration=calibration or Calibration(),
         learning_rate=1e-3,
         unlabelled_weight=1.0,
         streams=Streams(seed),
@@ -240,11 +245,13 @@ def test_unlabelled_images_count_by_what_the_model_lacks(monkeypatch: pytest.Mon
             return torch.full((len(sources.dice),), 0.1 * expected**0.25)
 
         monkeypatch.setattr(targets, "expected_lack", lacks)
-        found = update("sam_fed").metrics
+        checked = Calibration(model_dice=(0.9,))
+        found = update("sam_fed", calibration=checked).metrics
         assert found["room"] == pytest.approx(expected, rel=1e-5)
         parts = found["loss_sup"] + expected * found["loss_agree"]
         assert found["loss"] == pytest.approx(parts, rel=1e-5)
         assert found["loss_agree"] > 0
+        assert update("sam_fed").metrics["room"] == 1, "a promise that nobody checked"
         alone = update("sam_soft").metrics
         assert "room" not in alone
         assert alone["loss"] == pytest.approx(alone["loss_sup"] + alone["loss_agree"], rel=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from conftest import answer, call, listing, tiny_config
 
 from pipeline.results import demo as demo_module
-from pipeline.results.demo import DEMO_METHODS, run_demo
+from pipeline.results.demo import DEMO_METHODS, DemoResult, run_demo
 
 TINY = (
     "synth.images_per_site=8",
@@ -36,6 +36,14 @@ TINY = (
 
 def demo(out: Path) -> list[object]:
     return ["demo", "--out", out, *(word for setting in TINY for word in ("--set", setting))]
+
+
+def test_a_long_name_moves_no_column() -> None:
+    scores = {"dice": 0.5, "dice_ci95": (0.4, 0.6), "hd95": 9.0, "n": 12}
+    result = DemoResult(dict.fromkeys(("oracle", "fed_mean_teacher"), scores), Path("report.html"))
+    heading, *rows = result.text().splitlines()[:3]
+    assert {len(row) for row in rows} == {len(heading)}
+    assert [row.index("0.500") for row in rows] == [heading.index("Dice") - 1] * 2
 
 
 @pytest.fixture(scope="module")
