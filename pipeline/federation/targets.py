@@ -56,10 +56,15 @@ class Learner:
 
     def predict(self, images: Tensor) -> Tensor:
         """Return probabilities (B, K+1, S, S) on the weak view, in evaluation mode."""
-        self.model.eval()
-        with torch.inference_mode():
-            probabilities: Tensor = self.model(normalise(images)).float().softmax(dim=1)
-        return probabilities.clone()  # a normal tensor, which the loss may use
+        return _predict(self.model, images)
+
+
+def _predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Return probabilities (B, K+1, S, S) of images (B, 3, S, S) float, in evaluation mode."""
+    model.eval()
+    with torch.inference_mode():
+        probabilities: Tensor = model(normalise(images)).float().softmax(dim=1)
+    return probabilities.clone()  # a normal tensor, which the loss may use
 
 
 @dataclass(frozen=True)
@@ -208,9 +213,7 @@ def _teacher_prediction(learner: Learner, views: Views) -> PseudoLabel:
     """Take what the running mean of the model's weights says (Tarvainen & Valpola, 2017)."""
     if learner.teacher is None:
         learner.teacher = copy.deepcopy(learner.model).requires_grad_(False)
-    learner.teacher.eval()
-    with torch.no_grad():
-        target = learner.teacher(normalise(views.weak)).float().softmax(dim=1)
+    target = _predict(learner.teacher, views.weak)
     return PseudoLabel(target, torch.ones_like(target[:, 0]))
 
 
