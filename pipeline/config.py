@@ -44,6 +44,7 @@ Architecture = Literal["unet", "fpn", "linknet", "deeplabv3plus", "segformer"]
 AggregationName = Literal["fedavg", "median", "trimmed_mean", "krum", "multi_krum"]
 ServerOptimizer = Literal["none", "fedavgm", "fedadam"]
 Compression = Literal["none", "float16", "int8"]
+Precision = Literal["fp32", "bf16"]
 Flips = Literal["none", "horizontal", "both"]
 Frame = Literal["pad", "content"]
 Rule = Literal[
@@ -310,6 +311,7 @@ class FederateConfig(Section):
     link_mbit: Annotated[PositiveFloat, _NOTHING] = 100.0  # slower than computing is a warning
     warn_drift: Annotated[PositiveFloat, _NOTHING] = 3.0  # warn above so many times the median's
     threads: Annotated[Count, _REPETITION] = 2  # torch's; pinned, for equal results
+    precision: Annotated[Precision, _FIRST_MODEL] = "fp32"  # bf16: faster where the device has it
     device: Annotated[str, _REPETITION] = "auto"  # of the clients: auto, cpu, cuda, cuda:N
 
     @property
@@ -392,9 +394,3 @@ class Config(Section):
         """Return the network of client ``index``: ``model.clients`` in turn, or the global one."""
         own = self.model.clients
         return own[index % len(own)] if own else self.model
-
-
-def mark_of(section: type[Section], key: str) -> Decides:
-    """Return what a setting decides: the mark of its field, or else of its section."""
-    marks = [m for m in section.model_fields[key].metadata if isinstance(m, Decides)]
-    return marks[0] if marks else section.decides

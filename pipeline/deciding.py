@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config import Config, NetworkConfig, Section, mark_of
+from pipeline.config import Config, Decides, NetworkConfig, Section
 from pipeline.disk import file_sha256
 
 
@@ -38,3 +38,9 @@ def _plain(value: Any, *, by_name: bool) -> Any:
     if isinstance(value, NetworkConfig):
         return network_settings(value, by_name=by_name)
     return [_plain(each, by_name=by_name) for each in value] if isinstance(value, tuple) else value
+
+
+def mark_of(section: type[Section], key: str) -> Decides:
+    """Return what a setting decides: the mark of its field, or else of its section."""
+    marks = [m for m in section.model_fields[key].metadata if isinstance(m, Decides)]
+    return marks[0] if marks else section.decides

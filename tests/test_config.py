@@ -468,6 +468,7 @@ FIRST_MODEL = [
     *(f"augment.{key}" for key in Config().augment.model_dump()),
     "data.num_classes",
     "data.image_size",
+    "federate.precision",
     "federate.pretrain_steps",
     "federate.pretrain_learning_rate",
     "federate.labelled_batch",

@@ -21,7 +21,8 @@ from mkdocs.structure.pages import Page
 from typer.cli import get_docs_for_click
 
 import cli
-from pipeline.config import Config, Decides, Section, mark_of
+from pipeline.config import Config, Decides, Section
+from pipeline.deciding import mark_of
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Pages of the site that are files at the root.

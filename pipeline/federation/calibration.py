@@ -17,6 +17,7 @@ from pipeline.federation.agreement import (
     expected_dice,
     foreground_dice,
     logit,
+    raised_for_dice,
     sam_calibrated,
     tempered,
 )
@@ -71,8 +72,10 @@ def _with_promises(fitted: Calibration, part: _Part) -> Calibration:
     """Add what the true Dice of ``part`` says of the expected one under ``fitted``."""
     sources, truth, groups = part
     client = tempered(sources.client, fitted.client_inverse_temperature)
-    sam_offset, sam_empty = _fit_promise(sam_calibrated(sources.sam, fitted), truth, groups)
-    client_offset, client_empty = _fit_promise(client, truth, groups)
+    sam = sam_calibrated(sources.sam, fitted)
+    raised, _ = raised_for_dice(sam, fitted.sam_empty)
+    sam_offset, sam_empty = _fit_promise(sam, raised.argmax(dim=1), truth, groups)
+    client_offset, client_empty = _fit_promise(client, client.argmax(dim=1), truth, groups)
     return replace(
         fitted,
         sam_offset=sam_offset,
@@ -82,14 +85,15 @@ def _with_promises(fitted: Calibration, part: _Part) -> Calibration:
     )
 
 
-def _fit_promise(distribution: Tensor, truth: Tensor, groups: list[str]) -> tuple[float, float]:
+def _fit_promise(
+    distribution: Tensor, label: Tensor, truth: Tensor, groups: list[str]
+) -> tuple[float, float]:
     """Return what true Dice has over the expected one, and how often an empty label is right."""
-    label = distribution.argmax(dim=1)
     dice = foreground_dice(label, truth)
     empty = ~(label > 0).flatten(1).any(dim=1)
     right = (float(dice[empty].sum()) + _PRIOR_EMPTY / 2) / (int(empty.sum()) + _PRIOR_EMPTY)
     found = [group for group, none in zip(groups, empty.tolist(), strict=True) if not none]
-    gap = (dice - expected_dice(distribution, 0.0))[~empty]
+    gap = (dice - expected_dice(distribution, 0.0, label))[~empty]
     return _shrunk_mean(gap, found), right
 
 

@@ -27,7 +27,7 @@ from pipeline.config import FederateConfig
 from pipeline.federation.local_update import make_optimizer, optimiser_step, seeded
 from pipeline.federation.streams import Streams
 from pipeline.segmentation.losses import divergence
-from pipeline.segmentation.networks import normalise
+from pipeline.segmentation.networks import logits_of, normalise
 
 CONDENSATION_MIN_GRADE = 0.75  # a best client no better than this teaches the server nothing
 _TEMPERATURE = 2.0
@@ -79,7 +79,7 @@ def public_logits(model: nn.Module, inputs: Tensor, *, batch_size: int = _CHUNK)
     model.eval()
     parts: list[Tensor] = []
     for number, batch in enumerate(inputs.split(batch_size)):
-        logits = model(_to_network(batch, device)).float()
+        logits = logits_of(model, _to_network(batch, device))
         _check_finite(logits, first=number * batch_size)
         parts.append(logits.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half().cpu().contiguous())
     return torch.cat(parts)
@@ -293,7 +293,7 @@ def distil(
         model.train()
         for _ in range(settings.fusion_epochs):
             for rows in _batches(len(inputs), settings.labelled_batch, rng):
-                logits = model(_to_network(inputs[rows], device)).float()
+                logits = logits_of(model, _to_network(inputs[rows], device))
                 terms = teacher.terms(logits, rows)
                 optimiser_step(model, optimizer, terms["loss"])
                 for name, value in terms.items():

@@ -15,7 +15,7 @@ from pipeline.federation.calibration import split_in_halves
 from pipeline.federation.views import PublicSet
 from pipeline.segmentation.likeness import Moments, moments, pooled_features
 from pipeline.segmentation.model_spec import Calibration, Likeness, ModelSpec, Training
-from pipeline.segmentation.networks import normalise
+from pipeline.segmentation.networks import logits_of, normalise
 from pipeline.segmentation.reliability import Reliability
 
 NO_DIGEST = "none"  # until the weights are written
@@ -50,7 +50,7 @@ def calibration_pixels(model: nn.Module, public: PublicSet) -> Pixels:
     device = next(model.parameters()).device
     stride = max(1, truth.numel() // _MOST_PIXELS)
     logits = [
-        model(normalise(batch.to(device).float() / 255)).float().flatten(2)[:, :, ::stride].cpu()
+        logits_of(model, normalise(batch.to(device).float() / 255)).flatten(2)[:, :, ::stride].cpu()
         for batch in images.split(32)
     ]
     labels = truth.flatten(1)[:, ::stride].long()

@@ -32,7 +32,7 @@ from pipeline.federation.views import (
 )
 from pipeline.methods import METHODS
 from pipeline.segmentation.losses import agreement_loss, supervised_loss
-from pipeline.segmentation.networks import State, get_state, normalise
+from pipeline.segmentation.networks import State, get_state, logits_of, normalise
 
 MAX_GRADIENT_NORM = 5.0  # far above what training shows; stops a bad batch from wrecking a round
 _LAST_RATE = 0.05  # of the learning rate, so that the last rounds still learn
@@ -134,7 +134,7 @@ def losses(
     learner.model.train()
     images, truth = labelled
     batch = images if unlabelled is None else torch.cat([images, unlabelled[0].strong])
-    logits, count = learner.model(normalise(batch)).float(), len(images)
+    logits, count = logits_of(learner.model, normalise(batch)), len(images)
     terms = {"loss_sup": supervised_loss(logits[:count], truth)}
     terms["loss_agree"] = logits.new_zeros(())
     total = terms["loss_sup"]
@@ -181,7 +181,8 @@ def train_on_server(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             images, truth = labelled_batch(public, sampling)
-            optimiser_step(model, optimizer, supervised_loss(model(normalise(images)), truth))
+            loss = supervised_loss(logits_of(model, normalise(images)), truth)
+            optimiser_step(model, optimizer, loss)
     return get_state(model)
 
 

@@ -29,7 +29,12 @@ from pipeline.federation.calibration import calibrate
 from pipeline.federation.streams import Streams
 from pipeline.federation.views import ClientData, PublicSet, Views, strong_copies
 from pipeline.methods import METHODS, Target
-from pipeline.segmentation.networks import normalise, predict_masks, predict_probabilities
+from pipeline.segmentation.networks import (
+    logits_of,
+    normalise,
+    predict_masks,
+    predict_probabilities,
+)
 
 _BATCH = 32  # images that are labelled at a time
 _ASKED = 64  # images that tell how consistent a model is
@@ -63,7 +68,7 @@ def _predict(model: nn.Module, images: Tensor) -> Tensor:
     """Return probabilities (B, K+1, S, S) of images (B, 3, S, S) float, in evaluation mode."""
     model.eval()
     with torch.inference_mode():
-        probabilities: Tensor = model(normalise(images)).float().softmax(dim=1)
+        probabilities = logits_of(model, normalise(images)).softmax(dim=1)
     return probabilities.clone()  # a normal tensor, which the loss may use
 
 

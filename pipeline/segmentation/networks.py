@@ -15,10 +15,12 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Architecture, Config, NetworkConfig
+from pipeline.config import Architecture, Config, NetworkConfig, Precision
 from pipeline.errors import ConfigError, DataError
 
 State = dict[str, Tensor]
+
+_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 #: Class, and what it calls ``decoder_channels``: a list, one number, or nothing of the kind.
 _ARCHITECTURES: dict[Architecture, tuple[Any, str | None]] = {
@@ -168,6 +170,24 @@ def normalise(images: Tensor) -> Tensor:
     return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
 
 
+def compute_in(model: nn.Module, precision: Precision) -> nn.Module:
+    """Make ``logits_of`` compute in ``precision``, with weights in float32; return the model."""
+    model.computes_in = _DTYPES[precision]  # type: ignore[assignment]
+    return model
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Return logits (B, K+1, S, S) float32 in the precision of ``compute_in``, else in float32.
+
+    Args:
+        images: (B, 3, S, S) float32, as ``normalise`` returns them.
+    """
+    dtype = getattr(model, "computes_in", torch.float32)
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        logits: Tensor = model(images)
+    return logits.float()
+
+
 def get_state(model: nn.Module) -> State:
     """Copy the model's parameters and buffers to the CPU."""
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
@@ -179,7 +199,7 @@ def predict_probabilities(model: nn.Module, images: Tensor, *, batch_size: int =
     device = next(model.parameters()).device
     model.eval()
     parts = [
-        model(normalise(batch.to(device).float() / 255)).float().softmax(dim=1).cpu()
+        logits_of(model, normalise(batch.to(device).float() / 255)).softmax(dim=1).cpu()
         for batch in images.split(batch_size)
     ]
     return torch.cat(parts)

@@ -18,8 +18,8 @@ from pipeline.federation.agreement import (
     expected_dice,
     expected_lack,
     foreground_dice,
-    foreground_raised,
     from_levels,
+    raised_for_dice,
     room_left,
     shares_of,
     spread,
@@ -64,9 +64,12 @@ def dice_of(foreground: list[float]) -> float:
     return 2 * sum(found) / (sum(foreground) + len(found))
 
 
-def pooled_by_hand(sam: list[float], e_sam: float, client: list[float], e_client: float) -> float:
-    """Return the trust, and write the pooled chances into ``sam``."""
-    trust = 2 * odds(e_sam) ** 3 / (2 * odds(e_sam) ** 3 + odds(e_client) ** 3)
+def pooled_by_hand(
+    sam: list[float], e_sam: float, client: list[float], e_client: float, offset: float = 0.0
+) -> float:
+    """Return the trust, and write the pooled chances into ``sam``; ``e_sam`` is without offset."""
+    odds_sam = odds(e_sam + offset)
+    trust = 2 * odds_sam**3 / (2 * odds_sam**3 + odds(e_client) ** 3)
     raised = [(2 - e_sam) / e_sam * odds(p) for p in sam]
     for i, (mine, theirs) in enumerate(zip(raised, client, strict=True)):
         both = mine**trust * odds(theirs) ** (1 - trust)
@@ -108,7 +111,7 @@ def test_what_was_calibrated_counts() -> None:
     sam = [each / (1 + each) for each in sam]
     client = [odds(p) ** 2 for p in (0.7, 0.4, 0.9, 0.2)]
     client = [each / (1 + each) for each in client]
-    pooled_by_hand(sam, dice_of(sam) - 0.1, client, dice_of(client))
+    pooled_by_hand(sam, dice_of(sam), client, dice_of(client), offset=-0.1)
     assert foreground_of(result) == pytest.approx(sharp(sam), abs=1e-4)
 
 
@@ -322,8 +325,9 @@ def test_raising_makes_the_label_that_has_most_dice() -> None:
         return float(2 * chances[label].sum() / (chances.sum() + label.sum()))
 
     best = max(dice(chances > cut / 100) for cut in range(5, 95))
-    raised = foreground_raised(two_classes(chances), torch.tensor([(2 - best) / best]))
+    raised, promised = raised_for_dice(two_classes(chances), 0.5)
     assert dice(raised.argmax(dim=1) > 0) == pytest.approx(best, abs=1e-3)
+    assert float(promised) == pytest.approx(best, abs=1e-3)
     assert best > dice(chances > 0.5) + 0.01
 
 

@@ -26,26 +26,26 @@ ADVICE = (
     "the same settings and data give another result now: raise RESULT_VERSION in "
     "pipeline/federation/inputs.py, so that no earlier run goes on with it, and pin these numbers"
 )
-VERSION = 8  # with which the numbers below were made
+VERSION = 9  # with which the numbers below were made
 #: By kind of networks: of the last round, the means over clients, and the norm of all weights.
 GOLDEN: dict[str, dict[str, float]] = {
     "equal": {
-        "loss": 2.1980,
+        "loss": 2.2006,
         "loss_agree": 1.2189,
         "agreement": 0.4073,
         "coverage": 1.0,
         "drift": 0.00270,
         "sam_bias": -0.4,
-        "norm": 170.139,
+        "norm": 170.097,
     },
     "own": {
-        "loss": 2.0469,
-        "loss_agree": 1.1308,
-        "agreement": 0.4773,
+        "loss": 2.0577,
+        "loss_agree": 1.1385,
+        "agreement": 0.4730,
         "coverage": 1.0,
         "drift": 0.00270,
         "sam_bias": -0.4,
-        "norm": 266.323,
+        "norm": 266.281,
     },
 }
 
