@@ -14,7 +14,7 @@ from pipeline.federation.streams import Streams
 from pipeline.federation.views import PublicSet
 from pipeline.progress import Progress
 from pipeline.runtime import resolve_device
-from pipeline.segmentation.networks import build_model
+from pipeline.segmentation.networks import build_for_training
 from pipeline.stores.plain_data import State, load, save
 
 
@@ -47,8 +47,7 @@ def first_model(
                     f"server start: {network.architecture}, {network.encoder}", step + 1, steps
                 )
 
-    model = build_model(config, seed=config.seed, network=network)
-    model = model.to(resolve_device(settings.device))
+    model = build_for_training(config, network, resolve_device(settings.device))
     weights = train_on_server(model, public, rates(), streams=Streams(config.seed), config=config)
     save(path, weights)
     return weights

@@ -12,7 +12,7 @@ from pipeline.federation.codistillation import noised_public
 from pipeline.federation.compression import Packed, unpack
 from pipeline.federation.streams import Streams
 from pipeline.federation.views import PublicSet
-from pipeline.segmentation.networks import State, build_model, compute_in
+from pipeline.segmentation.networks import State, build_for_training
 
 Networks = dict[NetworkConfig, nn.Module]
 
@@ -23,11 +23,10 @@ def build_networks(config: Config, device: torch.device) -> Networks:
     Raises:
         ConfigError: one of them cannot be built.
     """
-    kinds, networks = dict.fromkeys((config.model, *config.model.clients)), Networks()
-    for kind in kinds:
-        network = build_model(config, seed=config.seed, network=kind).to(device)
-        networks[kind] = compute_in(network, config.federate.precision)
-    return networks
+    return {
+        network: build_for_training(config, network, device)
+        for network in dict.fromkeys((config.model, *config.model.clients))
+    }
 
 
 class Workplace:

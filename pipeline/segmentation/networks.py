@@ -125,6 +125,19 @@ def _decoder_channels(config: NetworkConfig) -> Any:
     return channels[0] if single else channels
 
 
+def build_for_training(settings: Config, network: NetworkConfig, device: torch.device) -> nn.Module:
+    """Build a network as a run trains it: from the run's seed, on ``device``, in its precision.
+
+    Weights are float32 in any precision; ``logits_of`` computes in it.
+
+    Raises:
+        ConfigError, DataError: as ``build_model``.
+    """
+    model = build_model(settings, seed=settings.seed, network=network).to(device)
+    model.computes_in = _DTYPES[settings.federate.precision]  # type: ignore[assignment]
+    return model
+
+
 @torch.inference_mode()
 def _check_output(model: nn.Module, settings: Config, config: NetworkConfig) -> None:
     """Check sizes: some architectures need what their strides divide, or answer at another."""
@@ -170,14 +183,8 @@ def normalise(images: Tensor) -> Tensor:
     return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def compute_in(model: nn.Module, precision: Precision) -> nn.Module:
-    """Make ``logits_of`` compute in ``precision``, with weights in float32; return the model."""
-    model.computes_in = _DTYPES[precision]  # type: ignore[assignment]
-    return model
-
-
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Return logits (B, K+1, S, S) float32 in the precision of ``compute_in``, else in float32.
+    """Return logits (B, K+1, S, S) float32, in the precision that the model was built to train in.
 
     Args:
         images: (B, 3, S, S) float32, as ``normalise`` returns them.

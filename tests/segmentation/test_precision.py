@@ -9,8 +9,7 @@ import torch
 from conftest import tiny_config
 
 from pipeline.deciding import deciding_settings
-from pipeline.federation.workplace import build_networks
-from pipeline.segmentation.networks import logits_of, normalise
+from pipeline.segmentation.networks import build_for_training, logits_of, normalise
 
 
 def test_only_the_arithmetic_is_in_bfloat16(tmp_path: Path) -> None:
@@ -18,7 +17,7 @@ def test_only_the_arithmetic_is_in_bfloat16(tmp_path: Path) -> None:
     logits = {}
     for precision in ("fp32", "bf16"):
         config = tiny_config(tmp_path, tmp_path, federate={"precision": precision})
-        network = build_networks(config, torch.device("cpu"))[config.model].eval()
+        network = build_for_training(config, config.model, torch.device("cpu")).eval()
         logits[precision] = logits_of(network, images)
         assert torch.equal(logits_of(copy.deepcopy(network), images), logits[precision])
         logits[precision].square().mean().backward()
