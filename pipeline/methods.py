@@ -17,7 +17,7 @@ Method = Literal[
 ]  # fmt: skip
 
 Target = Literal[
-    "none", "nothing", "client", "received", "mean_teacher", "sam", "sam_soft", "agreement",
+    "none", "batch_norm", "client", "received", "mean_teacher", "sam", "sam_soft", "agreement",
     "truth",
 ]  # fmt: skip
 Exchange = Literal["none", "mean", "condensation"]
@@ -28,9 +28,9 @@ Networks = Literal["equal", "own", "any"]
 class MethodTraits:
     """What a method does, beside what all methods do alike."""
 
-    # of the unlabelled term: none without one, nothing of images that only batch norm sees, the
-    # client's own label at each step, the received model's fixed for the round, what the mean of
-    # the client's last weights says, SAM's, the agreement of SAM and client, or the truth
+    # of the unlabelled term: none without one, batch_norm where images pass through that alone,
+    # the client's own label at each step, the received model's fixed for the round, what the mean
+    # of the client's last weights says, SAM's, the agreement of SAM and client, or the truth
     target: Target
     networks: Networks = "any"  # the clients it is for: with one network, with their own, or both
     exchange: Exchange = "none"  # between own networks: nothing, mean logits (FedMD), RC and RF
@@ -60,7 +60,7 @@ METHODS: Mapping[Method, MethodTraits] = MappingProxyType(
     {
         "start": MethodTraits("none", trains=False),
         "supervised": MethodTraits("none"),
-        "adabn": MethodTraits("nothing"),
+        "adabn": MethodTraits("batch_norm"),
         "fedavg_ssl": MethodTraits("client", networks="equal"),
         "semifl": MethodTraits("received", networks="equal", tunes_at_server=True),
         "fed_mean_teacher": MethodTraits("mean_teacher", networks="equal"),

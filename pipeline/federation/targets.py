@@ -208,7 +208,7 @@ def _received(learner: Learner, views: Views) -> PseudoLabel:
     return PseudoLabel(_given(views.masks), _sure(_given(views.confidences), learner))
 
 
-def _nothing(learner: Learner, views: Views) -> PseudoLabel:
+def _unlabelled(learner: Learner, views: Views) -> PseudoLabel:
     """Leave the unlabelled images to batch norm."""
     shape = (len(views.strong), *views.strong.shape[2:])
     return PseudoLabel(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
@@ -252,7 +252,7 @@ def _given(values: Tensor | None) -> Tensor:
 #: By ``MethodTraits.target``; "none" has no unlabelled term.
 TARGETS: Mapping[Target, TargetRule] = MappingProxyType(
     {
-        "nothing": TargetRule(_nothing),
+        "batch_norm": TargetRule(_unlabelled),
         "client": TargetRule(_own_prediction),
         "received": TargetRule(_received, prepare=_label_with_received),
         "mean_teacher": TargetRule(_teacher_prediction, follow=_teacher_follows),
