@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import tiny_config
-from PIL import Image
 
 from pipeline.config import Config
 from pipeline.data.partition import ImageEntry, Partition, load_partition
 from pipeline.data.prepare import prepare
 from pipeline.data.published import read_published
 from pipeline.errors import ConfigError, DataError
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from split_files import write_files
 
 Split = dict[str, dict[str, list[str]]]
 
@@ -213,18 +215,16 @@ def test_a_broken_file(path: Path) -> None:
 
 
 def test_prepare_takes_such_a_split(path: Path, tmp_path: Path) -> None:
-    rng, root = np.random.default_rng(0), tmp_path / "data"
-    for kind in ("images", "masks"):
-        (root / kind).mkdir(parents=True)
-    for image_id in entries(split()):
-        pixels = rng.integers(0, 2, (16, 16), dtype=np.uint8) * 255
-        for kind in ("images", "masks"):
-            Image.fromarray(pixels).save(root / kind / f"{image_id}.png")
+    root = tmp_path / "data"
     path.write_text(json.dumps(split()))
+    assert write_files(path, root, size_px=32, seed=0) == 30
     request = {"file": str(path)}
     made = prepare(
         tiny_config(root, tmp_path / "cache", data={"image_size": 16}, partition=request)
     )
     saved = load_partition(tmp_path / "cache" / "partition.json")
     assert saved == made.partition
-    assert list(saved.clients) == ["CVC-ClinicDB", "EndoTect-ETIS"]
+    assert {name: [len(ids) for _, ids in part] for name, part in saved.clients.items()} == {
+        "CVC-ClinicDB": [6, 2, 2],
+        "EndoTect-ETIS": [6, 1, 3],
+    }
