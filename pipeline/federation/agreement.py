@@ -126,6 +126,12 @@ class PseudoLabel(NamedTuple):
         """The most probable class (B, H, W) int64."""
         return self.target.argmax(dim=1) if self.target.ndim == 4 else self.target
 
+    @property
+    def foreground(self) -> Tensor:
+        """The chance of any foreground (B, H, W) float32."""
+        target = self.target
+        return target[:, 1:].sum(dim=1) if target.ndim == 4 else (target > 0).float()
+
 
 def spread(label: Tensor, probability: Tensor, classes: int) -> Tensor:
     """Return distributions (B, K+1, H, W) of labels with their probabilities.

@@ -1,4 +1,4 @@
-"""Example images of a run's last round: truth, SAM's label, prediction, and a pixel's weight.
+"""Example images of a run's last round: truth, SAM's label, prediction, and a pixel's target.
 
 They are made where the images are, of D_p at the server and of a client at the client, and kept.
 """
@@ -6,10 +6,11 @@ They are made where the images are, of D_p at the server and of a client at the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -33,7 +34,8 @@ class Example:
     truth: NDArray[Any] | None  # (S, S) uint8 class index, 0 = background
     sam: NDArray[Any] | None  # (S, S) uint8 likewise: SAM's label
     prediction: NDArray[Any]  # (S, S) uint8 likewise, of the final model
-    weight: NDArray[Any] | None  # (S, S) float32 0..1, how much a pixel's pseudo-label counts
+    # (S, S) float32 0..1, the chance of foreground in a pixel's target, 1/2 where it has no weight
+    target: NDArray[Any] | None = None
 
 
 def save_examples(path: Path, examples: Sequence[Example]) -> None:
@@ -48,7 +50,8 @@ def load_examples(path: Path) -> list[Example]:
         CorruptStoreError: its bytes are not what was written.
     """
     found = load(path, list[dict[str, str | Tensor | None]])
-    return [Example(**{name: _array(value) for name, value in each.items()}) for each in found]
+    known = {field.name for field in fields(Example)}  # before version 9 there was a weight
+    return [Example(**{k: _array(v) for k, v in each.items() if k in known}) for each in found]
 
 
 def _array(value: Any) -> Any:
@@ -81,11 +84,12 @@ def client_examples(
 def _examples(
     model: nn.Module, shown: ClientData, calibration: Calibration, config: Config
 ) -> list[Example]:
-    """Return an example of each image; without SAM's labels there is no weight either."""
-    weight: Tensor | None = None
+    """Return an example of each image; without SAM's labels there is no target either."""
+    target: Tensor | None = None
     if shown.masks is not None:
         sources = sources_of(model, shown)
-        weight = agree(sources, config=agreement_rule(config), calibration=calibration).weight
+        made = agree(sources, config=agreement_rule(config), calibration=calibration)
+        target = torch.where(made.weight > 0, made.foreground, 0.5)
 
     def panel(values: Tensor | None, row: int) -> NDArray[Any] | None:
         return None if values is None else values[row].numpy()
@@ -97,7 +101,7 @@ def _examples(
             truth=panel(shown.truth, row),
             sam=panel(shown.masks, row),
             prediction=mask.numpy(),
-            weight=panel(weight, row),
+            target=panel(target, row),
         )
         for row, mask in enumerate(predict_masks(model, shown.images))
     ]

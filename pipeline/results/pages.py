@@ -113,20 +113,20 @@ def example_panels(
     image: NDArray[np.uint8],
     masks: Mapping[str, Mask | None],
     *,
-    weight: NDArray[np.float32] | None = None,
+    target: NDArray[np.float32] | None = None,
 ) -> dict[str, Any]:
     """Return an example's panels as data URIs; masks are overlays, so the image goes in once.
 
     Args:
         image: (S, S, 3) RGB.
         masks: (S, S) class indices by name; the outline of ``truth`` is drawn on all others.
-        weight: (S, S) 0..1.
+        target: (S, S) 0..1.
     """
     side, truth = min(PANEL_PX, len(image)), masks.get("truth")
-    heat = None if weight is None else heat_map(np.rint(weight * 255).astype(np.uint8), side)
+    heat = None if target is None else heat_map(np.rint(target * 255).astype(np.uint8), side)
     return {
         "image": png_uri(resized(image, side)),
-        "weight": None if heat is None else png_uri(heat),
+        "target": None if heat is None else png_uri(heat),
         "overlays": {
             name: None if mask is None else png_uri(overlay(mask, truth, _fine(side)))
             for name, mask in masks.items()

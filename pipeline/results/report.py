@@ -148,7 +148,7 @@ def render_report(runs: Sequence[FinishedRun], examples: Sequence[Example], *, t
         calibration=_calibration(runs),
         validation=validation_curves({run.name: run.history for run in runs}),
         examples=[
-            {"caption": each.caption} | example_panels(each.image, masks, weight=each.weight)
+            {"caption": each.caption} | example_panels(each.image, masks, target=each.target)
             for each, masks in zip(examples, by_name, strict=True)
         ],
         class_keys=class_keys(shown, names),

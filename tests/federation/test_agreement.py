@@ -85,6 +85,8 @@ def test_soft_agreement_by_hand() -> None:
     assert 0.8 < trust < 0.9
     assert foreground_of(result) == pytest.approx(sharp(expected), abs=1e-4)
     assert result.label.flatten().tolist() == [1, 1, 1, 0]
+    assert result.foreground.flatten().tolist() == foreground_of(result)
+    assert run("consensus").foreground.flatten().tolist() == [1, 1, 0, 0]
     weight = dice_of(sharp(expected)) ** 2 * (1 / 4 + 3 / 4 * trust)
     assert result.weight.flatten().tolist() == pytest.approx([weight] * 4)
     assert shares_of(count_agreement(SOURCES, result)) == pytest.approx(

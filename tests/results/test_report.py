@@ -123,7 +123,7 @@ def example(size: int = 16, **changes: Any) -> Example:
         "truth": mask,
         "sam": mask.copy(),
         "prediction": mask.copy(),
-        "weight": np.ones((size, size), dtype=np.float32),
+        "target": np.ones((size, size), dtype=np.float32),
         **changes,
     }
     return Example(**values)
@@ -604,9 +604,9 @@ def test_many_clients_are_lines_of_one_grey() -> None:
 
 
 def test_panels_of_an_example() -> None:
-    weight = np.zeros((16, 16), dtype=np.float32)
-    weight[:, 8:] = 1
-    image, truth, sam, client, heat = pictures(render(run(), examples=[example(weight=weight)]))
+    target = np.zeros((16, 16), dtype=np.float32)
+    target[:, 8:] = 1
+    image, truth, sam, client, heat = pictures(render(run(), examples=[example(target=target)]))
     assert image.size == (16, 16)
     assert image.getpixel((0, 0)) == (100, 100, 100)
     assert truth.mode == "RGBA"
@@ -622,7 +622,7 @@ def test_panels_of_an_example() -> None:
 
 
 def test_missing_panels_are_dashes() -> None:
-    page = Page(render(run(), examples=[example(truth=None, sam=None, weight=None)]))
+    page = Page(render(run(), examples=[example(truth=None, sam=None, target=None)]))
     assert [cell.strip() for cell in page.tables[-1][-1]] == ["", "–", "–", "", "–"]
     assert "Examples" not in render(run())
 
@@ -641,7 +641,7 @@ def test_classes_have_their_own_colours() -> None:
 def test_large_noisy_examples_stay_below_two_megabytes() -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)
-    noisy = example(300, image=image, weight=rng.random((300, 300), dtype=np.float32))
+    noisy = example(300, image=image, target=rng.random((300, 300), dtype=np.float32))
     html = render(run(), examples=[noisy] * (MAX_EXAMPLES + 50))
     assert html.count('class="caption"') == MAX_EXAMPLES
     assert 1_000_000 < len(html) < 1_800_000  # and the rest for curves

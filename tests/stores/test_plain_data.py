@@ -111,16 +111,25 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     )
 
 
+def test_examples_of_an_older_run_have_no_target(tmp_path: Path) -> None:
+    mask = np.zeros((4, 4), np.uint8)
+    path = tmp_path / "examples.safetensors"
+    old = {"caption": "a", "image": np.zeros((4, 4, 3), np.uint8), "truth": None, "sam": mask}
+    save(path, [old | {"prediction": mask, "weight": mask.astype(np.float32)}])
+    (found,) = load_examples(path)
+    assert (found.caption, found.target) == ("a", None)
+
+
 def test_examples_round_trip(tmp_path: Path) -> None:
     image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    mask, weight = image[..., 0] % 2, image[..., 1].astype(np.float32) / 255
-    whole = Example("server, image 1", image, mask, 1 - mask, mask, weight)
+    mask, target = image[..., 0] % 2, image[..., 1].astype(np.float32) / 255
+    whole = Example("server, image 1", image, mask, 1 - mask, mask, target)
     bare = Example("site_a, image 1", image, None, None, mask, None)
     save_examples(tmp_path / "examples.safetensors", [whole, bare])
     first, second = load_examples(tmp_path / "examples.safetensors")
     assert (first.caption, second.caption) == (whole.caption, bare.caption)
-    assert second.truth is second.sam is second.weight is None
-    for name in ("image", "truth", "sam", "prediction", "weight"):
+    assert second.truth is second.sam is second.target is None
+    for name in ("image", "truth", "sam", "prediction", "target"):
         found, expected = getattr(first, name), getattr(whole, name)
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
