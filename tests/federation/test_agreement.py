@@ -333,6 +333,20 @@ def test_raising_makes_the_label_that_has_most_dice() -> None:
     assert best > dice(chances > 0.5) + 0.01
 
 
+def test_an_empty_label_stays_where_no_other_promises_more() -> None:
+    """An image with nothing but a doubtful blob, and one with a blob that is nearly half sure."""
+    chances = torch.full((2, 16, 16), 0.01)
+    chances[0, :4, :4], chances[1, :4, :4] = 0.2, 0.48
+    both = two_classes(chances)
+    raised, promised = raised_for_dice(both, 0.5)
+    assert torch.equal(raised[0], both[0])
+    assert raised[1].argmax(dim=0).sum() == 16
+    blob = 2 * 0.48 * 16 / (0.48 * 16 + 0.01 * 240 + 16)
+    assert promised.tolist() == pytest.approx([0.5, blob])
+    assert blob > 0.5
+    assert torch.equal(raised_for_dice(both, 0.9)[0], both), "images without objects are known"
+
+
 def test_dice_counts_classes_and_empty_images() -> None:
     first = torch.tensor([[[0, 0]], [[1, 2]], [[1, 0]], [[1, 1]]])
     second = torch.tensor([[[0, 0]], [[2, 2]], [[0, 1]], [[1, 1]]])
