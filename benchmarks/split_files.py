@@ -29,8 +29,9 @@ def write_files(split: Path, out: Path, *, size_px: int, seed: int) -> int:
     domains: dict[str, dict[str, list[str]]] = json.loads(split.read_bytes())
     styles = list(SITES.values())
     rows = [("image_id", "site")]
+    out.mkdir(parents=True)
     for kind in ("images", "masks"):
-        (out / kind).mkdir(parents=True)
+        (out / kind).mkdir()
     for number, (domain, parts) in enumerate(domains.items()):
         style = styles[number % len(styles)]
         for row, name in enumerate(file for files in parts.values() for file in files):

@@ -370,9 +370,6 @@ class Config(Section):
                 f"federate.method {method} is for clients with networks of their own; "
                 "list them in model.clients"
             )
-        kinds = {network.normalisation for network in (self.model, *self.model.clients)}
-        if METHODS[method].target == "batch_norm" and "group" in kinds:
-            raise ValueError(f"federate.method {method} needs model.normalisation batch, not group")
         federate, averages = self.federate, METHODS[method].networks == "equal"
         others = [
             f"federate.{key} {getattr(federate, key)}"

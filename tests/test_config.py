@@ -95,10 +95,6 @@ def test_an_unknown_key_of_a_clients_network_lists_the_known_ones(tmp_path: Path
         (["federate.method=rc_rf"], "rc_rf is for clients with networks of their own; list them"),
         (["federate.method=fedmd"], "fedmd is for clients with networks of their own; list them"),
         (
-            ["federate.method=adabn", "model.normalisation=group"],
-            "federate.method adabn needs model.normalisation batch, not group",
-        ),
-        (
             ["federate.method=semifl", "model.clients=[{architecture: fpn}]"],
             "semifl builds on averaged weights, which clients with networks of their own",
         ),

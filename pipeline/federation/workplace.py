@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config, NetworkConfig
+from pipeline.errors import ConfigError
 from pipeline.federation.codistillation import noised_public
 from pipeline.federation.compression import Packed, unpack
 from pipeline.federation.streams import Streams
 from pipeline.federation.views import PublicSet
+from pipeline.methods import METHODS
 from pipeline.segmentation.networks import State, build_for_training
 
 Networks = dict[NetworkConfig, nn.Module]
@@ -21,8 +23,14 @@ def build_networks(config: Config, device: torch.device) -> Networks:
     """Build one network of each kind of the run: the server's, and the clients' own.
 
     Raises:
-        ConfigError: one of them cannot be built.
+        ConfigError: one of them cannot be built, or has no batch norm where the method needs it.
     """
+    method, trained = config.federate.method, config.model.clients or (config.model,)
+    if METHODS[method].target == "batch_norm" and any(n.normalisation == "group" for n in trained):
+        raise ConfigError(
+            f"federate.method {method}: the clients' images teach batch norm alone, and a network "
+            "has normalisation group; expected batch"
+        )
     return {
         network: build_for_training(config, network, device)
         for network in dict.fromkeys((config.model, *config.model.clients))

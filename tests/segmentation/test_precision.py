@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import tiny_config
 
 from pipeline.deciding import deciding_settings
+from pipeline.errors import ConfigError
+from pipeline.federation.workplace import build_networks
 from pipeline.segmentation.networks import build_for_training, logits_of, normalise
 
 
@@ -36,3 +39,22 @@ def test_the_precision_decides_the_first_model_too(tmp_path: Path) -> None:
         for p in ("fp32", "bf16")
     ]
     assert found[0] != found[1]
+
+
+def test_a_run_builds_its_networks_so(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tmp_path, federate={"precision": "bf16"})
+    (network,) = build_networks(config, torch.device("cpu")).values()
+    images = normalise(torch.rand(2, 3, 32, 32))
+    with torch.no_grad():
+        assert not torch.equal(logits_of(network.eval(), images), network(images))
+
+
+def test_adabn_needs_batch_norm(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path,
+        tmp_path,
+        federate={"method": "adabn"},
+        model={"normalisation": "group"},
+    )
+    with pytest.raises(ConfigError, match="teach batch norm alone"):
+        build_networks(config, torch.device("cpu"))
