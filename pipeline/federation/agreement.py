@@ -201,12 +201,21 @@ def foreground_raised(distribution: Tensor, factor: Tensor) -> Tensor:
     return raised / raised.sum(dim=1, keepdim=True)
 
 
-def raised_for_dice(distribution: Tensor, empty: float) -> tuple[Tensor, Tensor]:
-    """Return distributions whose label is best for Dice, and the Dice (B,) that it promises.
+class Raised(NamedTuple):
+    """Distributions raised for Dice, the labels that they are trusted by, and what these promise."""
+
+    distribution: Tensor  # (B, K+1, H, W) float32
+    label: Tensor  # (B, H, W) int64
+    dice: Tensor  # (B,) float32
+
+
+def raised_for_dice(distribution: Tensor, empty: float) -> Raised:
+    """Raise the odds of foreground to where the likeliest label is the best for Dice.
 
     A label of what has a chance of half the Dice that another one promises, or more, promises no
     less than that one (Dinkelbach, 1967); three such steps come to the best within a hundredth. An
-    empty likeliest label stays empty where no other one promises more than ``empty``.
+    empty likeliest label stays where no other one promises more than ``empty``; odds are raised by
+    that then, so that an object which another source sees stands where empty labels are wrong.
 
     Args:
         distribution: (B, K+1, H, W). empty: what a label without foreground promises.
@@ -217,8 +226,14 @@ def raised_for_dice(distribution: Tensor, empty: float) -> tuple[Tensor, Tensor]
         raised = foreground_raised(distribution, (2 - dice) / dice)
         dice = expected_dice(distribution, empty, raised.argmax(dim=1))
     found = (distribution.argmax(dim=1) > 0).flatten(1).any(dim=1)
-    kept = found | (dice > empty)
-    return torch.where(kept[:, None, None, None], raised, distribution), dice.where(kept, empty)
+    better = found | (dice > empty)
+    worth = dice.where(better, empty).clamp(_LEAST_DICE, _MOST_DICE)
+    alone = foreground_raised(distribution, (2 - worth) / worth)
+    return Raised(
+        torch.where(better[:, None, None, None], raised, alone),
+        raised.argmax(dim=1) * better[:, None, None],
+        dice.where(better, empty),
+    )
 
 
 def agree(
@@ -316,8 +331,9 @@ def sam_calibrated(distribution: Tensor, fitted: Calibration) -> Tensor:
 
 def _sam_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:
     """Return SAM's distributions, calibrated and raised for Dice, and its E (B,)."""
-    raised, dice = raised_for_dice(sam_calibrated(distribution, fitted), fitted.sam_empty)
-    return raised, (dice + fitted.sam_offset).clamp(_LEAST_DICE, _MOST_DICE)
+    raised = raised_for_dice(sam_calibrated(distribution, fitted), fitted.sam_empty)
+    dice = raised.dice + fitted.sam_offset
+    return raised.distribution, dice.clamp(_LEAST_DICE, _MOST_DICE)
 
 
 def _client_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:

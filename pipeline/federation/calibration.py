@@ -73,8 +73,8 @@ def _with_promises(fitted: Calibration, part: _Part) -> Calibration:
     sources, truth, groups = part
     client = tempered(sources.client, fitted.client_inverse_temperature)
     sam = sam_calibrated(sources.sam, fitted)
-    raised, _ = raised_for_dice(sam, fitted.sam_empty)
-    sam_offset, sam_empty = _fit_promise(sam, raised.argmax(dim=1), truth, groups)
+    label = raised_for_dice(sam, fitted.sam_empty).label
+    sam_offset, sam_empty = _fit_promise(sam, label, truth, groups)
     client_offset, client_empty = _fit_promise(client, client.argmax(dim=1), truth, groups)
     return replace(
         fitted,

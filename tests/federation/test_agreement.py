@@ -327,9 +327,10 @@ def test_raising_makes_the_label_that_has_most_dice() -> None:
         return float(2 * chances[label].sum() / (chances.sum() + label.sum()))
 
     best = max(dice(chances > cut / 100) for cut in range(5, 95))
-    raised, promised = raised_for_dice(two_classes(chances), 0.5)
-    assert dice(raised.argmax(dim=1) > 0) == pytest.approx(best, abs=1e-3)
-    assert float(promised) == pytest.approx(best, abs=1e-3)
+    raised = raised_for_dice(two_classes(chances), 0.5)
+    assert torch.equal(raised.label, raised.distribution.argmax(dim=1))
+    assert dice(raised.label > 0) == pytest.approx(best, abs=1e-3)
+    assert float(raised.dice) == pytest.approx(best, abs=1e-3)
     assert best > dice(chances > 0.5) + 0.01
 
 
@@ -338,13 +339,14 @@ def test_an_empty_label_stays_where_no_other_promises_more() -> None:
     chances = torch.full((2, 16, 16), 0.01)
     chances[0, :4, :4], chances[1, :4, :4] = 0.2, 0.48
     both = two_classes(chances)
-    raised, promised = raised_for_dice(both, 0.5)
-    assert torch.equal(raised[0], both[0])
-    assert raised[1].argmax(dim=0).sum() == 16
+    raised = raised_for_dice(both, 0.5)
+    assert raised.label.sum(dim=(1, 2)).tolist() == [0, 16]
+    odds_raised = raised.distribution[0, 1] / raised.distribution[0, 0]
+    assert torch.allclose(odds_raised, 3 * both[0, 1] / both[0, 0]), "(2 - 0.5) / 0.5"
     blob = 2 * 0.48 * 16 / (0.48 * 16 + 0.01 * 240 + 16)
-    assert promised.tolist() == pytest.approx([0.5, blob])
+    assert raised.dice.tolist() == pytest.approx([0.5, blob])
     assert blob > 0.5
-    assert torch.equal(raised_for_dice(both, 0.9)[0], both), "images without objects are known"
+    assert raised_for_dice(both, 0.9).label.sum() == 0, "images without objects are known"
 
 
 def test_dice_counts_classes_and_empty_images() -> None:
