@@ -202,7 +202,7 @@ def foreground_raised(distribution: Tensor, factor: Tensor) -> Tensor:
 
 
 class Raised(NamedTuple):
-    """Distributions raised for Dice, the labels that they are trusted by, and what these promise."""
+    """Distributions raised for Dice, the labels by which they are trusted, and their promise."""
 
     distribution: Tensor  # (B, K+1, H, W) float32
     label: Tensor  # (B, H, W) int64
