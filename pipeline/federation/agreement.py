@@ -106,7 +106,7 @@ class Sources:
     dice: Tensor = field(init=False)  # (B,) float32, ``foreground_dice`` of the labels
 
     def __post_init__(self) -> None:
-        self.sam_label, self.client_label = self.sam.argmax(dim=1), self.client.argmax(dim=1)
+        self.sam_label, self.client_label = likeliest(self.sam), likeliest(self.client)
         self.same = self.sam_label == self.client_label
         self.dice = foreground_dice(self.sam_label, self.client_label)
 
@@ -124,7 +124,7 @@ class PseudoLabel(NamedTuple):
     @property
     def label(self) -> Tensor:
         """The most probable class (B, H, W) int64."""
-        return self.target.argmax(dim=1) if self.target.ndim == 4 else self.target
+        return likeliest(self.target) if self.target.ndim == 4 else self.target
 
     @property
     def foreground(self) -> Tensor:
@@ -163,6 +163,14 @@ def from_levels(levels: Tensor, label: Tensor) -> Tensor:
     return values / values.sum(dim=1, keepdim=True)
 
 
+def likeliest(distribution: Tensor) -> Tensor:
+    """Return the most probable class (B, H, W) int64 of (B, K+1, H, W), the first of equals.
+
+    ``argmax`` says the same, and takes four to ten times as long over this dimension on a CPU.
+    """
+    return distribution.max(dim=1).indices
+
+
 def tempered(distribution: Tensor, inverse_temperature: float) -> Tensor:
     """Return distributions whose likeliest class has its log-odds times ``inverse_temperature``.
 
@@ -186,7 +194,7 @@ def expected_dice(
     Args:
         distribution: (B, K+1, H, W). label: (B, H, W) int64.
     """
-    label = distribution.argmax(dim=1) if label is None else label
+    label = likeliest(distribution) if label is None else label
     chance = distribution.gather(1, label[:, None])[:, 0]
     found = (label > 0).float()
     total = distribution[:, 1:].sum(dim=(1, 2, 3)) + found.sum(dim=(1, 2))
@@ -220,18 +228,20 @@ def raised_for_dice(distribution: Tensor, empty: float) -> Raised:
     Args:
         distribution: (B, K+1, H, W). empty: what a label without foreground promises.
     """
-    raised, dice = distribution, expected_dice(distribution, empty)
+    raised, label = distribution, likeliest(distribution)
+    dice = expected_dice(distribution, empty, label)
+    found = (label > 0).flatten(1).any(dim=1)
     for _ in range(_RAISES):
         dice = dice.clamp(_LEAST_DICE, _MOST_DICE)
         raised = foreground_raised(distribution, (2 - dice) / dice)
-        dice = expected_dice(distribution, empty, raised.argmax(dim=1))
-    found = (distribution.argmax(dim=1) > 0).flatten(1).any(dim=1)
+        label = likeliest(raised)
+        dice = expected_dice(distribution, empty, label)
     better = found | (dice > empty)
-    worth = dice.where(better, empty).clamp(_LEAST_DICE, _MOST_DICE)
+    worth = torch.full_like(dice, empty).clamp(_LEAST_DICE, _MOST_DICE)
     alone = foreground_raised(distribution, (2 - worth) / worth)
     return Raised(
         torch.where(better[:, None, None, None], raised, alone),
-        raised.argmax(dim=1) * better[:, None, None],
+        label * better[:, None, None],
         dice.where(better, empty),
     )
 

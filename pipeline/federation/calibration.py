@@ -16,6 +16,7 @@ from pipeline.federation.agreement import (
     agree,
     expected_dice,
     foreground_dice,
+    likeliest,
     logit,
     raised_for_dice,
     sam_calibrated,
@@ -75,7 +76,7 @@ def _with_promises(fitted: Calibration, part: _Part) -> Calibration:
     sam = sam_calibrated(sources.sam, fitted)
     label = raised_for_dice(sam, fitted.sam_empty).label
     sam_offset, sam_empty = _fit_promise(sam, label, truth, groups)
-    client_offset, client_empty = _fit_promise(client, client.argmax(dim=1), truth, groups)
+    client_offset, client_empty = _fit_promise(client, likeliest(client), truth, groups)
     return replace(
         fitted,
         sam_offset=sam_offset,

@@ -214,5 +214,5 @@ def predict_probabilities(model: nn.Module, images: Tensor, *, batch_size: int =
 
 def predict_masks(model: nn.Module, images: Tensor) -> Tensor:
     """Return class indices (N, S, S) uint8 of uint8 images (N, 3, S, S), evaluation mode."""
-    parts = (predict_probabilities(model, batch).argmax(dim=1) for batch in images.split(32))
+    parts = (predict_probabilities(model, part).max(dim=1).indices for part in images.split(32))
     return torch.cat([part.to(torch.uint8) for part in parts])
