@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -24,9 +24,12 @@ def write_files(split: Path, out: Path, *, size_px: int, seed: int) -> int:
     """Write the files; return how many images there are.
 
     Raises:
-        FileExistsError: there is something at OUT.
+        OSError: SPLIT cannot be read, or there is something at OUT. ValueError: SPLIT is no such
+        file.
     """
     domains: dict[str, dict[str, list[str]]] = json.loads(split.read_bytes())
+    if not all(isinstance(parts, dict) for parts in domains.values()):
+        raise ValueError("expected HSSF's lists of file names by domain and part")
     styles = list(SITES.values())
     rows = [("image_id", "site")]
     out.mkdir(parents=True)
@@ -37,7 +40,7 @@ def write_files(split: Path, out: Path, *, size_px: int, seed: int) -> int:
         for row, name in enumerate(file for files in parts.values() for file in files):
             rng = np.random.default_rng([seed, number, row])
             image, mask = render(style, draw_patient(style, rng), rng, size_px)
-            path = out / "images" / f"{domain}_{name}"
+            path = out / "images" / f"{domain}_{PurePosixPath(name).name}"
             Image.fromarray(image).save(path)
             Image.fromarray(mask).save(out / "masks" / f"{path.stem}.png")
             rows.append((path.stem, domain))
@@ -53,7 +56,10 @@ def main() -> None:
     parser.add_argument("--size-px", type=int, default=192)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    count = write_files(chosen.split, chosen.out, size_px=chosen.size_px, seed=chosen.seed)
+    try:
+        count = write_files(chosen.split, chosen.out, size_px=chosen.size_px, seed=chosen.seed)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{chosen.split}: {error}") from error
     print(f"{count} images in {chosen.out}")
 
 

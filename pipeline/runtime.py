@@ -65,6 +65,15 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Tell whether bfloat16 is fast there: a GPU that has it, or a CPU with AMX or AVX512-bf16."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    fast = able.get("amx_bf16") or able.get("avx512_bf16")
+    return bool(fast and torch.backends.mkldnn.is_available())
+
+
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
     """Pin torch's threads on the CPU (None: leave them): equal counts give equal bytes."""

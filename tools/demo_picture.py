@@ -1,6 +1,8 @@
 """README's picture: the examples of a finished run, as its report shows them.
 
-python tools/demo_picture.py cache/demo/cache/runs/sam_fed docs/demo.png
+    python tools/demo_picture.py cache/demo/cache/runs/sam_fed docs/demo.png
+
+Two of the server's images, whose truth is known, and one of each client.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pipeline.federation.calibration import split_in_halves
 from pipeline.federation.views import PublicSet
 from pipeline.segmentation.likeness import Moments, moments, pooled_features
 from pipeline.segmentation.model_spec import Calibration, Likeness, ModelSpec, Training
-from pipeline.segmentation.networks import logits_of, normalise
+from pipeline.segmentation.networks import normalise
 from pipeline.segmentation.reliability import Reliability
 
 NO_DIGEST = "none"  # until the weights are written
@@ -42,7 +42,10 @@ class Pixels(NamedTuple):
 
 @torch.inference_mode()
 def calibration_pixels(model: nn.Module, public: PublicSet) -> Pixels:
-    """Return pixels of D_p's calibration part, of every image as many, with the model's logits."""
+    """Return pixels of D_p's calibration part, of every image as many, with the model's logits.
+
+    Those are computed in float32, as ``predict`` computes them.
+    """
     images, truth = public.calibration.images, public.calibration.truth
     if truth is None:
         raise ValueError("the calibration part has no truth")
@@ -50,7 +53,7 @@ def calibration_pixels(model: nn.Module, public: PublicSet) -> Pixels:
     device = next(model.parameters()).device
     stride = max(1, truth.numel() // _MOST_PIXELS)
     logits = [
-        logits_of(model, normalise(batch.to(device).float() / 255)).flatten(2)[:, :, ::stride].cpu()
+        model(normalise(batch.to(device).float() / 255)).flatten(2)[:, :, ::stride].cpu()
         for batch in images.split(32)
     ]
     labels = truth.flatten(1)[:, ::stride].long()

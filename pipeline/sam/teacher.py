@@ -18,7 +18,7 @@ from pipeline.config import Config, PrecomputeConfig
 from pipeline.data.partition import Partition
 from pipeline.disk import file_sha256
 from pipeline.errors import ConfigError, IdentityError, StageError
-from pipeline.runtime import resolve_device
+from pipeline.runtime import has_fast_bf16, resolve_device
 from pipeline.sam.build import decode_masks, no_mask
 from pipeline.sam.checkpoints import base_checkpoint, build_base, misfit
 from pipeline.sam.device import Download, Image, Upload, page_locked, plain_float32
@@ -131,7 +131,7 @@ def resolve_precision(precision: str, device: torch.device, variant: str) -> str
         CPU that has.
     """
     if precision == "auto":
-        return label_precision(variant, "auto") or ("bf16" if _has_bf16(device) else "fp32")
+        return label_precision(variant, "auto") or ("bf16" if has_fast_bf16(device) else "fp32")
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("precompute.precision: fp16 needs a GPU; use auto, bf16 or fp32")
     if precision == "int8" and device.type != "cpu":
@@ -142,14 +142,6 @@ def resolve_precision(precision: str, device: torch.device, variant: str) -> str
             "which this one lacks; use auto"
         )
     return precision
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = torch.cpu.get_capabilities()
-    fast = able.get("amx_bf16") or able.get("avx512_bf16")
-    return bool(fast and torch.backends.mkldnn.is_available())
 
 
 class Teacher:
@@ -181,7 +173,11 @@ class Teacher:
         self.keeps_probabilities = False  # of every class, with the labels
         if self.precision == "int8":
             quantise(self.sam.image_encoder, dtype=self.dtype)
-        elif self.dtype == torch.bfloat16 and self.device.type == "cpu" and _has_bf16(self.device):
+        elif (
+            self.dtype == torch.bfloat16
+            and self.device.type == "cpu"
+            and has_fast_bf16(self.device)
+        ):
             pack(self.sam.image_encoder)
         for module in self.sam.image_encoder.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):

@@ -202,7 +202,10 @@ def get_state(model: nn.Module) -> State:
 
 @torch.inference_mode()
 def predict_probabilities(model: nn.Module, images: Tensor, *, batch_size: int = 32) -> Tensor:
-    """Return probabilities (N, K+1, S, S) float32 of uint8 images (N, 3, S, S), evaluation mode."""
+    """Return probabilities (N, K+1, S, S) float32 of uint8 images (N, 3, S, S), evaluation mode.
+
+    They come in the precision that the model was built to train in, as targets do.
+    """
     device = next(model.parameters()).device
     model.eval()
     parts = [
@@ -212,7 +215,14 @@ def predict_probabilities(model: nn.Module, images: Tensor, *, batch_size: int =
     return torch.cat(parts)
 
 
+@torch.inference_mode()
 def predict_masks(model: nn.Module, images: Tensor) -> Tensor:
-    """Return class indices (N, S, S) uint8 of uint8 images (N, 3, S, S), evaluation mode."""
-    parts = (predict_probabilities(model, part).max(dim=1).indices for part in images.split(32))
-    return torch.cat([part.to(torch.uint8) for part in parts])
+    """Return class indices (N, S, S) uint8 of uint8 images (N, 3, S, S), evaluation mode.
+
+    They are computed in float32, whatever the model was built to train in, so that a score in a
+    round is the score that ``evaluate`` finds.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    parts = (model(normalise(part.to(device).float() / 255)) for part in images.split(32))
+    return torch.cat([part.max(dim=1).indices.to(torch.uint8).cpu() for part in parts])

@@ -24,7 +24,7 @@ from pipeline.data.images import read_image
 from pipeline.data.masks import read_mask
 from pipeline.disk import leftovers, unlock, write_bytes, writer_lock
 from pipeline.errors import SamfedError
-from pipeline.runtime import resolve_device
+from pipeline.runtime import has_fast_bf16, resolve_device
 from pipeline.sam.build import build_sam
 from pipeline.sam.checkpoints import base_checkpoint
 from pipeline.sam.providers import failing_providers
@@ -129,6 +129,10 @@ def _precision(config: Config) -> Lines:
     device = resolve_device(run.device)
     taken = resolve_precision(run.precision, device, config.sam.variant)
     yield "ok", f"precompute.precision {run.precision} takes {taken} on {device.type}"
+    rounds = resolve_device(config.federate.device)
+    if config.federate.precision == "bf16" and not has_fast_bf16(rounds):
+        advice = "rounds become slower; use federate.precision=fp32"
+        yield "warning", f"bfloat16 is emulated on this {rounds.type}: {advice}"
 
 
 def _threads(config: Config) -> Lines:

@@ -13,6 +13,7 @@ from conftest import Project, answer, call, fails, listing
 
 from pipeline.sam import providers
 from pipeline.sam.providers import failing_providers
+from pipeline.setup import doctor
 
 
 @pytest.fixture
@@ -74,6 +75,15 @@ def test_a_lock_of_another_host_is_a_warning(project: Project) -> None:
     lock.parent.mkdir(parents=True)
     lock.write_text(json.dumps({"host": f"not-{socket.gethostname()}", "pid": 1}))
     assert kinds(*project.options)["locks"] == {"warning"}
+
+
+@pytest.mark.parametrize(("fast", "kind"), [(True, "ok"), (False, "warning")])
+def test_emulated_bfloat16_is_a_warning(
+    project: Project, monkeypatch: pytest.MonkeyPatch, fast: bool, kind: str
+) -> None:
+    monkeypatch.setattr(doctor, "has_fast_bf16", lambda device: fast)
+    options = (*project.options, "--set", "federate.precision=bf16")
+    assert kind in kinds(*options)["precision"] <= {"ok", kind}
 
 
 def test_the_cpu_runs_a_node_of_onnx() -> None:
