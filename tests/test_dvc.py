@@ -74,8 +74,8 @@ def test_parameters_exist_and_reach_only_their_stages() -> None:
     }
     assert users == {
         "sam": {"finetune-sam", "evaluate-sam"},
-        "model": {"federate"},
-        "augment": {"finetune-sam", "federate"},
+        "model": {"evaluate-sam", "federate"},
+        "augment": {"finetune-sam", "evaluate-sam", "federate"},
         "agreement": {"federate"},
         "partition": {"prepare"},
         "synth": {"synth"},

@@ -95,7 +95,7 @@ def _fit_promise(
     right = (float(dice[empty].sum()) + _PRIOR_EMPTY / 2) / (int(empty.sum()) + _PRIOR_EMPTY)
     found = [group for group, none in zip(groups, empty.tolist(), strict=True) if not none]
     gap = (dice - expected_dice(distribution, 0.0, label))[~empty]
-    return _shrunk_mean(gap, found), right
+    return shrunk_mean(gap, found), right
 
 
 def _with_guard(
@@ -114,7 +114,7 @@ def _with_guard(
         target, model = _class_dice(ours, truth, number), _class_dice(alone, truth, number)
         rows = (~(target.isnan() | model.isnan())).nonzero().flatten()
         target, model = target[rows], model[rows]
-        gain = _shrunk_mean(target - model, [groups[row] for row in rows])
+        gain = shrunk_mean(target - model, [groups[row] for row in rows])
         means = [float(values.mean()) if len(rows) else 1.0 for values in (target, model)]
         found.append((*means, gain))
     dice, model_dice, gains = zip(*found, strict=True)
@@ -128,7 +128,7 @@ def _class_dice(label: Tensor, truth: Tensor, number: int) -> Tensor:
     return 2 * (a & b).sum(dim=(1, 2)) / total  # 0 / 0 is NaN
 
 
-def _shrunk_mean(values: Tensor, groups: Sequence[str]) -> float:
+def shrunk_mean(values: Tensor, groups: Sequence[str]) -> float:
     """Return the mean over groups, each of them counting one, and two more that say 0."""
     sums: dict[str, list[float]] = {}
     for group, value in zip(groups, values.tolist(), strict=True):

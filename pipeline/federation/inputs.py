@@ -172,6 +172,22 @@ def reads_probabilities(config: Config) -> bool:
     return kept and agreement_rule(config).rule not in LABEL_RULES
 
 
+def load_public_alone(config: Config, partition: Partition) -> PublicSet:
+    """Read D_p as the server has it before there are labels or clients."""
+    context = ClientContext(
+        name="server",
+        index=0,
+        config=config,
+        identity=None,
+        encoder_sha256=None,
+        public=PublicRows.of(partition),
+        train=(),
+        val=(),
+        test=(),
+    )
+    return load_public(context)
+
+
 def load_public(context: ClientContext) -> PublicSet:
     """Read D_p, with SAM's labels of its calibration part where labels are asked for."""
     rows = context.public

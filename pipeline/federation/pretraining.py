@@ -24,6 +24,7 @@ def first_model(
     public: PublicSet,
     *,
     public_sha256: str,
+    keep: bool = True,
     progress: Progress | None = None,
 ) -> State:
     """Return the weights of ``network`` after ``pretrain_steps`` steps on D_p's training part.
@@ -33,6 +34,7 @@ def first_model(
 
     Args:
         public_sha256: of D_p's files and parts (``Partition.server_sha256``).
+        keep: write it to the cache, for whoever asks next.
     """
     settings, steps = config.federate, config.federate.pretrain_steps
     path = config.cache.root / "starts" / f"{start_key(config, network, public_sha256)}.safetensors"
@@ -49,7 +51,8 @@ def first_model(
 
     model = build_for_training(config, network, resolve_device(settings.device))
     weights = train_on_server(model, public, rates(), streams=Streams(config.seed), config=config)
-    save(path, weights)
+    if keep:
+        save(path, weights)
     return weights
 
 

@@ -1,12 +1,13 @@
-"""``samfed evaluate-sam``: the teacher where truth is known, beside SAM as it comes.
+"""``samfed evaluate-sam``: the teacher where truth is known, beside SAM as it comes, and no SAM.
 
-On a page teachers stand side by side, so that one sees whether SAM is worth it.
+On a page they stand side by side, so that one sees whether SAM is worth it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from pipeline.results.colours import COLOURS
 from pipeline.results.curves import reliability_plot
 from pipeline.results.pages import Key, Mask, class_keys, example_panels, render
 from pipeline.results.scores import scales
+from pipeline.results.without_sam import Outlook, Predicted, networks_without_sam, outlook
 from pipeline.runtime import torch_threads
 from pipeline.sam.frame import fit_longest_side
 from pipeline.sam.prompts import why_not_prompted
@@ -34,6 +36,7 @@ from pipeline.stores.pseudo_labels import confidence_to_probability
 from pipeline.stores.teacher_card import TeacherCard
 
 TEACHERS = ("adapted", "points")
+NETWORK = "no SAM"  # what table and page call the network
 EXAMPLES = 8  # images that the page shows
 
 #: A caption, an image (S, S, 3) RGB, and (S, S) masks: its ``truth``, and each teacher's.
@@ -51,23 +54,46 @@ class TeacherEvaluation:
 
     configured: str  # the teacher that ``sam.prompt`` asks for
     teachers: dict[str, dict[str, Any]]  # each of ``TEACHERS``
+    network: dict[str, Any]  # the same numbers of the clients' network, trained without SAM
+    outlook: Outlook
     page: Path
 
     def as_json(self) -> dict[str, Any]:
-        """Return the configured teacher's results, and under ``teachers`` those of all."""
-        return {**self.teachers[self.configured], "teachers": self.teachers}
+        """Return the configured teacher's results, and beside them those of all."""
+        return {
+            **self.teachers[self.configured],
+            "teachers": self.teachers,
+            "network": self.network,
+            "outlook": asdict(self.outlook),
+        }
 
     def text(self) -> str:
-        """Return the teachers side by side, and where the page is."""
-        return render("scores.txt.j2", title="teacher", rows=self.teachers, page=self.page)
+        """Return the teachers and the network side by side, the outlook, and where the page is."""
+        last = f"{self.outlook.text}\n{self.page}"
+        return render("scores.txt.j2", title="labels of", rows=self.rows, page=last)
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The teachers and the network by the names that table and page give them."""
+        return {**self.teachers, NETWORK: self.network}
 
 
 class _Measured(NamedTuple):
-    """One teacher on the calibration part."""
+    """One teacher, or the network, on the calibration part."""
 
     summary: dict[str, Any]  # JSON-ready
     masks: list[Mask]  # (S, S) class indices, an image each
     dice: list[float]
+    groups: list[str]
+
+
+class _Label(NamedTuple):
+    """What a teacher or the network says of one calibration image."""
+
+    image_id: str
+    truth: Mask  # (S, S) class indices
+    mask: Mask
+    probabilities: NDArray[np.float32]  # (S, S), of the mask's class
 
 
 def evaluate_teacher(
@@ -76,8 +102,10 @@ def evaluate_teacher(
     """Label the server's calibration part as stage one would, and compare with the truth.
 
     In torch, whatever ``precompute.backend`` says: ONNX Runtime has the configured teacher alone.
-    Beside the teacher that ``sam.prompt`` asks for, the other one if it can be had at once.
-    Writes ``evaluate-sam.json`` and the page ``evaluate-sam.html`` to ``out``, else to the cache.
+    Beside the teacher that ``sam.prompt`` asks for, the other one if it can be had at once, and the
+    clients' network as it is before the rounds, trained on the same training part without SAM.
+    Writes ``evaluate-sam.json`` and the page ``evaluate-sam.html`` to ``out``, else to the cache,
+    and then the network too, which the rounds find there.
 
     Raises:
         StageError: no partition or no teacher yet. IdentityError: another teacher's card.
@@ -94,15 +122,22 @@ def evaluate_teacher(
             if isinstance(teacher, str):
                 teachers[name] = {"missing": teacher}
             else:
-                measured[name] = _measure(config, partition, teacher, progress)
+                measured[name] = _measure_teacher(config, partition, teacher, progress)
                 teachers[name] = measured[name].summary
-    examples = list(_examples(config, partition, measured, ranked_by=configured))
-    result = TeacherEvaluation(configured, teachers, (out or cache) / "evaluate-sam.html")
+    sam = measured[configured]
+    alone = measured[NETWORK] = _measure_network(
+        config,
+        partition,
+        networks_without_sam(config, partition, keep=out is None, progress=progress),
+    )
+    view = outlook(sam.summary, alone.summary, (sam.dice, alone.dice), sam.groups)
+    result = TeacherEvaluation(
+        configured, teachers, alone.summary, view, (out or cache) / "evaluate-sam.html"
+    )
     page = render_evaluation(
-        teachers,
-        examples,
+        result,
+        list(_examples(config, partition, measured, ranked_by=configured)),
         variant=own.card.variant,
-        configured=configured,
         classes=config.data.classes,
     )
     write_bytes(result.page, page.encode())
@@ -122,41 +157,69 @@ def _other_teacher(name: str, config: Config, card: TeacherCard) -> Teacher | st
     return load_zero_shot(config, card.model_copy(update=zero_shot))
 
 
-def _measure(
+def _measure_teacher(
     config: Config, partition: Partition, teacher: Teacher, progress: Progress | None
 ) -> _Measured:
+    card = teacher.card
+    what = f"evaluating the teacher (prompt {card.prompt})"
+    about = {
+        "variant": card.variant,
+        "prompt": card.prompt,
+        "adapter_sha256": card.adapter_sha256,
+    }
+    labels = _teachers_labels(config, partition, teacher)
+    return _measure(config, partition, labels, about, partial(_counted, progress, what))
+
+
+def _measure_network(
+    config: Config, partition: Partition, networks: Iterable[Predicted]
+) -> _Measured:
+    """Measure the clients' network, the best of them where they have several kinds."""
+    ids, size = partition.server.calibration, config.data.image_size
+    found = []
+    for network, masks, probabilities in networks:
+        truths = (resize_mask(item.mask, size) for item in load_labelled(config, partition, ids))
+        labels = map(_Label, ids, truths, masks, probabilities)
+        about = {"architecture": network.architecture, "encoder": network.encoder}
+        found.append(_measure(config, partition, labels, about))
+    return max(found, key=lambda each: each.summary["dice"])
+
+
+def _measure(
+    config: Config,
+    partition: Partition,
+    labels: Iterable[_Label],
+    about: Mapping[str, Any],
+    show: Callable[[int, int], None] = lambda done, total: None,
+) -> _Measured:
+    """Compare labels with the truth; ``about`` says whose they are."""
     count = len(partition.server.calibration)
     masks, scores, groups, reliability = [], [], [], Reliability()
-    for image_id, truth, mask, confidences in _label(config, partition, teacher):
+    for image_id, truth, mask, probabilities in labels:
         masks.append(mask)
         entry = partition.images[image_id]
         px, mm = scales(config, entry.size_mm)
-        scores.append(
-            image_metrics(mask, truth, num_classes=teacher.card.num_classes, px=px, mm=mm)
-        )
+        scores.append(image_metrics(mask, truth, num_classes=config.data.num_classes, px=px, mm=mm))
         groups.append(entry.group)
-        reliability.add(confidence_to_probability(confidences).ravel(), (mask == truth).ravel())
-        if progress is not None:
-            progress(f"evaluating the teacher (prompt {teacher.card.prompt})", len(masks), count)
+        reliability.add(probabilities.ravel(), (mask == truth).ravel())
+        show(len(masks), count)
     summary = {
-        "variant": teacher.card.variant,
-        "prompt": teacher.card.prompt,
-        "adapter_sha256": teacher.card.adapter_sha256,
+        **about,
         **summarise(scores, groups, seed=config.seed, names=config.data.classes),
         "ece": reliability.error(),
         "reliability": reliability.bins(),
         "empty": sum(not mask.any() for mask in masks) / count,
     }
-    return _Measured(summary, masks, [score.dice for score in scores])
+    return _Measured(summary, masks, [score.dice for score in scores], groups)
 
 
-def _label(
-    config: Config, partition: Partition, teacher: Teacher
-) -> Iterator[tuple[str, Mask, Mask, Mask]]:
-    """Yield each calibration image's id and, (S, S) uint8, its truth, label and confidences.
+def _counted(progress: Progress | None, what: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(what, done, total)
 
-    In stage one's batches, which shrink as there when memory runs out.
-    """
+
+def _teachers_labels(config: Config, partition: Partition, teacher: Teacher) -> Iterator[_Label]:
+    """Label the calibration images in stage one's batches, which shrink when memory runs out."""
     size, step = config.data.image_size, config.precompute.batch_size
     patient, ids = MemoryAwareTeacher(teacher, step), partition.server.calibration
     for start in range(0, len(ids), step):
@@ -167,7 +230,8 @@ def _label(
         ]
         labels = patient.label([image for image, _ in pairs], size)
         truths = [truth for _, truth in pairs]
-        yield from zip(batch, truths, labels.masks, labels.confidences, strict=True)
+        probabilities = map(confidence_to_probability, labels.confidences)
+        yield from map(_Label, batch, truths, labels.masks, probabilities)
 
 
 def _examples(
@@ -188,28 +252,30 @@ def _examples(
 
 
 def render_evaluation(
-    teachers: Mapping[str, dict[str, Any]],
+    result: TeacherEvaluation,
     examples: Sequence[Example],
     *,
     variant: str,
-    configured: str,
     classes: Sequence[str] = ("foreground",),
 ) -> str:
     """Return the page as HTML text; the same input gives the same bytes.
 
     Args:
-        teachers: by name what ``evaluate_teacher`` measured, or why it did not (``missing``).
-        variant: of SAM.
-        configured: the teacher that ``sam.prompt`` asks for. classes: names of the classes 1..K.
+        variant: of SAM. classes: names of the classes 1..K.
     """
-    named = zip(teachers, COLOURS, strict=False)
-    keys = [Key(name, colour) for name, colour in named if "missing" not in teachers[name]]
+    rows = result.rows
+    keys = [
+        Key(name, colour)
+        for name, colour in zip(rows, COLOURS, strict=False)
+        if "missing" not in rows[name]
+    ]
     return render(
         "evaluate_sam.html.j2",
-        teachers=teachers,
+        rows=rows,
         variant=variant,
-        configured=configured,
-        reliability=reliability_plot({key: teachers[key.label]["reliability"] for key in keys}),
+        configured=result.configured,
+        outlook=result.outlook,
+        reliability=reliability_plot({key: rows[key.label]["reliability"] for key in keys}),
         keys=keys,
         examples=[
             {"caption": caption} | example_panels(image, masks)

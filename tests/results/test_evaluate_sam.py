@@ -13,24 +13,30 @@ import pipeline.sam  # noqa: F401  (before segment_anything imports torchvision)
 import numpy as np
 import pytest
 import torch
-from conftest import copy_cache, tiny_config
+from conftest import copy_cache, listing, tiny_config
 from page_reader import Page, pictures
 
 from pipeline.config import Config
 from pipeline.data.images import load_labelled, resize_mask
 from pipeline.data.partition import load_partition
 from pipeline.data.prepare import prepare
+from pipeline.federation.inputs import load_public_alone
+from pipeline.federation.server import federate
 from pipeline.params import with_settings
 from pipeline.results.evaluate_teacher import (
     EXAMPLES,
+    NETWORK,
     TEACHERS,
+    TeacherEvaluation,
     evaluate_teacher,
     render_evaluation,
 )
+from pipeline.results.without_sam import Outlook, networks_without_sam, outlook
 from pipeline.sam.device import Download
 from pipeline.sam.finetune import finetune
 from pipeline.sam.teacher import Teacher, load_teacher
 from pipeline.segmentation.metrics import dice_score
+from pipeline.segmentation.networks import build_model, predict_masks
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +54,10 @@ def test_the_configured_teacher_comes_first(adapted: tuple[Config, dict[str, Any
     config, result = adapted
     assert json.loads((config.cache.root / "evaluate-sam.json").read_text()) == result
     own = {name: value for name, value in result.items() if name != "teachers"}
-    assert own == result["teachers"]["adapted"]
     assert list(result["teachers"]) == list(TEACHERS)
+    assert list(own)[-2:] == ["network", "outlook"]
+    del own["network"], own["outlook"]
+    assert own == result["teachers"]["adapted"]
     assert (result["variant"], result["prompt"]) == ("vit_t", "none")
     partition = load_partition(config.cache.root / "partition.json")
     items = list(load_labelled(config, partition, partition.server.calibration))
@@ -82,14 +90,16 @@ def test_the_page(adapted: tuple[Config, dict[str, Any]]) -> None:
     assert all(value.startswith(("data:image/png;base64,", "#image")) for value in references)
     heading, *rows = reader.cells(0)
     assert heading == (
-        ["SAM", "Dice", "IoU", "HD95, px", "ASSD, px", "Calibration error", "Empty masks"]
+        ["Labels of", "Dice", "IoU", "HD95, px", "ASSD, px", "Calibration error", "Empty masks"]
     )
     low, high = result["dice_ci95"]
-    assert [row[0] for row in rows] == list(TEACHERS)
+    assert [row[0] for row in rows] == [*TEACHERS, NETWORK]
     assert rows[0][1] == f"{result['dice']:.3f} {low:.3f} to {high:.3f}"
     assert rows[0][5] == f"{result['ece']:.3f}"
     examples = min(EXAMPLES, result["n"])
-    assert len(pictures(html)) == 1 + examples * 4  # the figure; image, truth and two teachers
+    # the figure; image, truth, two teachers and the network
+    assert len(pictures(html)) == 1 + examples * 5
+    assert result["outlook"]["text"] in html
     assert "says nothing of the official" in " ".join(" ".join(reader.texts).split())
 
 
@@ -101,7 +111,8 @@ def test_the_same_bytes_again(adapted: tuple[Config, dict[str, Any]]) -> None:
     assert again.as_json() == result
     assert path.read_bytes() == before
     lines = again.text().splitlines()
-    assert [line.split()[0] for line in lines] == ["teacher", *TEACHERS, str(path)]
+    names = ["labels of", *TEACHERS, NETWORK, result["outlook"]["text"], str(path)]
+    assert all(line.startswith(name) for line, name in zip(lines, names, strict=True))
     assert lines[1].split()[1] == f"{result['dice']:.3f}"
 
 
@@ -168,6 +179,87 @@ def test_a_prompted_teacher(adapted: tuple[Config, dict[str, Any]], tmp_path: Pa
     assert result.text().splitlines()[1].split() == ["adapted", "-", *missing.split()]
 
 
+def test_the_network_is_what_rounds_start_from(
+    adapted: tuple[Config, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The first model is in the cache for them, and its own test of the same images agrees."""
+    config, result = adapted
+    starts = listing(config.cache.root / "starts")
+    assert len(starts) == 1
+    config = copy_cache(config, tmp_path, ("partition.json", "images", "starts"))
+    run = federate(with_settings(config, "test", federate={"method": "start"}))
+    assert listing(config.cache.root / "starts") == starts
+    model = build_model(config, seed=config.seed)
+    model.load_state_dict(run.load_model())
+    assert result["network"]["encoder"] == config.model.encoder
+    partition = load_partition(config.cache.root / "partition.json")
+    public = load_public_alone(config, partition)
+    truth = public.calibration.truth
+    assert truth is not None
+    masks = predict_masks(model, public.calibration.images).numpy()
+    dice = [
+        dice_score(mask, true, num_classes=1)
+        for mask, true in zip(masks, truth.numpy(), strict=True)
+    ]
+    assert result["network"]["dice"] == pytest.approx(np.mean(dice))
+
+
+def test_with_out_nothing_is_written_to_the_cache(
+    adapted: tuple[Config, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = copy_cache(adapted[0], tmp_path / "cache", ("partition.json", "images", "teacher"))
+    before = listing(config.cache.root)
+    assert evaluate_teacher(config, out=tmp_path / "out").as_json() == adapted[1]
+    assert listing(config.cache.root) == before
+
+
+def test_of_several_networks_the_best_one_counts(
+    adapted: tuple[Config, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = copy_cache(adapted[0], tmp_path, ("partition.json", "images", "teacher", "starts"))
+    own = config.model.model_dump(exclude={"clients"})
+    networks = [own, own | {"decoder_channels": [4, 4, 4]}, own]
+    config = with_settings(config, "test", model={"clients": networks})
+    partition = load_partition(config.cache.root / "partition.json")
+    assert len(networks_without_sam(config, partition)) == 2
+    assert evaluate_teacher(config).network["dice"] >= adapted[1]["network"]["dice"]
+
+
+def measured(dice: float, **classes: float) -> dict[str, Any]:
+    """What matters to the outlook of a teacher or a network."""
+    named = {name: {"dice": value} for name, value in (classes or {"foreground": dice}).items()}
+    return {"dice": dice, "classes": named, "architecture": "unet", "encoder": "e"}
+
+
+@pytest.mark.parametrize(
+    ("sam", "network", "groups", "difference", "kind"),
+    [
+        ([0.9, 0.7], [0.5, 0.5], "ab", (0.4 + 0.2) / 4, "likely"),
+        ([0.9, 0.7], [0.5, 0.5], "aa", 0.3 / 3, "likely"),  # a group counts as one
+        ([0.55, 0.55], [0.5, 0.5], "aa", 0.05 / 3, "open"),
+        ([0.4, 0.4], [0.5, 0.5], "ab", -0.2 / 4, "open"),
+        ([0.0, 0.0], [0.5, 0.5], "ab", -1.0 / 4, "unlikely"),
+    ],
+)
+def test_the_outlook_by_hand(
+    sam: list[float], network: list[float], groups: str, difference: float, kind: str
+) -> None:
+    summaries = measured(sum(sam) / 2), measured(sum(network) / 2)
+    found = outlook(*summaries, (sam, network), groups)
+    assert found.difference == pytest.approx(difference)
+    assert found.kind == kind
+    numbers = (
+        f"Dice {sum(sam) / 2:.3f}, and unet on e, trained on the same images without SAM, 0.500"
+    )
+    assert numbers in found.text
+
+
+def test_the_outlook_names_classes_in_which_sam_is_worse() -> None:
+    sam, network = measured(0.6, rv=0.9, lv=0.31), measured(0.5, rv=0.5, lv=0.48)
+    found = outlook(sam, network, ([0.6], [0.5]), "a")
+    assert "0.500 (worse: lv 0.31 for 0.48)" in found.text
+
+
 def summary(dice: float, **changes: Any) -> dict[str, Any]:
     summary: dict[str, Any] = {"n": 1, "dice": dice, "iou": dice, "hd95": 3.0, "assd": 1.0}
     summary |= {"ece": 0.125, "empty": 0.5, "dice_ci95": [0.25, 0.75]}
@@ -179,15 +271,20 @@ def test_the_page_by_hand() -> None:
     mask = np.zeros((16, 16), np.uint8)
     mask[4:8, 4:8] = 1
     image = np.full((16, 16, 3), 90, np.uint8)
-    example = ("<b>&x", image, {"truth": mask, "points": mask * 0})
+    example = ("<b>&x", image, {"truth": mask, NETWORK: mask, "points": mask * 0})
     teachers = {"adapted": {"missing": "why <not>"}, "points": summary(0.5)}
-    html = render_evaluation(teachers, [example], variant="vit_b", configured="points")
+    network = summary(0.75)
+    view = Outlook("open", 0.0, "whether <SAM> helps is open")
+    result = TeacherEvaluation("points", teachers, network, view, Path("page.html"))
+    html = render_evaluation(result, [example], variant="vit_b")
     reader = Page(html)
     assert "&lt;b&gt;&amp;x</td>" in html
     rows = reader.cells(0)
     assert rows[1][1] == "not measured: why <not>"
     assert rows[2][1:] == ["0.500 0.250 to 0.750", "0.500", "3.0", "1.0", "0.125", "50 %"]
+    assert rows[3][1:3] == ["0.750 0.250 to 0.750", "0.750"]
+    assert "<p>Whether &lt;SAM&gt; helps is open.</p>" in html
     assert "says nothing of the official" not in html  # that is for vit_t
-    overlay = pictures(html)[-1]
+    overlay = pictures(html)[-2]
     colours = {colour for _, colour in overlay.getcolors() or []}
     assert colours == {(0, 0, 0, 0), (255, 255, 255, 255)}  # an empty mask, the truth's outline

@@ -1,0 +1,118 @@
+"""The clients' network without SAM on the calibration part: what SAM's labels have to be worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import Config, NetworkConfig
+from pipeline.data.partition import Partition
+from pipeline.federation.calibration import shrunk_mean
+from pipeline.federation.inputs import load_public_alone
+from pipeline.federation.pretraining import first_model
+from pipeline.progress import Progress
+from pipeline.runtime import resolve_device, torch_threads
+from pipeline.segmentation.networks import build_model, predict_probabilities
+
+#: A difference of Dice from which SAM is likely to help, and one from which it is not.
+LIKELY, UNLIKELY = 0.02, -0.1
+
+
+class Predicted(NamedTuple):
+    """What a network says of the calibration images, in their order."""
+
+    network: NetworkConfig
+    masks: NDArray[np.uint8]  # (N, S, S) class indices
+    probabilities: NDArray[np.float32]  # (N, S, S), of the mask's class
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Whether SAM is likely to help, by its labels and the network's on the calibration part."""
+
+    kind: Literal["likely", "open", "unlikely"]
+    difference: float  # SAM's Dice less the network's: mean over groups, and two more that say 0
+    text: str
+
+
+def networks_without_sam(
+    config: Config,
+    partition: Partition,
+    *,
+    keep: bool = True,
+    progress: Progress | None = None,
+) -> list[Predicted]:
+    """Train each kind of client network on D_p's training part, and let it label the other one.
+
+    They are the first models of federated rounds.
+
+    Args:
+        keep: write them to the cache, where the rounds find them.
+    """
+    public = load_public_alone(config, partition)
+    device = resolve_device(config.federate.device)
+    found = []
+    with torch_threads(config.federate.threads):
+        for network in dict.fromkeys(config.model.clients or (config.model,)):
+            model = build_model(config, seed=config.seed, network=network).to(device)
+            model.load_state_dict(
+                first_model(
+                    config,
+                    network,
+                    public,
+                    public_sha256=partition.server_sha256(),
+                    keep=keep,
+                    progress=progress,
+                )
+            )
+            best = predict_probabilities(model, public.calibration.images).max(dim=1)
+            masks = best.indices.to(torch.uint8).numpy()
+            found.append(Predicted(network, masks, best.values.numpy()))
+    return found
+
+
+def outlook(
+    sam: Mapping[str, Any],
+    network: Mapping[str, Any],
+    dice: tuple[Sequence[float], Sequence[float]],
+    groups: Sequence[str],
+) -> Outlook:
+    """Say whether SAM is likely to help.
+
+    Args:
+        sam: what ``evaluate_teacher`` measured of it; network: the same of the network.
+        dice: of each image, of SAM's label and of the network's. groups: of each image.
+    """
+    difference = shrunk_mean(torch.tensor(dice[0]) - torch.tensor(dice[1]), groups)
+    numbers = (
+        f"on the calibration part ({_count(len(groups), 'image')}, "
+        f"{_count(len(set(groups)), 'group')}) its labels have Dice {sam['dice']:.3f}, and "
+        f"{network['architecture']} on {network['encoder']}, trained on the same images "
+        f"without SAM, {network['dice']:.3f}"
+    )
+    worse = [
+        f"{name} {own['dice']:.2f} for {network['classes'][name]['dice']:.2f}"
+        for name, own in sam["classes"].items()
+        if own["dice"] - network["classes"][name]["dice"] < UNLIKELY
+    ]
+    if worse and len(sam["classes"]) > 1:
+        numbers += f" (worse: {', '.join(worse)})"
+    if difference > LIKELY:
+        return Outlook("likely", difference, f"SAM is likely to help: {numbers}")
+    if difference < UNLIKELY:
+        advice = "more sam.epochs, another sam.variant or more labelled images may mend it"
+        return Outlook("unlikely", difference, f"SAM is not likely to help: {numbers}; {advice}")
+    text = (
+        f"whether SAM helps is open: {numbers}; where both are level, it helps at hospitals whose "
+        "images are unlike the server's"
+    )
+    return Outlook("open", difference, text)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
