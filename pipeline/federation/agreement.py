@@ -41,7 +41,7 @@ _SAM_PRIOR = 2.0  # the model's own word is no news to it: SAM's counts for more
 _OWN_WEIGHT = 0.25
 # mean Dice that the model lacks by its own word, from which on unlabelled images count in full
 _ROOM = 0.1
-_ROOM_POWER = 4
+_ROOM_POWER = 8
 _DOUBT_POWER = 2  # of the model's consistency, in what is believed of it away from home
 # Dice that a model may have over the targets where it was trained, with targets that help elsewhere
 _HOME_ADVANTAGE = 0.1
@@ -262,7 +262,7 @@ def expected_lack(sources: Sources, calibration: Calibration) -> Tensor:
 def room_left(lack: float) -> float:
     """Return how much unlabelled images count, 0..1, for a model that lacks so much Dice.
 
-    ``min(1, lack / 0.1)^4``: labels that are no better than a good model only hold it back.
+    ``min(1, lack / 0.1)^8``: labels that are no better than a good model only hold it back.
     """
     return min(1.0, lack / _ROOM) ** _ROOM_POWER
 

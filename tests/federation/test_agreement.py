@@ -225,7 +225,7 @@ def test_a_model_that_lacks_little_is_left_alone() -> None:
     assert float(expected_lack(SOURCES, Calibration())) == pytest.approx(1 - 3.2 / 4.2, abs=1e-4)
     away = Calibration(client_offset=0.1, client_kept=0.5)
     assert float(expected_lack(SOURCES, away)) == pytest.approx(1 - (3.2 / 4.2 + 0.1) / 2, abs=1e-4)
-    assert [room_left(lack) for lack in (0.0, 0.05, 0.1, 0.3)] == [0, pytest.approx(1 / 16), 1, 1]
+    assert [room_left(lack) for lack in (0.0, 0.05, 0.1, 0.3)] == [0, pytest.approx(1 / 256), 1, 1]
 
 
 def test_where_sam_sees_nothing_the_clients_object_stands() -> None:

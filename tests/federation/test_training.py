@@ -242,7 +242,7 @@ def test_unlabelled_images_count_by_what_the_model_lacks(monkeypatch: pytest.Mon
     for expected in (0.0, 0.0625, 1.0):
 
         def lacks(sources: Any, calibration: Any, expected: float = expected) -> Tensor:
-            return torch.full((len(sources.dice),), 0.1 * expected**0.25)
+            return torch.full((len(sources.dice),), 0.1 * expected**0.125)
 
         monkeypatch.setattr(targets, "expected_lack", lacks)
         checked = Calibration(model_dice=(0.9,))
