@@ -114,6 +114,8 @@ def evaluate_teacher(
     partition = load_partition(cache / "partition.json", with_public=True)
     own = load_teacher(config, partition)
     configured = "adapted" if config.sam.prompt == "none" else "points"
+    # first, as it is what may fail: it reads what `prepare` wrote, and writes to the cache
+    networks = networks_without_sam(config, partition, keep=out is None, progress=progress)
     measured: dict[str, _Measured] = {}
     teachers: dict[str, dict[str, Any]] = {}
     with torch_threads(config.precompute.threads):
@@ -125,11 +127,7 @@ def evaluate_teacher(
                 measured[name] = _measure_teacher(config, partition, teacher, progress)
                 teachers[name] = measured[name].summary
     sam = measured[configured]
-    alone = measured[NETWORK] = _measure_network(
-        config,
-        partition,
-        networks_without_sam(config, partition, keep=out is None, progress=progress),
-    )
+    alone = measured[NETWORK] = _measure_network(config, partition, networks)
     view = outlook(sam.summary, alone.summary, (sam.dice, alone.dice), sam.groups)
     result = TeacherEvaluation(
         configured, teachers, alone.summary, view, (out or cache) / "evaluate-sam.html"
@@ -180,7 +178,11 @@ def _measure_network(
     for network, masks, probabilities in networks:
         truths = (resize_mask(item.mask, size) for item in load_labelled(config, partition, ids))
         labels = map(_Label, ids, truths, masks, probabilities)
-        about = {"architecture": network.architecture, "encoder": network.encoder}
+        about = {
+            "architecture": network.architecture,
+            "encoder": network.encoder,
+            "steps": config.federate.pretrain_steps,
+        }
         found.append(_measure(config, partition, labels, about))
     return max(found, key=lambda each: each.summary["dice"])
 

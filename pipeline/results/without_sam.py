@@ -106,6 +106,10 @@ def outlook(
     ]
     if worse and len(sam["classes"]) > 1:
         numbers += f" (worse: {', '.join(worse)})"
+    if network["steps"] == 0 or network["empty"] == 1:
+        why = "its masks are all empty" if network["steps"] else "federate.pretrain_steps is 0"
+        text = f"whether SAM helps is open, as the network to compare with learnt nothing ({why})"
+        return Outlook("open", difference, text)
     if difference > LIKELY:
         return Outlook("likely", difference, f"SAM is likely to help: {numbers}")
     if difference < UNLIKELY:

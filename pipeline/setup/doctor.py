@@ -129,10 +129,11 @@ def _precision(config: Config) -> Lines:
     device = resolve_device(run.device)
     taken = resolve_precision(run.precision, device, config.sam.variant)
     yield "ok", f"precompute.precision {run.precision} takes {taken} on {device.type}"
-    rounds = resolve_device(config.federate.device)
-    if config.federate.precision == "bf16" and not has_fast_bf16(rounds):
-        advice = "rounds become slower; use federate.precision=fp32"
-        yield "warning", f"bfloat16 is emulated on this {rounds.type}: {advice}"
+    if config.federate.precision == "bf16":
+        rounds = resolve_device(config.federate.device)
+        if not has_fast_bf16(rounds):
+            advice = "rounds become slower; use federate.precision=fp32"
+            yield "warning", f"bfloat16 is emulated on this {rounds.type}: {advice}"
 
 
 def _threads(config: Config) -> Lines:

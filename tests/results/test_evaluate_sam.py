@@ -228,7 +228,14 @@ def test_of_several_networks_the_best_one_counts(
 def measured(dice: float, **classes: float) -> dict[str, Any]:
     """What matters to the outlook of a teacher or a network."""
     named = {name: {"dice": value} for name, value in (classes or {"foreground": dice}).items()}
-    return {"dice": dice, "classes": named, "architecture": "unet", "encoder": "e"}
+    return {
+        "dice": dice,
+        "classes": named,
+        "architecture": "unet",
+        "encoder": "e",
+        "steps": 9,
+        "empty": 0.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -256,6 +263,14 @@ def test_the_outlook_names_classes_in_which_sam_is_worse() -> None:
     sam, network = measured(0.6, rv=0.9, lv=0.31), measured(0.5, rv=0.5, lv=0.48)
     found = outlook(sam, network, ([0.6], [0.5]), "a")
     assert "shrunk (worse: lv 0.31 for 0.48)" in found.text
+
+
+@pytest.mark.parametrize(("steps", "empty"), [(0, 0.5), (10, 1.0)])
+def test_a_network_that_learnt_nothing_is_no_rival(steps: int, empty: float) -> None:
+    network = measured(0.0) | {"steps": steps, "empty": empty}
+    found = outlook(measured(0.9), network, ([0.9] * 4, [0.0] * 4), "abcd")
+    assert found.kind == "open"
+    assert "learnt nothing" in found.text
 
 
 def test_a_class_that_nobody_has_says_nothing() -> None:
