@@ -115,8 +115,8 @@ def outlook(
     if difference < UNLIKELY:
         advice = (
             "its labels by themselves are likely to harm; more sam.epochs, another sam.variant or "
+            "more labelled images may mend it"
         )
-        advice += "more labelled images may mend it"
         return Outlook("unlikely", difference, f"SAM is not likely to help: {numbers}; {advice}")
     text = (
         f"whether SAM helps is open: {numbers}; it may help at hospitals whose images are "
