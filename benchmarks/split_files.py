@@ -28,7 +28,7 @@ def write_files(split: Path, out: Path, *, size_px: int, seed: int) -> int:
         file.
     """
     domains: dict[str, dict[str, list[str]]] = json.loads(split.read_bytes())
-    if not all(isinstance(parts, dict) for parts in domains.values()):
+    if not isinstance(domains, dict) or not all(isinstance(p, dict) for p in domains.values()):
         raise ValueError("expected HSSF's lists of file names by domain and part")
     styles = list(SITES.values())
     rows = [("image_id", "site")]

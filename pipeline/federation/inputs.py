@@ -71,9 +71,9 @@ class ClientContext:
     identity: Identity | None  # of the teacher whose labels are asked for; None: no labels are
     encoder_sha256: str | None  # of the file that its own network starts from, if it has one
     public: PublicRows
-    train: tuple[RowKey, ...]  # the manifest of its own rows
-    val: tuple[str, ...]
-    test: tuple[str, ...]
+    train: tuple[RowKey, ...] = ()  # the manifest of its own rows
+    val: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
 
     @property
     def run(self) -> Path:
@@ -181,9 +181,6 @@ def load_public_alone(config: Config, partition: Partition) -> PublicSet:
         identity=None,
         encoder_sha256=None,
         public=PublicRows.of(partition),
-        train=(),
-        val=(),
-        test=(),
     )
     return load_public(context)
 

@@ -5,9 +5,8 @@ On a page they stand side by side, so that one sees whether SAM is worth it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,43 +158,34 @@ def _measure_teacher(
     config: Config, partition: Partition, teacher: Teacher, progress: Progress | None
 ) -> _Measured:
     card = teacher.card
-    what = f"evaluating the teacher (prompt {card.prompt})"
     about = {
         "variant": card.variant,
         "prompt": card.prompt,
         "adapter_sha256": card.adapter_sha256,
     }
-    labels = _teachers_labels(config, partition, teacher)
-    return _measure(config, partition, labels, about, partial(_counted, progress, what))
+    return _measure(config, partition, _label(config, partition, teacher, progress), about)
 
 
 def _measure_network(
     config: Config, partition: Partition, networks: Iterable[Predicted]
 ) -> _Measured:
     """Measure the clients' network, the best of them where they have several kinds."""
-    ids, size = partition.server.calibration, config.data.image_size
     found = []
-    for network, masks, probabilities in networks:
-        truths = (resize_mask(item.mask, size) for item in load_labelled(config, partition, ids))
-        labels = map(_Label, ids, truths, masks, probabilities)
+    for network, truth, masks, probabilities in networks:
         about = {
             "architecture": network.architecture,
             "encoder": network.encoder,
             "steps": config.federate.pretrain_steps,
         }
+        labels = map(_Label, partition.server.calibration, truth, masks, probabilities)
         found.append(_measure(config, partition, labels, about))
     return max(found, key=lambda each: each.summary["dice"])
 
 
 def _measure(
-    config: Config,
-    partition: Partition,
-    labels: Iterable[_Label],
-    about: Mapping[str, Any],
-    show: Callable[[int, int], None] = lambda done, total: None,
+    config: Config, partition: Partition, labels: Iterable[_Label], about: Mapping[str, Any]
 ) -> _Measured:
     """Compare labels with the truth; ``about`` says whose they are."""
-    count = len(partition.server.calibration)
     masks, scores, groups, reliability = [], [], [], Reliability()
     for image_id, truth, mask, probabilities in labels:
         masks.append(mask)
@@ -204,26 +194,23 @@ def _measure(
         scores.append(image_metrics(mask, truth, num_classes=config.data.num_classes, px=px, mm=mm))
         groups.append(entry.group)
         reliability.add(probabilities.ravel(), (mask == truth).ravel())
-        show(len(masks), count)
     summary = {
         **about,
         **summarise(scores, groups, seed=config.seed, names=config.data.classes),
         "ece": reliability.error(),
         "reliability": reliability.bins(),
-        "empty": sum(not mask.any() for mask in masks) / count,
+        "empty": sum(not mask.any() for mask in masks) / len(masks),
     }
     return _Measured(summary, masks, [score.dice for score in scores], groups)
 
 
-def _counted(progress: Progress | None, what: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(what, done, total)
-
-
-def _teachers_labels(config: Config, partition: Partition, teacher: Teacher) -> Iterator[_Label]:
+def _label(
+    config: Config, partition: Partition, teacher: Teacher, progress: Progress | None
+) -> Iterator[_Label]:
     """Label the calibration images in stage one's batches, which shrink when memory runs out."""
     size, step = config.data.image_size, config.precompute.batch_size
     patient, ids = MemoryAwareTeacher(teacher, step), partition.server.calibration
+    what = f"evaluating the teacher (prompt {teacher.card.prompt})"
     for start in range(0, len(ids), step):
         batch = ids[start : start + step]
         pairs = [  # shrunk one by one: a batch of originals may not fit into memory
@@ -234,6 +221,8 @@ def _teachers_labels(config: Config, partition: Partition, teacher: Teacher) -> 
         truths = [truth for _, truth in pairs]
         probabilities = map(confidence_to_probability, labels.confidences)
         yield from map(_Label, batch, truths, labels.masks, probabilities)
+        if progress is not None:
+            progress(what, start + len(batch), len(ids))
 
 
 def _examples(

@@ -27,6 +27,7 @@ class Predicted(NamedTuple):
     """What a network says of the calibration images, in their order."""
 
     network: NetworkConfig
+    truth: NDArray[np.uint8]  # (N, S, S) class indices
     masks: NDArray[np.uint8]  # (N, S, S) class indices
     probabilities: NDArray[np.float32]  # (N, S, S), of the mask's class
 
@@ -55,6 +56,9 @@ def networks_without_sam(
         keep: write them to the cache, where the rounds find them.
     """
     public = load_public_alone(config, partition)
+    truth = public.calibration.truth
+    if truth is None:
+        raise ValueError("the calibration part has no truth")
     device = resolve_device(config.federate.device)
     found = []
     with torch_threads(config.federate.threads):
@@ -70,9 +74,14 @@ def networks_without_sam(
                     progress=progress,
                 )
             )
-            best = predict_probabilities(model, public.calibration.images).max(dim=1)
-            masks = best.indices.to(torch.uint8).numpy()
-            found.append(Predicted(network, masks, best.values.numpy()))
+            # of every class only for a batch at a time: an image has K+1 floats a pixel
+            best = [
+                predict_probabilities(model, part).max(dim=1)
+                for part in public.calibration.images.split(32)
+            ]
+            masks = torch.cat([each.indices.to(torch.uint8) for each in best]).numpy()
+            values = torch.cat([each.values for each in best]).numpy()
+            found.append(Predicted(network, truth.numpy(), masks, values))
     return found
 
 
@@ -96,14 +105,12 @@ def outlook(
         f"without SAM as rounds start from it, {network['dice']:.3f}; "
         f"{difference:+.3f} over groups, shrunk"
     )
-    classes = [(name, own["dice"], network["classes"][name]["dice"])
-               for name, own in sam["classes"].items()]  # fmt: skip
-    worse = [
-        f"{name} {ours:.2f} for {theirs:.2f}"
-        for name, ours, theirs in classes
+    worse = []
+    for name, own in sam["classes"].items():
+        ours, theirs = own["dice"], network["classes"][name]["dice"]
         # a class that neither truth nor labels have has no Dice
-        if None not in (ours, theirs) and ours - theirs < UNLIKELY
-    ]
+        if None not in (ours, theirs) and ours - theirs < UNLIKELY:
+            worse.append(f"{name} {ours:.2f} for {theirs:.2f}")
     if worse and len(sam["classes"]) > 1:
         numbers += f" (worse: {', '.join(worse)})"
     if network["steps"] == 0 or network["empty"] == 1:

@@ -124,9 +124,6 @@ def _stage_two(config: Config) -> Lines:
         identity=identity,
         encoder_sha256=None,
         public=PublicRows.of(public),
-        train=(),
-        val=(),
-        test=(),
     )
     context = at_site(told, config)
     shared, own = load_public(context), load_client(context)
