@@ -86,7 +86,7 @@ def finetune_sam(config: "Config", progress: Progress) -> Result:
 
 @command(app, out="Folder for page and numbers (default: the cache).")
 def evaluate_sam(config: "Config", progress: Progress, out: Path | None = None) -> Result:
-    """Measure SAM, adapted and as it comes, on the server's calibration part, before any round."""
+    """Say whether SAM is likely to help: measure it, and the clients' network without it."""
     from pipeline.results.evaluate_teacher import evaluate_teacher
 
     return evaluate_teacher(config, out=out, progress=progress)

@@ -167,7 +167,7 @@ def _measure_teacher(
 
 
 def _measure_network(
-    config: Config, partition: Partition, networks: Iterable[Predicted]
+    config: Config, partition: Partition, networks: Sequence[Predicted]
 ) -> _Measured:
     """Measure the clients' network, the best of them where they have several kinds."""
     found = []
@@ -176,6 +176,7 @@ def _measure_network(
             "architecture": network.architecture,
             "encoder": network.encoder,
             "steps": config.federate.pretrain_steps,
+            "best_of": len(networks),
         }
         labels = map(_Label, partition.server.calibration, truth, masks, probabilities)
         found.append(_measure(config, partition, labels, about))

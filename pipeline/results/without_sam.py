@@ -98,10 +98,12 @@ def outlook(
         dice: of each image, of SAM's label and of the network's. groups: of each image.
     """
     difference = shrunk_mean(torch.tensor(dice[0]) - torch.tensor(dice[1]), groups)
+    best_of = network["best_of"]
+    choice = f", the best of {best_of} networks," if best_of > 1 else ","
     numbers = (
         f"on the calibration part ({_count(len(groups), 'image')}, "
         f"{_count(len(set(groups)), 'group')}) its labels have Dice {sam['dice']:.3f}, and "
-        f"{network['architecture']} on {network['encoder']}, trained on the same images "
+        f"{network['architecture']} on {network['encoder']}{choice} trained on the same images "
         f"without SAM as rounds start from it, {network['dice']:.3f}; "
         f"{difference:+.3f} over groups, shrunk"
     )

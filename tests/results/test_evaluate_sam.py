@@ -222,7 +222,9 @@ def test_of_several_networks_the_best_one_counts(
     config = with_settings(config, "test", model={"clients": networks})
     partition = load_partition(config.cache.root / "partition.json")
     assert len(networks_without_sam(config, partition)) == 2
-    assert evaluate_teacher(config).network["dice"] >= adapted[1]["network"]["dice"]
+    found = evaluate_teacher(config)
+    assert found.network["dice"] >= adapted[1]["network"]["dice"]
+    assert found.network["best_of"] == 2
 
 
 def measured(dice: float, **classes: float) -> dict[str, Any]:
@@ -234,6 +236,7 @@ def measured(dice: float, **classes: float) -> dict[str, Any]:
         "architecture": "unet",
         "encoder": "e",
         "steps": 9,
+        "best_of": 1,
         "empty": 0.0,
     }
 
@@ -271,6 +274,11 @@ def test_a_network_that_learnt_nothing_is_no_rival(steps: int, empty: float) -> 
     found = outlook(measured(0.9), network, ([0.9] * 4, [0.0] * 4), "abcd")
     assert found.kind == "open"
     assert "learnt nothing" in found.text
+
+
+def test_the_outlook_says_that_it_chose_among_networks() -> None:
+    found = outlook(measured(0.9), measured(0.5) | {"best_of": 3}, ([0.9], [0.5]), "a")
+    assert "unet on e, the best of 3 networks, trained" in found.text
 
 
 def test_a_class_that_nobody_has_says_nothing() -> None:
