@@ -146,16 +146,29 @@ def _shuffled(groups: Groups, rng: Generator) -> Groups:
     return [ordered[i] for i in rng.permutation(len(ordered))]
 
 
-def _take(groups: Groups, target: int, *, reach: bool = False) -> Groups:
-    """Return the first groups that hold ``target`` images at most (or at least, if ``reach``)."""
+def _take(groups: Groups, target: int) -> Groups:
+    """Return the first groups that hold ``target`` images at most."""
     chosen: Groups = []
     total = 0
     for group in groups:
         size = len(group.ids)
-        if total < target and (reach or total + size <= target):
+        if total < target and total + size <= target:
             chosen.append(group)
             total += size
     return chosen
+
+
+def _take_calibration(groups: Groups, images: int) -> Groups:
+    """Return the first groups that hold ``images`` images at least, and that are several.
+
+    What is measured on one patient or video need not hold for others: they are a quarter of the
+    groups, up to four, and two where there are four or more.
+    """
+    several = min(4, max(2, len(groups) // 4)) if len(groups) >= 4 else 1
+    count = 0
+    while count < len(groups) and (count < several or _size(groups[:count]) < images):
+        count += 1
+    return groups[:count]
 
 
 def _draw_server(groups: Groups, config: PartitionConfig, rng: Generator) -> tuple[Groups, Groups]:
@@ -176,7 +189,7 @@ def _draw_server(groups: Groups, config: PartitionConfig, rng: Generator) -> tup
     chosen = _take(_shuffled(eligible, rng), config.server_images)
     total = _size(chosen)
     wanted = max(config.calibration_min, round(config.calibration_fraction * total))
-    calibration = _take(_shuffled(chosen, rng), wanted, reach=True)
+    calibration = _take_calibration(_shuffled(chosen, rng), wanted)
     train = _without(chosen, calibration)
     if not train:
         raise ConfigError(

@@ -11,8 +11,8 @@ agreement; docs/method.md explains it:
   has a chance of e / 2 or more, e being the Dice that this very label promises (Lipton et al., ECML
   2014; ``raised_for_dice``). The model's are not, as it would learn to say more, and more again in
   the next round.
-* The model keeps less of what it promises where changes of light and colour move its labels more
-  than at home: E_c is lower there (``Calibration.client_kept``).
+* Where changes of light and colour move the model's labels more than at home, both sources keep
+  less of what they promise, the model above all (``Calibration.at_site``).
 * At a site where the model promises more than 0.9, all of it counts for less (``room_left``).
 * The target is proportional to ``p_s^t p_c^(1 - t)`` with the trust
   ``t = 2 O_s^3 / (2 O_s^3 + O_c^3)``, where ``O = E / (1 - E)``. It is sharpened, which moves no
@@ -32,6 +32,9 @@ from torch import Tensor
 
 from pipeline.config import AgreementConfig, Rule
 
+#: As many groups of the calibration part say that a difference is 0, beside those that it has.
+PRIOR_GROUPS = 2.0
+
 _CLIP = 1 / 512  # probabilities are never taken as certain
 _LEAST_DICE, _MOST_DICE = 0.05, 0.98  # what a source is expected to reach, so that odds are finite
 _RAISES = 3  # times that a label is chosen by the Dice which the one before promised
@@ -42,7 +45,8 @@ _OWN_WEIGHT = 0.25
 # mean Dice that the model lacks by its own word, from which on unlabelled images count in full
 _ROOM = 0.1
 _ROOM_POWER = 8
-_DOUBT_POWER = 2  # of the model's consistency, in what is believed of it away from home
+# powers of the model's consistency, in what is believed of it and of SAM away from home
+_CLIENT_DOUBT, _SAM_DOUBT = 2, 1
 # Dice that a model may have over the targets where it was trained, with targets that help elsewhere
 _HOME_ADVANTAGE = 0.1
 # power of a target's odds: calibrated ones are too flat to learn from in few steps
@@ -62,7 +66,9 @@ class Calibration:
     sam_empty: float = 0.5  # chance that an empty label of SAM's is right
     client_empty: float = 0.5
     client_consistency: float | None = None  # Dice of the model's labels under other light
+    groups: int = 0  # patients or videos of the calibration part, on which that was measured
     client_kept: float = 1.0  # share of its expected Dice that the model keeps at a site
+    sam_kept: float = 1.0  # likewise of SAM
     target_dice: tuple[float, ...] = ()  # of the targets, by class, where they were measured
     model_dice: tuple[float, ...] = ()  # of the received model alone
     target_gain: tuple[float, ...] = ()  # of the first over the second, shrunk
@@ -74,11 +80,15 @@ class Calibration:
         return [number for number, gain in gains if is_harm(gain)]
 
     def at_site(self, consistency: float) -> Calibration:
-        """Return it for a site at which the model's labels have so much Dice under other light."""
+        """Return it for a site at which the model's labels have so much Dice under other light.
+
+        Two more groups of the calibration part say that there is no difference to the site.
+        """
         if not self.client_consistency:
             return self
-        kept = min(1.0, consistency / self.client_consistency) ** _DOUBT_POWER
-        return replace(self, client_kept=kept)
+        summed = self.groups * self.client_consistency + PRIOR_GROUPS * consistency
+        kept = min(1.0, consistency * (self.groups + PRIOR_GROUPS) / summed)
+        return replace(self, client_kept=kept**_CLIENT_DOUBT, sam_kept=kept**_SAM_DOUBT)
 
     def numbers(self) -> dict[str, float]:
         """Return all of it by name, for a client's report."""
@@ -267,32 +277,6 @@ def room_left(lack: float) -> float:
     return min(1.0, lack / _ROOM) ** _ROOM_POWER
 
 
-def count_agreement(sources: Sources, target: PseudoLabel) -> dict[str, float]:
-    """Return what images add to the sums of a client's round; ``shares_of`` reads these."""
-    kept = target.weight > 0
-    label = target.label
-    conflict = kept & ~sources.same
-    return {
-        "images": len(sources.dice),
-        "pixels": kept.numel(),
-        "agreement": float(sources.dice.sum()),
-        "coverage": int(kept.sum()),
-        "from_sam": int((conflict & (label == sources.sam_label)).sum()),
-        "from_client": int((conflict & (label == sources.client_label)).sum()),
-        "weight": float(target.weight.sum()),
-    }
-
-
-def shares_of(counts: Mapping[str, float]) -> dict[str, float]:
-    """Return means in 0..1: ``agreement`` is the images' foreground Dice, the others of pixels.
-
-    They are the pixels with a weight, those in conflicts that SAM or the client won, the weight.
-    """
-    names = ("coverage", "from_sam", "from_client", "weight")
-    shares = {name: counts[name] / counts["pixels"] for name in names}
-    return {"agreement": counts["agreement"] / counts["images"], **shares}
-
-
 def foreground_dice(first: Tensor, second: Tensor) -> Tensor:
     """Return the Dice (B,) of the foregrounds of two label maps (B, H, W); 1 if both are empty.
 
@@ -342,7 +326,7 @@ def sam_calibrated(distribution: Tensor, fitted: Calibration) -> Tensor:
 def _sam_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:
     """Return SAM's distributions, calibrated and raised for Dice, and its E (B,)."""
     raised = raised_for_dice(sam_calibrated(distribution, fitted), fitted.sam_empty)
-    dice = raised.dice + fitted.sam_offset
+    dice = (raised.dice + fitted.sam_offset) * fitted.sam_kept
     return raised.distribution, dice.clamp(_LEAST_DICE, _MOST_DICE)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.config import AgreementConfig
 from pipeline.federation.agreement import (
+    PRIOR_GROUPS,
     Calibration,
     Sources,
     agree,
@@ -23,11 +24,13 @@ from pipeline.federation.agreement import (
     tempered,
 )
 
+#: Images of the calibration part below which nothing is fitted on it.
+FEWEST_TO_CALIBRATE = 4
+
 _INVERSE_TEMPERATURES = torch.logspace(-1.5, 0.7, 89, base=10.0)  # candidates for a_s and a_c
 _BIASES = torch.linspace(-3, 3, 121)  # candidates for b
 _BINS = 128  # of logits
 _PROMISES = ("sam_offset", "client_offset", "sam_empty", "client_empty")
-_PRIOR_GROUPS = 2.0  # as many groups as say that a difference is 0
 _PRIOR_EMPTY = 1.0  # as many empty labels, half of them right
 
 
@@ -38,16 +41,16 @@ def calibrate(
 
     Temperatures and SAM's bias are fitted on all of them. What the sources then promise is compared
     with what they keep on each half of the images with the other half's temperatures and bias, so
-    that their own fit does not flatter it, and so are the targets with the model alone. A group is
-    in one half only. With fewer than four images, or one group, nothing is fitted.
+    that their own fit does not flatter it, and so are the targets with the model alone. With fewer
+    than four images nothing is fitted.
 
     Args:
         sources: what both say of N images. truth: (N, H, W) int64.
         groups: the group of each image, such as its patient or video.
     """
-    halves = split_in_halves(groups)
-    if len(groups) < 4 or not all(len(half) for half in halves):
+    if len(groups) < FEWEST_TO_CALIBRATE:
         return Calibration()
+    halves = split_in_halves(groups)
     parts = [(sources.select(half), truth[half], [groups[i] for i in half]) for half in halves]
     fits = [_with_promises(_fit(*fit[:2]), rest) for fit, rest in (parts, parts[::-1])]
     promises = [{name: getattr(fit, name) for name in _PROMISES} for fit in fits]
@@ -134,15 +137,19 @@ def shrunk_mean(values: Tensor, groups: Sequence[str]) -> float:
     for group, value in zip(groups, values.tolist(), strict=True):
         sums.setdefault(group, []).append(value)
     means = [sum(own) / len(own) for own in sums.values()]
-    return sum(means) / (len(means) + _PRIOR_GROUPS)
+    return sum(means) / (len(means) + PRIOR_GROUPS)
 
 
 def split_in_halves(groups: Sequence[str]) -> list[Tensor]:
     """Return the rows of two halves of about equal size, int64 and ascending.
 
-    Each group goes to the lighter half as a whole, the largest group first.
+    Each group goes to the lighter half as a whole, the largest group first. Where there is but one
+    group its rows go to the halves in turn: what is fitted on one half is a handful of numbers,
+    which halves of one patient measure better than nobody.
     """
     sizes = {group: groups.count(group) for group in dict.fromkeys(groups)}
+    if len(sizes) == 1:
+        return [torch.arange(start, len(groups), 2) for start in (0, 1)]
     halves: list[list[int]] = [[], []]
     for group in sorted(sizes, key=lambda g: (-sizes[g], g)):
         lighter = min(halves, key=len)

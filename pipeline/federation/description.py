@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline import __version__
 from pipeline.config import Config, NetworkConfig
-from pipeline.federation.calibration import split_in_halves
+from pipeline.federation.calibration import FEWEST_TO_CALIBRATE, split_in_halves
 from pipeline.federation.views import PublicSet
 from pipeline.segmentation.likeness import Moments, moments, pooled_features
 from pipeline.segmentation.model_spec import Calibration, Likeness, ModelSpec, Training
@@ -92,14 +92,13 @@ def measure_temperature(model: nn.Module, public: PublicSet) -> tuple[float, Cal
     """Return the temperature fitted on D_p's calibration part, and what it is worth.
 
     The ECE is measured on each half of the images with the temperature of the other half. With
-    fewer than four images, or one group, nothing is fitted.
+    fewer than four images nothing is fitted.
     """
     pixels, images = calibration_pixels(model, public), len(public.groups)
     before = _reliability([(pixels, 1.0)])
-    halves = split_in_halves(public.groups)
     after, temperature = before, 1.0
-    if images >= 4 and all(len(half) for half in halves):
-        one, other = (pixels.of(half) for half in halves)
+    if images >= FEWEST_TO_CALIBRATE:
+        one, other = (pixels.of(half) for half in split_in_halves(public.groups))
         crossed = [(one, fit_temperature(other)), (other, fit_temperature(one))]
         after, temperature = _reliability(crossed), fit_temperature(pixels)
     return temperature, Calibration(

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.federation.agreement import Calibration, PseudoLabel, shares_of
+from pipeline.federation.agreement import Calibration, PseudoLabel
 from pipeline.federation.streams import Streams
-from pipeline.federation.targets import TARGETS, Learner
+from pipeline.federation.targets import TARGETS, Learner, shares_of
 from pipeline.federation.views import (
     ClientData,
     PublicSet,

@@ -18,7 +18,6 @@ from pipeline.federation.agreement import (
     PseudoLabel,
     Sources,
     agree,
-    count_agreement,
     expected_lack,
     foreground_dice,
     from_levels,
@@ -122,7 +121,7 @@ def measure_calibration(model: nn.Module, public: PublicSet, config: Config) -> 
     if rule.rule != "adaptive":
         return found
     own = measure_consistency(model, public.calibration.images, config)
-    return replace(found, client_consistency=own)
+    return replace(found, client_consistency=own, groups=len(set(public.groups)))
 
 
 def calibration_at_site(
@@ -155,6 +154,32 @@ def measure_consistency(model: nn.Module, images: Tensor, config: Config) -> flo
         label, other = (predict_masks(model, each) for each in (part, changed))
         found.append(foreground_dice(label, other))
     return float(torch.cat(found).mean())
+
+
+def count_agreement(sources: Sources, target: PseudoLabel) -> dict[str, float]:
+    """Return what images add to the sums of a client's round; ``shares_of`` reads these."""
+    kept = target.weight > 0
+    label = target.label
+    conflict = kept & ~sources.same
+    return {
+        "images": len(sources.dice),
+        "pixels": kept.numel(),
+        "agreement": float(sources.dice.sum()),
+        "coverage": int(kept.sum()),
+        "from_sam": int((conflict & (label == sources.sam_label)).sum()),
+        "from_client": int((conflict & (label == sources.client_label)).sum()),
+        "weight": float(target.weight.sum()),
+    }
+
+
+def shares_of(counts: Mapping[str, float]) -> dict[str, float]:
+    """Return means in 0..1: ``agreement`` is the images' foreground Dice, the others of pixels.
+
+    They are the pixels with a weight, those in conflicts that SAM or the client won, the weight.
+    """
+    names = ("coverage", "from_sam", "from_client", "weight")
+    shares = {name: counts[name] / counts["pixels"] for name in names}
+    return {"agreement": counts["agreement"] / counts["images"], **shares}
 
 
 def _label_by_agreement(learner: Learner, client: ClientData, rows: Tensor) -> ClientData:

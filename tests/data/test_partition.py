@@ -119,6 +119,8 @@ def check_promises(records: Records, config: PartitionConfig, drawn: Drawn) -> N
                 assert records[image_id].mask is not None
     assert server.train
     assert len(server.calibration) >= config.calibration_min
+    training, calibrating = ({records[i].group for i in ids} for _, ids in server)
+    assert len(calibrating) >= 2 or len(training) + len(calibrating) < 4
     assert len(server.train) + len(server.calibration) <= config.server_images
     if config.server_site:
         assert {records[i].site for i in server.train} == {config.server_site}
@@ -174,6 +176,23 @@ def test_random_partitions_keep_their_promises() -> None:
 
     check()
     assert sum(outcomes) > len(outcomes) / 2  # most requests can be met
+
+
+@pytest.mark.parametrize(
+    ("patients", "calibrating"), [(2, 1), (3, 1), (4, 2), (9, 2), (12, 3), (16, 4), (40, 4)]
+)
+def test_the_calibration_part_has_several_patients(patients: int, calibrating: int) -> None:
+    """Of ten images each, so that one patient would do for ``calibration_min``."""
+    records = make_records([("a", 10, 0)] * patients + [("b", 1, 0)] * 4)
+    config = PartitionConfig(
+        server_images=10 * patients,
+        server_site="a",
+        calibration_fraction=0.01,
+        scheme="iid",
+        clients=1,
+    )
+    server, _ = draw(records, config)
+    assert len({records[i].group for i in server.calibration}) == calibrating
 
 
 def test_another_seed_draws_another_partition() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config
+from pipeline.config import AgreementConfig, Config
+from pipeline.federation.agreement import Calibration, Sources, agree, spread
 from pipeline.federation.targets import (
     calibration_at_site,
     measure_calibration,
@@ -88,11 +89,44 @@ def test_a_model_is_believed_less_where_it_wavers_more_than_at_home() -> None:
     assert found.client_consistency is not None
     assert found.client_consistency > 0.95
     away = calibration_at_site(model, scenes(105, 125), found, config)
-    assert away == replace(found, client_kept=away.client_kept)
+    assert away == replace(found, client_kept=away.client_kept, sam_kept=away.sam_kept)
     assert away.client_kept < 0.7
+    assert away.client_kept == pytest.approx(away.sam_kept**2)
     assert calibration_at_site(model, home.images, found, config).client_kept == 1
     assert away.numbers()["client_kept"] == away.client_kept
     # SAM alone asks nothing of the model
     alone = measure_calibration(model, public, settings(federate={"method": "sam_soft"}))
     assert alone.client_consistency is None
     assert calibration_at_site(model, scenes(105, 125), alone, config) == alone
+
+
+@pytest.mark.parametrize(
+    ("groups", "consistency", "kept"),
+    [
+        (2, 0.5, 0.5 / 0.7),  # home is taken for (2 x 0.9 + 2 x 0.5) / 4
+        (18, 0.5, 0.5 / 0.86),
+        (18, 0.95, 1.0),
+        (1, 0.0, 0.0),
+    ],
+)
+def test_what_is_kept_at_a_site_by_hand(groups: int, consistency: float, kept: float) -> None:
+    found = Calibration(client_consistency=0.9, groups=groups).at_site(consistency)
+    assert found.sam_kept == pytest.approx(kept)
+    assert found.client_kept == pytest.approx(kept**2)
+
+
+def test_sam_is_believed_less_too_where_the_model_wavers() -> None:
+    label = torch.zeros(1, 8, 8, dtype=torch.int64)
+    label[:, 2:5, 2:5] = 1
+    sam = spread(label, torch.full(label.shape, 0.9), 2)
+    client = spread(label.roll(2, dims=2), torch.full(label.shape, 0.9), 2)
+    as_promised, both, model_alone = (
+        agree(Sources(sam, client), config=AgreementConfig(), calibration=calibration)
+        for calibration in (
+            Calibration(),
+            Calibration(client_kept=0.64, sam_kept=0.8),
+            Calibration(client_kept=0.64),
+        )
+    )
+    # the weight grows with the trust in SAM
+    assert as_promised.weight[0, 0, 0] < both.weight[0, 0, 0] < model_alone.weight[0, 0, 0]

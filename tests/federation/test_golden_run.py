@@ -26,26 +26,26 @@ ADVICE = (
     "the same settings and data give another result now: raise RESULT_VERSION in "
     "pipeline/federation/inputs.py, so that no earlier run goes on with it, and pin these numbers"
 )
-VERSION = 10  # with which the numbers below were made
+VERSION = 11  # with which the numbers below were made
 #: By kind of networks: of the last round, the means over clients, and the norm of all weights.
 GOLDEN: dict[str, dict[str, float]] = {
     "equal": {
-        "loss": 2.2006,
-        "loss_agree": 1.2189,
-        "agreement": 0.4073,
+        "loss": 2.2008,
+        "loss_agree": 1.2246,
+        "agreement": 0.4058,
         "coverage": 1.0,
-        "drift": 0.00270,
+        "drift": 0.00269,
         "sam_bias": -0.4,
-        "norm": 170.097,
+        "norm": 170.121,
     },
     "own": {
-        "loss": 2.0577,
-        "loss_agree": 1.1385,
-        "agreement": 0.4730,
+        "loss": 2.0523,
+        "loss_agree": 1.1316,
+        "agreement": 0.4692,
         "coverage": 1.0,
-        "drift": 0.00270,
+        "drift": 0.00272,
         "sam_bias": -0.4,
-        "norm": 266.281,
+        "norm": 266.257,
     },
 }
 
