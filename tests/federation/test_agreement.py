@@ -14,17 +14,16 @@ from pipeline.federation.agreement import (
     PseudoLabel,
     Sources,
     agree,
-    count_agreement,
     expected_dice,
     expected_lack,
     foreground_dice,
     from_levels,
     raised_for_dice,
     room_left,
-    shares_of,
     spread,
     tempered,
 )
+from pipeline.federation.targets import count_agreement, shares_of
 
 SHARPNESS = 3.0
 # one image of four pixels: both foreground; SAM only; client only; both background
