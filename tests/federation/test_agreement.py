@@ -117,14 +117,18 @@ def test_what_was_calibrated_counts() -> None:
 
 
 def test_what_the_model_does_not_keep_away_from_home_counts_less() -> None:
-    """Its labels have two thirds of the Dice under other light that they have at home."""
-    home = Calibration(client_consistency=0.9)
-    away = home.at_site(0.6)
-    assert away.client_kept == pytest.approx(4 / 9)
+    """Its labels have half of the Dice under other light that four groups say they have at home.
+
+    Two of these are the prior's, which says that home is like the site. SAM keeps half, and the
+    model a quarter.
+    """
+    home = Calibration(client_consistency=0.9, groups=2)
+    away = home.at_site(0.3)
+    assert (away.sam_kept, away.client_kept) == pytest.approx((1 / 2, 1 / 4))
     result = agree(SOURCES, config=AgreementConfig(), calibration=away)
     expected = [0.9, 0.8, 0.4, 0.05]
-    trust = pooled_by_hand(expected, 3.4 / 4.15, [0.7, 0.4, 0.9, 0.2], 4 / 9 * 3.2 / 4.2)
-    assert trust > 0.98
+    trust = pooled_by_hand(expected, 3.4 / 4.15 / 2, [0.7, 0.4, 0.9, 0.2], 3.2 / 4.2 / 4)
+    assert trust > 0.97
     assert foreground_of(result) == pytest.approx(sharp(expected), abs=1e-4)
     assert result.label.flatten().tolist() == [1, 1, 0, 0], "SAM wins the conflict"
     assert home.at_site(0.95) == home, "to waver less than at home is no merit"
