@@ -196,6 +196,12 @@ def _draw_server(groups: Groups, config: PartitionConfig, rng: Generator) -> tup
             f"partition.server_images: of {total} images the calibration part takes all (at least "
             f"{wanted}, by group); raise server_images or lower calibration_min"
         )
+    if len(calibration) == 1:
+        log.warning(
+            "the calibration part is a single patient or video (%s), so that what is measured on "
+            "it need not hold for others; raise partition.server_images",
+            calibration[0].name,
+        )
     return train, calibration
 
 

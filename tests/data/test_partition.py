@@ -181,7 +181,9 @@ def test_random_partitions_keep_their_promises() -> None:
 @pytest.mark.parametrize(
     ("patients", "calibrating"), [(2, 1), (3, 1), (4, 2), (9, 2), (12, 3), (16, 4), (40, 4)]
 )
-def test_the_calibration_part_has_several_patients(patients: int, calibrating: int) -> None:
+def test_the_calibration_part_has_several_patients(
+    patients: int, calibrating: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """Of ten images each, so that one patient would do for ``calibration_min``."""
     records = make_records([("a", 10, 0)] * patients + [("b", 1, 0)] * 4)
     config = PartitionConfig(
@@ -193,6 +195,8 @@ def test_the_calibration_part_has_several_patients(patients: int, calibrating: i
     )
     server, _ = draw(records, config)
     assert len({records[i].group for i in server.calibration}) == calibrating
+    told = "the calibration part is a single patient or video (a/g0" in caplog.text
+    assert told == (calibrating == 1)
 
 
 def test_another_seed_draws_another_partition() -> None:
