@@ -141,7 +141,7 @@ class PartitionConfig(Section):
     server_kept: Count | None = None  # use only so many of these; the others stay unused
     server_site: str | None = "site_a"  # where D_p comes from; null = anywhere
     calibration_fraction: Fraction = 0.2  # part of D_p that nothing is trained on
-    calibration_min: Count = 10  # and at least so many images
+    calibration_min: Count = 10  # and at least so many images, of several groups
     val_fraction: Fraction = 0.1  # of each client
     test_fraction: Fraction = 0.3  # of each client
 

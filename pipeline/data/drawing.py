@@ -58,7 +58,7 @@ def draw_partition(
     clients = {name: _split_client(name, owners[name], config, rng) for name in sorted(owners)}
     _name_untested(owners, config)
     server = ServerPart(train=_ids(train), calibration=_ids(calibration))
-    return _thin(server, config, seed), clients
+    return _thin(server, records, config, seed), clients
 
 
 def draw_server(
@@ -77,7 +77,7 @@ def draw_server(
     groups = _group(records, foreground)
     train, calibration = _draw_server(groups, own, np.random.default_rng([seed, 1]))
     server = ServerPart(train=_ids(train), calibration=_ids(calibration))
-    return _thin(server, config, seed)
+    return _thin(server, records, config, seed)
 
 
 def draw_calibration(
@@ -159,16 +159,22 @@ def _take(groups: Groups, target: int) -> Groups:
 
 
 def _take_calibration(groups: Groups, images: int) -> Groups:
-    """Return the first groups that hold ``images`` images at least, and that are several.
+    """Return the first groups that hold ``images`` images at least, and are as many as is wanted.
 
-    What is measured on one patient or video need not hold for others: they are a quarter of the
-    groups, up to four, and two where there are four or more.
+    What is measured on one patient or video need not hold for others.
     """
-    several = min(4, max(2, len(groups) // 4)) if len(groups) >= 4 else 1
-    count = 0
-    while count < len(groups) and (count < several or _size(groups[:count]) < images):
+    count, wanted = 0, _calibration_groups(len(groups))
+    while count < len(groups) and (count < wanted or _size(groups[:count]) < images):
         count += 1
     return groups[:count]
+
+
+def _calibration_groups(groups: int) -> int:
+    """Return how many of D_p's groups the calibration part has at least.
+
+    A quarter of them, but two at least and four at most; with fewer than four groups, one.
+    """
+    return min(4, max(2, groups // 4)) if groups >= 4 else 1
 
 
 def _draw_server(groups: Groups, config: PartitionConfig, rng: Generator) -> tuple[Groups, Groups]:
@@ -194,19 +200,18 @@ def _draw_server(groups: Groups, config: PartitionConfig, rng: Generator) -> tup
     if not train:
         raise ConfigError(
             f"partition.server_images: of {total} images the calibration part takes all (at least "
-            f"{wanted}, by group); raise server_images or lower calibration_min"
-        )
-    if len(calibration) == 1:
-        log.warning(
-            "the calibration part is a single patient or video (%s), so that what is measured on "
-            "it need not hold for others; raise partition.server_images",
-            calibration[0].name,
+            f"{wanted}, by group); raise server_images, or lower calibration_min or _fraction"
         )
     return train, calibration
 
 
-def _thin(server: ServerPart, config: PartitionConfig, seed: int) -> ServerPart:
-    """Keep ``server_kept`` random images of D_p; what other owners hold does not change."""
+def _thin(
+    server: ServerPart, records: Mapping[str, ImageFiles], config: PartitionConfig, seed: int
+) -> ServerPart:
+    """Keep ``server_kept`` random images of D_p; what other owners hold does not change.
+
+    The calibration part keeps images of several groups.
+    """
     kept, total = config.server_kept, len(server.train) + len(server.calibration)
     if kept is None or kept >= total:
         return server
@@ -221,7 +226,19 @@ def _thin(server: ServerPart, config: PartitionConfig, seed: int) -> ServerPart:
     counts = {"train": kept - calibration, "calibration": calibration}
     # the first of one order, so that a smaller set is part of every larger one
     orders = {split: [ids[row] for row in rng.permutation(len(ids))] for split, ids in server}
+    groups = {records[image_id].group for _, ids in server for image_id in ids}
+    wanted = _calibration_groups(len(groups))
+    orders["calibration"] = _several_first(orders["calibration"], records, wanted)
     return ServerPart(**{s: tuple(sorted(order[: counts[s]])) for s, order in orders.items()})
+
+
+def _several_first(order: list[str], records: Mapping[str, ImageFiles], wanted: int) -> list[str]:
+    """Return the order with the first image of each of ``wanted`` groups in front."""
+    firsts: dict[str, str] = {}
+    for image_id in order:
+        firsts.setdefault(records[image_id].group, image_id)
+    front = list(firsts.values())[:wanted]
+    return front + [image_id for image_id in order if image_id not in front]
 
 
 def _assign(groups: Groups, config: PartitionConfig, rng: Generator) -> dict[str, Groups]:

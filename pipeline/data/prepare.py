@@ -107,6 +107,7 @@ def prepare(
         entries, survey = _read(config, folder, frames, advance)
         partition = _plan(config, entries, survey, owner, allow_duplicates)
         name_leaks(partition)
+        _name_single_patient(partition)
         if with_oracle:
             _check_oracle(partition)
         survey.warn([i for ids in partition.splits("server").values() for i in ids])
@@ -143,6 +144,17 @@ def alone(site: str | None, *, server: bool) -> str | None:
             f"--site {site!r}: cannot name a folder; avoid / \\ : and a dot in front, and 'server'"
         )
     return "server" if server else site
+
+
+def _name_single_patient(partition: Partition) -> None:
+    """Warn of a calibration part whose images are all of one group."""
+    groups = {partition.images[image_id].group for image_id in partition.server.calibration}
+    if len(groups) == 1:
+        log.warning(
+            "the calibration part is a single patient or video (%s): what is measured on it need "
+            "not hold for others; the server's set needs images of more of them",
+            *groups,
+        )
 
 
 def _check_oracle(partition: Partition) -> None:

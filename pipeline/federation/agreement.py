@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pipeline.config import AgreementConfig, Rule
 
-#: As many groups of the calibration part say that a difference is 0, beside those that it has.
+#: Groups added to those of the calibration part, as if seen with no difference.
 PRIOR_GROUPS = 2.0
 
 _CLIP = 1 / 512  # probabilities are never taken as certain
@@ -45,8 +45,9 @@ _OWN_WEIGHT = 0.25
 # mean Dice that the model lacks by its own word, from which on unlabelled images count in full
 _ROOM = 0.1
 _ROOM_POWER = 8
-# powers of the model's consistency, in what is believed of it and of SAM away from home
-_CLIENT_DOUBT, _SAM_DOUBT = 2, 1
+# powers of the model's consistency, in what it and SAM keep of their promises away from home
+_CLIENT_KEEPS_POWER, _SAM_KEEPS_POWER = 2, 1
+_LEAST_KEPT = 0.05  # so that the odds of a model that wavers everywhere stay finite
 # Dice that a model may have over the targets where it was trained, with targets that help elsewhere
 _HOME_ADVANTAGE = 0.1
 # power of a target's odds: calibrated ones are too flat to learn from in few steps
@@ -82,13 +83,14 @@ class Calibration:
     def at_site(self, consistency: float) -> Calibration:
         """Return it for a site at which the model's labels have so much Dice under other light.
 
-        Two more groups of the calibration part say that there is no difference to the site.
+        Two groups that have the site's consistency are added to those of the calibration part.
         """
-        if not self.client_consistency:
-            return self
+        if not self.client_consistency or not self.groups:
+            return self  # nothing was measured at home
         summed = self.groups * self.client_consistency + PRIOR_GROUPS * consistency
         kept = min(1.0, consistency * (self.groups + PRIOR_GROUPS) / summed)
-        return replace(self, client_kept=kept**_CLIENT_DOUBT, sam_kept=kept**_SAM_DOUBT)
+        kept = max(_LEAST_KEPT, kept)
+        return replace(self, client_kept=kept**_CLIENT_KEEPS_POWER, sam_kept=kept**_SAM_KEEPS_POWER)
 
     def numbers(self) -> dict[str, float]:
         """Return all of it by name, for a client's report."""
@@ -326,15 +328,15 @@ def sam_calibrated(distribution: Tensor, fitted: Calibration) -> Tensor:
 def _sam_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:
     """Return SAM's distributions, calibrated and raised for Dice, and its E (B,)."""
     raised = raised_for_dice(sam_calibrated(distribution, fitted), fitted.sam_empty)
-    dice = (raised.dice + fitted.sam_offset) * fitted.sam_kept
-    return raised.distribution, dice.clamp(_LEAST_DICE, _MOST_DICE)
+    dice = (raised.dice + fitted.sam_offset).clamp(_LEAST_DICE, _MOST_DICE)
+    return raised.distribution, dice * fitted.sam_kept
 
 
 def _client_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:
     """Return the model's calibrated distributions and its E (B,)."""
     client = tempered(distribution, fitted.client_inverse_temperature)
     dice = expected_dice(client, fitted.client_empty) + fitted.client_offset
-    return client, (dice * fitted.client_kept).clamp(_LEAST_DICE, _MOST_DICE)
+    return client, dice.clamp(_LEAST_DICE, _MOST_DICE) * fitted.client_kept
 
 
 def _weighted(target: Tensor, empty: float | Tensor) -> PseudoLabel:

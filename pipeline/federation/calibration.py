@@ -42,7 +42,7 @@ def calibrate(
     Temperatures and SAM's bias are fitted on all of them. What the sources then promise is compared
     with what they keep on each half of the images with the other half's temperatures and bias, so
     that their own fit does not flatter it, and so are the targets with the model alone. With fewer
-    than four images nothing is fitted.
+    than four images nothing is fitted. Where there is one group alone the halves are of its images.
 
     Args:
         sources: what both say of N images. truth: (N, H, W) int64.
@@ -144,8 +144,8 @@ def split_in_halves(groups: Sequence[str]) -> list[Tensor]:
     """Return the rows of two halves of about equal size, int64 and ascending.
 
     Each group goes to the lighter half as a whole, the largest group first. Where there is but one
-    group its rows go to the halves in turn: what is fitted on one half is a handful of numbers,
-    which halves of one patient measure better than nobody.
+    group its rows go to the halves in turn: a handful of numbers is fitted on a half, and fitting
+    on one patient is better than not fitting.
     """
     sizes = {group: groups.count(group) for group in dict.fromkeys(groups)}
     if len(sizes) == 1:

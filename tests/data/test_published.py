@@ -111,6 +111,15 @@ def test_the_calibration_part_follows_the_seed(path: Path) -> None:
     assert len({server.calibration for server in drawn.values()}) > 1
 
 
+def test_the_calibration_part_has_several_patients(path: Path) -> None:
+    """The public set is of two videos and of two images alone."""
+    images = entries(split())
+    videos = {f"cvc_colondb_{number}": f"video{number % 2}" for number in range(1, 9)}
+    images |= {i: images[i].model_copy(update={"group": video}) for i, video in videos.items()}
+    found = read(path, split(), images)
+    assert len({images[image_id].group for image_id in found.server.calibration}) == 2
+
+
 def test_unique_names_need_no_site(path: Path) -> None:
     """As HSSF's skin lesions: the file's name is the id."""
     one = {"public": {"labeled_train": [f"ISIC_{n}.jpg" for n in range(10)]}}

@@ -140,6 +140,25 @@ def test_what_the_model_does_not_keep_away_from_home_counts_less() -> None:
     assert foreground_of(result) == pytest.approx(sharp(expected), abs=1e-4)
     assert result.label.flatten().tolist() == [1, 1, 0, 0], "SAM wins the conflict"
     assert home.at_site(0.95) == home, "to waver less than at home is no merit"
+
+
+def test_a_model_that_wavers_everywhere_loses_every_conflict() -> None:
+    """The more it wavers the more SAM is trusted, to the last (both promises fell to one floor)."""
+    home = Calibration(client_consistency=0.95, groups=18)
+    doubtful = [  # the pixel that the model alone calls foreground
+        foreground_of(
+            agree(SOURCES, config=AgreementConfig(), calibration=home.at_site(consistency))
+        )[2]
+        for consistency in (0.9, 0.6, 0.4, 0.2, 0.1, 0.05, 0.02, 0.0)
+    ]
+    lost = agree(SOURCES, config=AgreementConfig(), calibration=home.at_site(0.0))
+    assert doubtful == sorted(doubtful, reverse=True)
+    assert lost.label.flatten().tolist() == run("sam_soft").label.flatten().tolist()
+
+
+def test_nothing_is_kept_back_where_nothing_was_measured_at_home() -> None:
+    for nothing in (Calibration(), Calibration(client_consistency=0.9), Calibration(groups=2)):
+        assert nothing.at_site(0.1) == nothing
     unknown = Calibration()
     assert unknown.at_site(0.1) == unknown
 

@@ -169,6 +169,14 @@ def test_a_collapse_is_seen_and_sam_takes_over_in_spite_of_its_mistakes() -> Non
     assert torch.equal(result.label, truth)
 
 
+@pytest.mark.parametrize("groups", ["aaaa", "abbb", "abca", "abcd", "aaaab"])
+def test_four_images_are_measured_on_whatever_their_groups(groups: str) -> None:
+    truth = truth_of(len(groups))
+    found = fit(said(wrong_in(truth, 0.3)), said(truth), truth, list(groups))
+    assert 0 < found.sam_inverse_temperature < found.client_inverse_temperature
+    assert len(found.target_dice) == 1
+
+
 def test_few_images_leave_all_as_it_is() -> None:
     truth = truth_of(3)
     assert fit(said(truth), said(truth), truth, GROUPS[:3]) == Calibration()

@@ -11,10 +11,11 @@ from watched_engines import Watched, changed
 from pipeline.config import Config
 from pipeline.disk import file_sha256
 from pipeline.errors import StageError
-from pipeline.federation.description import Pixels, fit_temperature
+from pipeline.federation.description import Pixels, fit_temperature, measure_temperature
 from pipeline.federation.messages import AnyRequest, DescribeRequest, Reply
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.server import federate
+from pipeline.federation.views import ClientData, PublicSet
 from pipeline.inference.loading import Choice, load_model
 
 
@@ -25,6 +26,28 @@ def test_the_temperature_that_made_the_labels_is_found(temperature: float) -> No
     truth = torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)
     pixels = Pixels(logits, truth[:, 0], torch.zeros(len(logits)))
     assert fit_temperature(pixels) == pytest.approx(temperature, rel=0.05)
+
+
+@pytest.mark.parametrize(("groups", "fitted"), [("aaaa", True), ("abcd", True), ("aaa", False)])
+def test_the_temperature_of_few_images(groups: str, fitted: bool) -> None:
+    """A single patient is measured on too, and fewer than four images never."""
+    images = torch.full((len(groups), 3, 16, 16), 128, dtype=torch.uint8)
+    truth = torch.zeros(len(groups), 16, 16, dtype=torch.uint8)
+    truth[:, :4] = 1
+
+    class Sure(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.none = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            """Call all of it background, with a chance of 0.9999."""
+            return torch.stack([images[:, 0] * 0 + 9.2, images[:, 0] * 0], dim=1) + self.none
+
+    home = ClientData("server", images, truth=truth)
+    temperature, found = measure_temperature(Sure(), PublicSet(images, truth, home, tuple(groups)))
+    assert (temperature > 2) == fitted
+    assert (found.ece < found.ece_before) == fitted
 
 
 def test_a_spec_holds_counts_and_belongs_to_its_weights(shared_pipeline: Config) -> None:
