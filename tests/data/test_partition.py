@@ -671,6 +671,17 @@ def test_stopping_between_stores_and_partition_is_seen(
         load_partition(tmp_path / "cache" / "partition.json")
 
 
+@pytest.mark.parametrize(("images", "named"), [(4, True), (8, False)])
+def test_a_calibration_part_of_one_patient_is_named(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, images: int, named: bool
+) -> None:
+    """Patients have two images each: two make D_p at first, and four then."""
+    request = REQUEST | {"server_images": images, "scheme": "iid", "clients": 1}
+    prepare(tiny_config(folder, tmp_path / "cache", data=SMALL, partition=request))
+    told = [text for text in caplog.messages if "is a single patient or video" in text]
+    assert len(told) == named
+
+
 def test_preparing_again_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     config = tiny_config(folder, tmp_path / "cache", data=SMALL, partition=REQUEST)
     result = prepare(config)
