@@ -53,7 +53,6 @@ METRICS = {
     "client_empty": "the same of the received model's",
     "client_consistency": "Dice of the model's labels under other light, on the server's set",
     "client_kept": "share of its expected Dice that the model keeps, by the same at the site",
-    "sam_kept": "share of its expected Dice that SAM keeps there: the square root of `client_kept`",
     "room": "factor of the loss on the site's images, less where the model promises much Dice",
     "target_dice_1": "of the targets of class 1, on the server's set; so for each class",
     "model_dice_1": "of the received model alone",
@@ -77,7 +76,7 @@ _SIZES = {  # by what is in a field's type
     "Literal": "4",
     "Rates": "3 numbers, up to 20 each",
     "bytes": "those of the message in it",
-    "Calibration": "11 numbers and 3 a class, up to 20 each",
+    "Calibration": "10 numbers and 3 a class, up to 20 each",
 }
 
 

@@ -11,8 +11,8 @@ agreement; docs/method.md explains it:
   has a chance of e / 2 or more, e being the Dice that this very label promises (Lipton et al., ECML
   2014; ``raised_for_dice``). The model's are not, as it would learn to say more, and more again in
   the next round.
-* Where changes of light and colour move the model's labels more than at home, both sources keep
-  less of what they promise, the model above all (``Calibration.at_site``).
+* The model keeps less of what it promises where changes of light and colour move its labels more
+  than at home: E_c is lower there (``Calibration.at_site``).
 * At a site where the model promises more than 0.9, all of it counts for less (``room_left``).
 * The target is proportional to ``p_s^t p_c^(1 - t)`` with the trust
   ``t = 2 O_s^3 / (2 O_s^3 + O_c^3)``, where ``O = E / (1 - E)``. It is sharpened, which moves no
@@ -45,8 +45,7 @@ _OWN_WEIGHT = 0.25
 # mean Dice that the model lacks by its own word, from which on unlabelled images count in full
 _ROOM = 0.1
 _ROOM_POWER = 8
-# powers of the model's consistency, in what it and SAM keep of their promises away from home
-_CLIENT_KEEPS_POWER, _SAM_KEEPS_POWER = 2, 1
+_KEEPS_POWER = 2  # of the model's consistency, in what it keeps of its promise away from home
 _LEAST_KEPT = 0.05  # so that the odds of a model that wavers everywhere stay finite
 # Dice that a model may have over the targets where it was trained, with targets that help elsewhere
 _HOME_ADVANTAGE = 0.1
@@ -69,7 +68,6 @@ class Calibration:
     client_consistency: float | None = None  # Dice of the model's labels under other light
     groups: int = 0  # patients or videos of the calibration part, on which that was measured
     client_kept: float = 1.0  # share of its expected Dice that the model keeps at a site
-    sam_kept: float = 1.0  # likewise of SAM
     target_dice: tuple[float, ...] = ()  # of the targets, by class, where they were measured
     model_dice: tuple[float, ...] = ()  # of the received model alone
     target_gain: tuple[float, ...] = ()  # of the first over the second, shrunk
@@ -90,7 +88,7 @@ class Calibration:
         summed = self.groups * self.client_consistency + PRIOR_GROUPS * consistency
         kept = min(1.0, consistency * (self.groups + PRIOR_GROUPS) / summed)
         kept = max(_LEAST_KEPT, kept)
-        return replace(self, client_kept=kept**_CLIENT_KEEPS_POWER, sam_kept=kept**_SAM_KEEPS_POWER)
+        return replace(self, client_kept=kept**_KEEPS_POWER)
 
     def numbers(self) -> dict[str, float]:
         """Return all of it by name, for a client's report."""
@@ -328,8 +326,8 @@ def sam_calibrated(distribution: Tensor, fitted: Calibration) -> Tensor:
 def _sam_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:
     """Return SAM's distributions, calibrated and raised for Dice, and its E (B,)."""
     raised = raised_for_dice(sam_calibrated(distribution, fitted), fitted.sam_empty)
-    dice = (raised.dice + fitted.sam_offset).clamp(_LEAST_DICE, _MOST_DICE)
-    return raised.distribution, dice * fitted.sam_kept
+    dice = raised.dice + fitted.sam_offset
+    return raised.distribution, dice.clamp(_LEAST_DICE, _MOST_DICE)
 
 
 def _client_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:

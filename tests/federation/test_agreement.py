@@ -64,18 +64,10 @@ def dice_of(foreground: list[float]) -> float:
 
 
 def pooled_by_hand(
-    sam: list[float],
-    e_sam: float,
-    client: list[float],
-    e_client: float,
-    offset: float = 0.0,
-    kept: float = 1.0,
+    sam: list[float], e_sam: float, client: list[float], e_client: float, offset: float = 0.0
 ) -> float:
-    """Return the trust, and write the pooled chances into ``sam``.
-
-    ``e_sam`` is what SAM promises, of which ``offset`` is added and ``kept`` is left for trust.
-    """
-    odds_sam = odds((e_sam + offset) * kept)
+    """Return the trust, and write the pooled chances into ``sam``; ``e_sam`` is without offset."""
+    odds_sam = odds(e_sam + offset)
     trust = 2 * odds_sam**3 / (2 * odds_sam**3 + odds(e_client) ** 3)
     raised = [(2 - e_sam) / e_sam * odds(p) for p in sam]
     for i, (mine, theirs) in enumerate(zip(raised, client, strict=True)):
@@ -127,15 +119,14 @@ def test_what_was_calibrated_counts() -> None:
 def test_what_the_model_does_not_keep_away_from_home_counts_less() -> None:
     """Its labels have a third of the Dice under other light that four groups say they have at home.
 
-    Two of these are the prior's, which says that home is like the site. SAM keeps a third, and the
-    model a ninth.
+    Two of these are the prior's, which says that home is like the site. The model keeps a ninth.
     """
     home = Calibration(client_consistency=0.9, groups=2)
     away = home.at_site(0.18)
-    assert (away.sam_kept, away.client_kept) == pytest.approx((1 / 3, 1 / 9))
+    assert away.client_kept == pytest.approx(1 / 9)
     result = agree(SOURCES, config=AgreementConfig(), calibration=away)
     expected = [0.9, 0.8, 0.4, 0.05]
-    trust = pooled_by_hand(expected, 3.4 / 4.15, [0.7, 0.4, 0.9, 0.2], 3.2 / 4.2 / 9, kept=1 / 3)
+    trust = pooled_by_hand(expected, 3.4 / 4.15, [0.7, 0.4, 0.9, 0.2], 3.2 / 4.2 / 9)
     assert trust > 0.98
     assert foreground_of(result) == pytest.approx(sharp(expected), abs=1e-4)
     assert result.label.flatten().tolist() == [1, 1, 0, 0], "SAM wins the conflict"

@@ -26,26 +26,26 @@ ADVICE = (
     "the same settings and data give another result now: raise RESULT_VERSION in "
     "pipeline/federation/inputs.py, so that no earlier run goes on with it, and pin these numbers"
 )
-VERSION = 11  # with which the numbers below were made
+VERSION = 12  # with which the numbers below were made
 #: By kind of networks: of the last round, the means over clients, and the norm of all weights.
 GOLDEN: dict[str, dict[str, float]] = {
     "equal": {
-        "loss": 2.2008,
-        "loss_agree": 1.2246,
-        "agreement": 0.4058,
+        "loss": 2.2020,
+        "loss_agree": 1.2257,
+        "agreement": 0.4031,
         "coverage": 1.0,
-        "drift": 0.00269,
+        "drift": 0.00268,
         "sam_bias": -0.4,
-        "norm": 170.121,
+        "norm": 170.117,
     },
     "own": {
-        "loss": 2.0523,
-        "loss_agree": 1.1316,
-        "agreement": 0.4692,
+        "loss": 2.0532,
+        "loss_agree": 1.1375,
+        "agreement": 0.4740,
         "coverage": 1.0,
-        "drift": 0.00272,
+        "drift": 0.00270,
         "sam_bias": -0.4,
-        "norm": 266.257,
+        "norm": 266.289,
     },
 }
 
