@@ -152,7 +152,7 @@ def _take(groups: Groups, target: int) -> Groups:
     total = 0
     for group in groups:
         size = len(group.ids)
-        if total < target and total + size <= target:
+        if total + size <= target:
             chosen.append(group)
             total += size
     return chosen
