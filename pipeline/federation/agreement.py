@@ -95,7 +95,8 @@ class Calibration:
         single = {k: v for k, v in vars(self).items() if isinstance(v, float)}
         for name in ("target_dice", "model_dice", "target_gain"):
             values = enumerate(getattr(self, name), start=1)
-            single |= {f"{name}_{number}": value for number, value in values}
+            # a class that nobody has on the calibration part was not measured
+            single |= {f"{name}_{number}": v for number, v in values if not math.isnan(v)}
         return single
 
 
@@ -184,13 +185,21 @@ def likeliest(distribution: Tensor) -> Tensor:
 def tempered(distribution: Tensor, inverse_temperature: float) -> Tensor:
     """Return distributions whose likeliest class has its log-odds times ``inverse_temperature``.
 
-    The other classes keep their proportions. Args and result: (B, K+1, H, W) float32.
+    The other classes keep their proportions. Where the likeliest class, one of several, has less
+    than one half nothing changes, so that it stays the likeliest one.
+
+    Args and result: (B, K+1, H, W) float32.
     """
     top, label = distribution.max(dim=1, keepdim=True)
-    own = torch.sigmoid(inverse_temperature * logit(top))
+    own = torch.sigmoid(tempered_logit(logit(top), inverse_temperature))
     rest = distribution * ((1 - own) / (1 - top).clamp(min=1e-6))
     rest = torch.where(top > 1 - 1e-6, (1 - own) / (distribution.shape[1] - 1), rest)
     return rest.scatter(1, label, own)
+
+
+def tempered_logit(logit: Tensor, inverse_temperature: float | Tensor) -> Tensor:
+    """Return log-odds times ``inverse_temperature`` where they are positive, else as they are."""
+    return torch.where(logit > 0, inverse_temperature * logit, logit)
 
 
 def expected_dice(
@@ -326,14 +335,17 @@ def sam_calibrated(distribution: Tensor, fitted: Calibration) -> Tensor:
 def _sam_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:
     """Return SAM's distributions, calibrated and raised for Dice, and its E (B,)."""
     raised = raised_for_dice(sam_calibrated(distribution, fitted), fitted.sam_empty)
-    dice = raised.dice + fitted.sam_offset
+    found = (raised.label > 0).flatten(1).any(dim=1)  # of empty labels sam_empty says it all
+    dice = raised.dice + fitted.sam_offset * found
     return raised.distribution, dice.clamp(_LEAST_DICE, _MOST_DICE)
 
 
 def _client_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:
     """Return the model's calibrated distributions and its E (B,)."""
     client = tempered(distribution, fitted.client_inverse_temperature)
-    dice = expected_dice(client, fitted.client_empty) + fitted.client_offset
+    label = likeliest(client)
+    found = (label > 0).flatten(1).any(dim=1)
+    dice = expected_dice(client, fitted.client_empty, label) + fitted.client_offset * found
     return client, dice.clamp(_LEAST_DICE, _MOST_DICE) * fitted.client_kept
 
 
@@ -377,5 +389,7 @@ RULES: Mapping[Rule, AgreementRule] = {
         both.client_label, (both.client.amax(dim=1) >= config.threshold).float()
     ),
 }
+#: Those that read the calibration.
+CALIBRATED_RULES: frozenset[Rule] = frozenset({"adaptive", "sam_soft"})
 #: Those that ask of SAM its labels at most, and not how probable other classes are.
 LABEL_RULES: frozenset[Rule] = frozenset({"consensus", "sam_only", "client_only"})

@@ -85,7 +85,7 @@ class Averaging(Strategy):
         if reason is not None or reply.images != images:
             return reason or f"it counts {reply.images} images, expected {images}"
         change, trained = update_norms(update, sent, self._trained)
-        if change > MAX_CHANGE * self._norm:
+        if change > MAX_CHANGE * self._norm > 0:
             times = change / self._norm
             return f"it changes the model by {times:.0%}, more than {MAX_CHANGE:.0%}"
         self._norms[reply.client] = trained
@@ -97,7 +97,8 @@ class Averaging(Strategy):
         """Reject what goes far beyond the median's norm; ask for as many as the rule needs."""
         # under privacy one client must not decide what others count; clipping bounds them all
         compares = len(self._norms) >= FEWEST_TO_COMPARE and not self._config.privacy.on
-        usual = median(self._norms.values()) if compares else math.inf
+        # where most send back what they received there is nothing to compare with
+        usual = (median(self._norms.values()) if compares else 0.0) or math.inf
         for client, norm in self._norms.items():
             if norm > MAX_MEDIANS * usual:
                 reason = f"its norm is {norm / usual:.0f} times the median of the round's"

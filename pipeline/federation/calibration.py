@@ -22,6 +22,7 @@ from pipeline.federation.agreement import (
     raised_for_dice,
     sam_calibrated,
     tempered,
+    tempered_logit,
 )
 
 #: Images of the calibration part below which nothing is fitted on it.
@@ -115,11 +116,11 @@ def _with_guard(
     found = []
     for number in range(1, sources[0].sam.shape[1]):
         target, model = _class_dice(ours, truth, number), _class_dice(alone, truth, number)
-        rows = (~(target.isnan() | model.isnan())).nonzero().flatten()
-        target, model = target[rows], model[rows]
+        rows = (~(target.isnan() & model.isnan())).nonzero().flatten()  # somebody has the class
+        # who leaves out a class that is not there is right
+        target, model = target[rows].nan_to_num(1.0), model[rows].nan_to_num(1.0)
         gain = shrunk_mean(target - model, [groups[row] for row in rows])
-        means = [float(values.mean()) if len(rows) else 1.0 for values in (target, model)]
-        found.append((*means, gain))
+        found.append((float(target.mean()), float(model.mean()), gain))
     dice, model_dice, gains = zip(*found, strict=True)
     return replace(fitted, target_dice=dice, model_dice=model_dice, target_gain=gains)
 
@@ -158,10 +159,11 @@ def split_in_halves(groups: Sequence[str]) -> list[Tensor]:
 
 
 def fit_inverse_temperature(probability: Tensor, label: Tensor, truth: Tensor) -> float:
-    """Return the ``a`` for which ``sigmoid(a logit(p))`` best predicts that the label is right.
+    """Return the ``a`` with which the likeliest class's log-odds best predict that it is right.
 
-    It minimises the mean negative log-likelihood, with a standard normal prior on ln(a).
-    Predicted classes weigh equally, because background would drown the rest.
+    They are used as in ``tempered_logit``. It minimises the mean negative log-likelihood, with a
+    standard normal prior on ln(a). Predicted classes weigh equally, because background would drown
+    the rest.
 
     Args:
         probability: (N, H, W) float32. label, truth: (N, H, W) int64.
@@ -175,7 +177,7 @@ def fit_inverse_temperature(probability: Tensor, label: Tensor, truth: Tensor) -
     counts = torch.bincount(cells, minlength=2 * _BINS * (int(label.max()) + 1))
     counts = counts.reshape(-1, 2, _BINS)
     present = counts[counts.sum(dim=(1, 2)) > 0]
-    scaled = _INVERSE_TEMPERATURES[:, None] * centres
+    scaled = tempered_logit(centres, _INVERSE_TEMPERATURES[:, None])
     loss = torch.zeros(len(_INVERSE_TEMPERATURES))
     for count in present:
         misses, hits = count.float()

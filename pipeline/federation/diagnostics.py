@@ -56,7 +56,8 @@ def client_warnings(config: Config, name: str, entry: Entry) -> dict[str, str]:
             if value is not None and value < limit:
                 start = f"{name}: {meaning} is"
                 found[start] = f"{start} {value:.2f}, below {limit:.2f}"
-        found |= _unused_labels(config, name, entry)
+        if config.agreement.rule == "adaptive":  # the others have no guard
+            found |= _unused_labels(config, name, entry)
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import AgreementConfig, Config, Rule
 from pipeline.federation.agreement import (
+    CALIBRATED_RULES,
     Calibration,
     PseudoLabel,
     Sources,
@@ -112,7 +113,7 @@ def measure_calibration(model: nn.Module, public: PublicSet, config: Config) -> 
     off.
     """
     rule = agreement_rule(config)
-    uses = METHODS[config.federate.method].uses_sam and rule.rule in ("adaptive", "sam_soft")
+    uses = METHODS[config.federate.method].uses_sam and rule.rule in CALIBRATED_RULES
     if not (uses and rule.calibrate):
         return Calibration()
     truth = _given(public.calibration.truth).long()
@@ -140,20 +141,18 @@ def calibration_at_site(
 def measure_consistency(model: nn.Module, images: Tensor, config: Config) -> float:
     """Return the mean Dice, 0..1, of a model's labels of images with those of strong views.
 
-    The views differ from the images in light, colour, blur and noise. Their random changes are the
-    same in every round and for every owner, so that values can be compared.
+    The views differ from the images in light, colour, blur and noise. The first image has the same
+    random changes in every round and for every owner, and so on, so that values can be compared.
 
     Args:
         images: (N, 3, S, S) uint8, of which up to 64 are taken, evenly.
     """
     some = images[:: -(-len(images) // _ASKED)]
     rng = Streams(config.seed).rng("consistency views")
-    found = []
-    for part in some.split(_BATCH):
-        changed = strong_copies(part, rng, config.augment)
-        label, other = (predict_masks(model, each) for each in (part, changed))
-        found.append(foreground_dice(label, other))
-    return float(torch.cat(found).mean())
+    # one by one, as the images of a batch share draws
+    changed = torch.cat([strong_copies(image[None], rng, config.augment) for image in some])
+    label, other = (predict_masks(model, each) for each in (some, changed))
+    return float(foreground_dice(label, other).mean())
 
 
 def count_agreement(sources: Sources, target: PseudoLabel) -> dict[str, float]:
@@ -192,20 +191,25 @@ def _label_by_agreement(learner: Learner, client: ClientData, rows: Tensor) -> C
     classes = learner.config.data.num_classes
     target = torch.zeros((shape[0], classes, *shape[1:]), dtype=torch.uint8)
     weight = torch.zeros(shape, dtype=torch.uint8)
-    lack = 0.0
+    lack = 0.0  # summed over images, of a promise that was checked at home
+    checked = rule.rule == "adaptive" and bool(learner.calibration.model_dice)
     for part in rows.split(_BATCH):
         sources = sources_of(learner.model, client.part(part))
         made = agree(sources, config=rule, calibration=learner.calibration)
         learner.count(count_agreement(sources, made))
-        lack += float(expected_lack(sources, learner.calibration).sum())
+        if checked:
+            lack += float(expected_lack(sources, learner.calibration).sum())
         soft = made.target
         if soft.ndim == sources.same.ndim:  # classes
             soft = F.one_hot(soft, classes + 1).permute(0, 3, 1, 2)
         target[part] = (soft[:, 1:] * 255.0).round().to(torch.uint8)
         weight[part] = (made.weight * 255.0).round().to(torch.uint8)
-    if rule.rule == "adaptive" and learner.calibration.model_dice:
-        learner.room = room_left(lack / len(rows))  # a promise that was checked, at home at least
-    return replace(client, target=target, weight=weight)
+    if checked:
+        learner.room = room_left(lack / len(rows))
+    # SAM's labels have done their work, and need not follow the steps' views
+    return replace(
+        client, target=target, weight=weight, masks=None, confidences=None, probabilities=None
+    )
 
 
 def _as_fixed(learner: Learner, views: Views) -> PseudoLabel:

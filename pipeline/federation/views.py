@@ -183,7 +183,6 @@ def draw_views(client: ClientData, sampling: Sampling) -> Views:
         weak=weak,
         strong=strong,
         masks=None if masks is None else masks.long(),
-        # agreement never takes a probability as certain, so 0 and 255 may stand
         confidences=None if confidences is None else confidences.float() / 255,
         truth=None if truth is None else truth.long(),
         target=target,

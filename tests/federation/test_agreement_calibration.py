@@ -224,10 +224,26 @@ def test_harm_on_few_groups_is_no_reason() -> None:
     assert (few.unused, many.unused) == ([], [1])
 
 
-def test_a_class_that_is_nowhere_is_as_good_as_it_can_be() -> None:
+def test_a_class_that_is_invented_counts_against_its_source() -> None:
+    """No image has class 2. Who sees it has a Dice of 0 there, and who does not is right."""
+    truth = truth_of()
+    invented = truth.clone()
+    invented[:, :2, :6] = 2
+    two, one = (spread(label, torch.full(label.shape, 0.97), 3) for label in (invented, truth))
+    found = fit(two, one, truth, rule="sam_soft")
+    assert (found.target_dice[1], found.model_dice[1]) == (0.0, 1.0)
+    assert found.unused == [2]
+    found = fit(one, two, truth, rule="sam_soft")
+    assert (found.target_dice[1], found.model_dice[1]) == (1.0, 0.0)
+    assert found.target_gain[1] == pytest.approx(10 / 12)
+
+
+def test_of_a_class_that_nobody_has_nothing_is_said() -> None:
     truth = truth_of()
     three = torch.cat([said(truth), torch.zeros(20, 1, 16, 16)], dim=1)
     found = fit(three, three, truth)
-    assert (found.target_dice[1], found.model_dice[1]) == (1.0, 1.0)
     assert found.target_gain[1] == 0
     assert found.unused == []
+    numbers = found.numbers()
+    assert {"target_dice_1", "model_dice_1"} <= numbers.keys()
+    assert not {"target_dice_2", "model_dice_2"} & numbers.keys()

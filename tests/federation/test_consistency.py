@@ -74,6 +74,22 @@ def test_many_images_are_asked_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert near + 0.05 < half < far - 0.05
 
 
+def test_an_image_has_the_same_view_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = BrightIsForeground.forward
+
+    def record(self: BrightIsForeground, images: Tensor) -> Tensor:
+        seen.append(images)
+        return real(self, images)
+
+    monkeypatch.setattr(BrightIsForeground, "forward", record)
+    images = scenes(105, 125, count=11)
+    for count in (10, 11):
+        measure_consistency(BrightIsForeground(), images[:count], settings())
+    (_, ten, _, eleven) = seen
+    assert torch.equal(ten, eleven[:10])
+
+
 def test_a_model_is_believed_less_where_it_wavers_more_than_at_home() -> None:
     model = BrightIsForeground()
     home = ClientData(

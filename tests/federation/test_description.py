@@ -11,7 +11,12 @@ from watched_engines import Watched, changed
 from pipeline.config import Config
 from pipeline.disk import file_sha256
 from pipeline.errors import StageError
-from pipeline.federation.description import Pixels, fit_temperature, measure_temperature
+from pipeline.federation.description import (
+    Pixels,
+    calibration_pixels,
+    fit_temperature,
+    measure_temperature,
+)
 from pipeline.federation.messages import AnyRequest, DescribeRequest, Reply
 from pipeline.federation.runs import RunFolder
 from pipeline.federation.server import federate
@@ -28,24 +33,42 @@ def test_the_temperature_that_made_the_labels_is_found(temperature: float) -> No
     assert fit_temperature(pixels) == pytest.approx(temperature, rel=0.05)
 
 
-@pytest.mark.parametrize(("groups", "fitted"), [("aaaa", True), ("abcd", True), ("aaa", False)])
-def test_the_temperature_of_few_images(groups: str, fitted: bool) -> None:
-    """A single patient is measured on too, and fewer than four images never."""
+class Sure(torch.nn.Module):
+    """Calls all of an image background, with a chance of 0.9999."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, 2, S, S)."""
+        return torch.stack([images[:, 0] * 0 + 9.2, images[:, 0] * 0], dim=1) + self.none
+
+
+def public_of(groups: str) -> PublicSet:
+    """Return grey images of 16 px whose upper quarter is foreground, one of each group."""
     images = torch.full((len(groups), 3, 16, 16), 128, dtype=torch.uint8)
     truth = torch.zeros(len(groups), 16, 16, dtype=torch.uint8)
     truth[:, :4] = 1
-
-    class Sure(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.none = torch.nn.Parameter(torch.zeros(()))
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            """Call all of it background, with a chance of 0.9999."""
-            return torch.stack([images[:, 0] * 0 + 9.2, images[:, 0] * 0], dim=1) + self.none
-
     home = ClientData("server", images, truth=truth)
-    temperature, found = measure_temperature(Sure(), PublicSet(images, truth, home, tuple(groups)))
+    return PublicSet(images, truth, home, tuple(groups))
+
+
+@pytest.mark.parametrize("most", [256, 1000, 1024])
+def test_no_more_pixels_are_taken_than_is_said(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Of 4 x 256 pixels."""
+    monkeypatch.setattr("pipeline.federation.description._MOST_PIXELS", most)
+    pixels = calibration_pixels(Sure(), public_of("abcd"))
+    assert most / 2 < len(pixels.truth) == len(pixels.logits) <= most
+    assert [int((pixels.image == number).sum()) for number in range(4)] == [
+        len(pixels.image) // 4
+    ] * 4
+
+
+@pytest.mark.parametrize(("groups", "fitted"), [("aaaa", True), ("abcd", True), ("aaa", False)])
+def test_the_temperature_of_few_images(groups: str, fitted: bool) -> None:
+    """A single patient is measured on too, and fewer than four images never."""
+    temperature, found = measure_temperature(Sure(), public_of(groups))
     assert (temperature > 2) == fitted
     assert (found.ece < found.ece_before) == fitted
 

@@ -60,6 +60,8 @@ def test_labels_that_do_harm_are_named_once_with_teacher_class_and_numbers() -> 
         "calibration part, and 0.48 that of the model alone"
     ]
     assert client_warnings(settings(method="sam_soft"), "a", entry(**harm)) == {}
+    no_guard = parse_config({"agreement": {"rule": "sam_soft"}}, source="test")
+    assert client_warnings(no_guard, "a", entry(**harm)) == {}
     assert client_warnings(settings(), "a", entry(**harm | {"target_gain_1": -0.05})) == {}
     assert client_warnings(settings(), "a", entry(target_gain_1=-0.15, model_dice_1=0.4)) == {}
 

@@ -26,17 +26,17 @@ ADVICE = (
     "the same settings and data give another result now: raise RESULT_VERSION in "
     "pipeline/federation/inputs.py, so that no earlier run goes on with it, and pin these numbers"
 )
-VERSION = 12  # with which the numbers below were made
+VERSION = 13  # with which the numbers below were made
 #: By kind of networks: of the last round, the means over clients, and the norm of all weights.
 GOLDEN: dict[str, dict[str, float]] = {
     "equal": {
-        "loss": 2.2020,
-        "loss_agree": 1.2257,
-        "agreement": 0.4031,
+        "loss": 2.2061,
+        "loss_agree": 1.2248,
+        "agreement": 0.4067,
         "coverage": 1.0,
-        "drift": 0.00268,
+        "drift": 0.00269,
         "sam_bias": -0.4,
-        "norm": 170.117,
+        "norm": 170.145,
     },
     "own": {
         "loss": 2.0532,

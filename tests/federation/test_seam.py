@@ -286,6 +286,21 @@ def test_an_update_that_does_not_fit_is_rejected_and_named(
     assert not (run.path / "updates").exists()
 
 
+def test_who_trains_is_not_rejected_because_most_do_not(labelled: Config) -> None:
+    """Most updates are what was received, so that the median of their norms is 0."""
+
+    def idle(request: AnyRequest, reply: Reply) -> Reply:
+        if isinstance(request, FitRequest) and reply.client != CLIENT:
+            return replace(reply, weights=request.weights)
+        return reply
+
+    run = federate(changed(labelled, "idle", rounds=1), connect=Watched(idle).connect)
+    assert not [w for w in run.history()[0]["warnings"] if "rejected" in w]
+    checkpoint = run.load_checkpoint()
+    assert checkpoint is not None
+    assert CLIENT in checkpoint.client_rounds
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [({"client": "site_a"}, "site_a in round 1"), ({"round_number": 0}, f"{CLIENT} in round 0")],
