@@ -430,7 +430,8 @@ def test_inconsistent_sam_is_named_in_the_first_round(labelled: Config) -> None:
     limit = found["flip_dice"] + 1e-6
     strict = labelled.precompute.model_copy(update={"warn_consistency": limit})
     history = federate(labelled.model_copy(update={"precompute": strict})).history()
-    assert any(w.startswith("site_b: SAM is inconsistent") for w in history[0]["warnings"])
+    (warning,) = (w for w in history[0]["warnings"] if w.startswith("SAM is inconsistent"))
+    assert " site_b (0." in warning
     assert not any("inconsistent" in w for w in history[1]["warnings"])
 
 

@@ -23,6 +23,7 @@ GROUND = {
     "cores",
     "dask_noise",
     "disk",
+    "doubts",
     "errors",
     "folders",
     "methods",

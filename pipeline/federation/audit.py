@@ -28,7 +28,7 @@ class Sent:
 
     time: str  # ISO 8601, UTC
     round: int  # 0 before the first
-    kind: str  # what it answers: entry, fit, predict, distil, evaluate
+    kind: str  # what it answers: entry, fit, predict, distil, evaluate, describe
     fields: dict[str, int]  # bytes of each field that says something
 
     def text(self) -> str:

@@ -22,7 +22,7 @@ NO_DIGEST = "none"  # until the weights are written
 #: With fewer images, the sums over a client's features would tell much of a single one.
 FEWEST_IMAGES = 8
 _RANGE = (-1.5, 0.7)  # of the inverse temperature's decimal logarithm
-_MOST_PIXELS = 2_000_000  # that the temperature is fitted on, evenly drawn
+MOST_PIXELS = 2_000_000  # that the temperature is fitted on, evenly drawn
 _STEPS = 30  # of the search: each leaves 0.62 of the range
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -51,7 +51,7 @@ def calibration_pixels(model: nn.Module, public: PublicSet) -> Pixels:
         raise ValueError("the calibration part has no truth")
     model.eval()
     device = next(model.parameters()).device
-    stride = -(-truth.numel() // _MOST_PIXELS)
+    stride = -(-truth.numel() // MOST_PIXELS)
     logits = [
         model(normalise(batch.to(device).float() / 255)).flatten(2)[:, :, ::stride].cpu()
         for batch in images.split(32)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.doubts import Doubt
 from pipeline.federation.agreement import is_harm
 from pipeline.federation.messages import ClientEntry
 from pipeline.methods import METHODS
@@ -17,71 +18,80 @@ FEWEST_TO_COMPARE = 3  # clients: a median of two says nothing of either
 
 Entry = dict[str, Any]
 
+_LOOK = "look at SAM's labels there with `samfed cache show`"
 
-def quality_warnings(config: Config, entries: Sequence[ClientEntry]) -> list[str]:
+
+def inconsistent_labels(config: Config, entries: Sequence[ClientEntry]) -> list[Doubt]:
     """Name the clients on whose mirrored images SAM contradicted itself in stage one.
 
     Nobody is named where SAM was trained without mirrored images.
     """
-    if config.augment.flips == "none":
-        return []
     limit = config.precompute.warn_consistency
-    return [
-        f"{entry.name}: SAM is inconsistent, its labels of mirrored images have Dice "
-        f"{entry.flip_dice:.2f}, below {limit:.2f}"
+    found = {
+        entry.name: f"{entry.flip_dice:.2f}"
         for entry in entries
         if entry.flip_dice is not None and entry.flip_dice < limit
-    ]
+    }
+    if not found or config.augment.flips == "none":
+        return []
+    what = f"SAM is inconsistent, its labels of mirrored images have a Dice below {limit:.2f}"
+    return [Doubt(what, _LOOK, found)]
 
 
-def first_told(found: dict[str, str], history: Sequence[Entry]) -> list[str]:
-    """Return the warnings that no earlier round gave: each once a run, client and kind.
-
-    Args:
-        found: warnings by how they begin, which names client and kind.
-    """
-    told = [text for entry in history for text in entry["warnings"]]
-    return [text for start, text in found.items() if not any(t.startswith(start) for t in told)]
-
-
-def client_warnings(config: Config, name: str, entry: Entry) -> dict[str, str]:
-    """Warn of poor agreement, few kept pixels and unused labels; by how the warnings begin."""
-    found = {}
-    if METHODS[config.federate.method].uses_agreement:
-        for key, limit, meaning in (
-            ("agreement", config.agreement.warn_agreement, "foreground Dice of SAM and client"),
-            ("coverage", config.agreement.warn_coverage, "share of pixels kept"),
-        ):
-            value = entry.get(key)
-            if value is not None and value < limit:
-                start = f"{name}: {meaning} is"
-                found[start] = f"{start} {value:.2f}, below {limit:.2f}"
-        if config.agreement.rule == "adaptive":  # the others have no guard
-            found |= _unused_labels(config, name, entry)
+def client_doubts(config: Config, reports: Mapping[str, Entry]) -> list[Doubt]:
+    """Doubt labels of clients with poor agreement or few kept pixels, and classes not used."""
+    if not METHODS[config.federate.method].uses_agreement:
+        return []
+    limits, found = config.agreement, list[Doubt]()
+    for key, limit, meaning, advice in (
+        ("agreement", limits.warn_agreement, "foreground Dice of SAM and client", _LOOK),
+        (
+            "coverage",
+            limits.warn_coverage,
+            "share of pixels kept",
+            f"agreement.rule {limits.rule} leaves the rest out",
+        ),
+    ):
+        poor = {
+            name: f"{entry[key]:.2f}"
+            for name, entry in reports.items()
+            if entry.get(key) is not None and entry[key] < limit
+        }
+        if poor:
+            found.append(Doubt(f"{meaning} is below {limit:.2f}", advice, poor))
+    if limits.rule == "adaptive":  # the others have no guard
+        found += _unused_labels(config, reports)
     return found
 
 
-def _unused_labels(config: Config, name: str, entry: Entry) -> dict[str, str]:
+def _unused_labels(config: Config, reports: Mapping[str, Entry]) -> Iterator[Doubt]:
     """Name the classes whose labels do harm by the calibration part, and so are not used.
 
     All clients measure the same where they share a model, so that one warning is for all.
     """
-    found, whose = {}, f"{name}: " if config.heterogeneous else ""
     for number, title in enumerate(config.data.classes, start=1):
-        keys = (f"{what}_{number}" for what in ("target_gain", "target_dice", "model_dice"))
-        gain, target, model = map(entry.get, keys)
-        if gain is None or target is None or model is None:
+        keys = [f"{what}_{number}" for what in ("target_gain", "target_dice", "model_dice")]
+        harm = {}
+        for name, entry in reports.items():
+            gain, target, model = map(entry.get, keys)
+            if gain is not None and None not in (target, model) and is_harm(gain):
+                harm[name] = target, model
+        if not harm:
             continue
-        if is_harm(gain):
-            start = f"{whose}labels of {title} with the help of {config.sam.variant} are not used"
-            found[start] = (
-                f"{start}: their Dice is {target:.2f} on the calibration part, and "
-                f"{model:.2f} that of the model alone"
-            )
-    return found
+        what = (
+            f"labels of {title} are not used: on the calibration part those that "
+            f"{config.sam.variant} and the model agree on"
+        )
+        advice = "a better teacher would help, see `samfed evaluate-sam`"
+        if config.heterogeneous:
+            pairs = {name: f"{ours:.2f} for {alone:.2f}" for name, (ours, alone) in harm.items()}
+            yield Doubt(f"{what} have less Dice than the model alone", advice, pairs)
+        else:
+            ours, alone = next(iter(harm.values()))
+            yield Doubt(f"{what} have Dice {ours:.2f}, the model alone {alone:.2f}", advice)
 
 
-def link_warnings(config: Config, clients: dict[str, Entry]) -> list[str]:
+def link_warnings(config: Config, clients: Mapping[str, Entry]) -> list[str]:
     """Say, once a run, that a link would keep clients waiting longer than computing does.
 
     It says nothing of seconds for which nobody would change a setting.
@@ -103,23 +113,23 @@ def link_warnings(config: Config, clients: dict[str, Entry]) -> list[str]:
     ]
 
 
-def round_warnings(config: Config, clients: dict[str, Entry]) -> dict[str, str]:
-    """Name the clients that changed their model far more than the median client did.
-
-    The warnings go by how they begin.
-    """
-    found = {name: entry.get("drift") for name, entry in clients.items()}
-    drifts = {name: value for name, value in found.items() if value is not None}
-    known = [value for value in drifts.values() if math.isfinite(value)]
-    if len(known) < FEWEST_TO_COMPARE:
-        return {}
-    usual, limit = median(known), config.federate.warn_drift
-    return {
-        f"{name}: drifts": f"{name}: drifts, it changed the model by {value:.1%}, more than "
-        f"{limit:g} times the median client's {usual:.1%}"
-        for name, value in drifts.items()
-        if value > limit * usual
-    }
+def drifts(config: Config, reports: Mapping[str, Entry]) -> list[Doubt]:
+    """Name the clients that changed their model far more than the median client did."""
+    changes = {name: entry.get("drift") for name, entry in reports.items()}
+    known = {name: value for name, value in changes.items() if value is not None}
+    finite = [value for value in known.values() if math.isfinite(value)]
+    if len(finite) < FEWEST_TO_COMPARE:
+        return []
+    usual, limit = median(finite), config.federate.warn_drift
+    found = {name: f"{value:.1%}" for name, value in known.items() if value > limit * usual}
+    if not found:
+        return []
+    what = f"clients changed the model more than {limit:g} times as much as the median client"
+    advice = (
+        f"that one changed it by {usual:.1%}; look at their masks and images, or hold them back "
+        "with federate.proximal_weight or fewer federate.local_steps"
+    )
+    return [Doubt(what, advice, found)]
 
 
 def round_note(entry: Entry) -> str:

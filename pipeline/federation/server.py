@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.disk import writer_lock
+from pipeline.doubts import untold
 from pipeline.errors import DataError
 from pipeline.federation.averaging import Averaging
 from pipeline.federation.description import (
@@ -22,12 +23,11 @@ from pipeline.federation.description import (
     training_of,
 )
 from pipeline.federation.diagnostics import (
-    client_warnings,
-    first_told,
+    client_doubts,
+    drifts,
+    inconsistent_labels,
     link_warnings,
-    quality_warnings,
     round_note,
-    round_warnings,
 )
 from pipeline.federation.engines import Connect, in_process
 from pipeline.federation.exchange import Exchange
@@ -191,8 +191,6 @@ class Server:
         chosen = participants(config, [entry.name for entry in entries], number)
         rates, fewest = Rates.of(config, number), config.federate.min_clients
         this = Round(before, chosen, rates, self.engine, fewest)
-        if number == 1:
-            this.warnings += quality_warnings(config, entries)
         self.strategy.begin(this)
         self._show(TRAINING, 0, len(chosen))
         requests = [self.strategy.fit_request(this, client) for client in this.left]
@@ -203,10 +201,11 @@ class Server:
                 this.reject_update(reply.client, reason)
         self.strategy.review(this)
         weights = self.strategy.finish(this)
-        found = round_warnings(config, this.reports)
-        for client in this.left:
-            found |= client_warnings(config, client, this.reports[client])
-        this.warnings += first_told(found, self.run.history()[: before.round])
+        trained = {client: this.reports[client] for client in this.left}
+        doubts = [*drifts(config, this.reports), *client_doubts(config, trained)]
+        doubts += inconsistent_labels(config, entries)
+        past = self.run.history()[: before.round]
+        this.warnings += untold(doubts, [line for entry in past for line in entry["warnings"]])
         if number == 1:
             this.warnings += link_warnings(config, this.reports)
         rounds = before.client_rounds | dict.fromkeys(this.left, number)

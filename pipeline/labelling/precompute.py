@@ -20,7 +20,7 @@ from pipeline.labelling.job import Job, Meter, load_job, store_lock
 from pipeline.labelling.quality import (
     Statistics,
     flip_sample,
-    quality_warnings,
+    label_doubts,
     statistics,
     statistics_table,
 )
@@ -192,6 +192,7 @@ class _Stores:
             found = statistics(store.quality())
             if found is not None:
                 self.result.statistics[owner] = found
-                self.result.warnings += quality_warnings(owner, found, self._job.config)
+        doubts = label_doubts(self.result.statistics, self._job.config)
+        self.result.warnings += [doubt.text for doubt in doubts]
         for line in self.result.warnings:
             log.warning(line)

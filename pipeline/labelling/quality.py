@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Config
+from pipeline.doubts import Doubt
 from pipeline.segmentation.metrics import dice_score
 from pipeline.stores.arrays import Bytes
 from pipeline.stores.label_store import RowKey, RowQuality
@@ -90,26 +91,30 @@ def _mean(values: Any) -> float | None:
     return float(np.mean(values, dtype=np.float64)) if len(values) else None
 
 
-def quality_warnings(owner: str, statistics: Statistics, config: Config) -> list[str]:
-    """Return one line for each reason to look at SAM's labels of ``owner`` before using them.
+def label_doubts(statistics: Mapping[str, Statistics], config: Config) -> list[Doubt]:
+    """Return the reasons to look at SAM's labels before using them, with the owners they name.
 
     Mirror images say nothing against a teacher that was trained without any (``augment.flips``).
     """
-    lines, dice, limits = [], statistics["flip_dice"], config.precompute
-    mirrored = config.augment.flips != "none"
-    if mirrored and dice is not None and dice < limits.warn_consistency:
-        lines.append(
-            f"{owner}: SAM contradicts itself: the labels of {statistics['flips']} mirrored images "
-            f"match its own with Dice {dice:.2f}, below precompute.warn_consistency "
-            f"{limits.warn_consistency:g}; look at them before you trust them"
-        )
-    if statistics["empty"] > limits.warn_empty:
-        lines.append(
-            f"{owner}: SAM finds nothing in {statistics['empty']:.0%} of {statistics['images']} "
-            f"images, above precompute.warn_empty {limits.warn_empty:g}; look at them before you "
-            "trust its labels"
-        )
-    return lines
+    limits, mirrored = config.precompute, config.augment.flips != "none"
+    flipped = {
+        owner: f"{own['flip_dice']:.2f}"
+        for owner, own in statistics.items()
+        if own["flip_dice"] is not None and own["flip_dice"] < limits.warn_consistency
+    }
+    empty = {
+        owner: f"{own['empty']:.0%} of {own['images']}"
+        for owner, own in statistics.items()
+        if own["empty"] > limits.warn_empty
+    }
+    look = "look at some of them with `samfed cache show` before you trust them"
+    contradicts = (
+        "SAM contradicts itself: its labels of mirrored images match those of the images with a "
+        f"Dice below precompute.warn_consistency {limits.warn_consistency:g}"
+    )
+    nothing = f"SAM finds nothing in more images than precompute.warn_empty {limits.warn_empty:g}"
+    found = [Doubt(contradicts, look, flipped)] * bool(flipped and mirrored)
+    return found + [Doubt(nothing, look, empty)] * bool(empty)
 
 
 def statistics_table(statistics: dict[str, Statistics]) -> str:

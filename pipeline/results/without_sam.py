@@ -101,11 +101,11 @@ def outlook(
     best_of = network["best_of"]
     choice = f", the best of {best_of} networks," if best_of > 1 else ","
     numbers = (
-        f"on the calibration part ({_count(len(groups), 'image')}, "
-        f"{_count(len(set(groups)), 'group')}) its labels have Dice {sam['dice']:.3f}, and "
+        f"On the calibration part ({_count(len(groups), 'image')}, "
+        f"{_count(len(set(groups)), 'group')}) its labels have Dice {sam['dice']:.3f}. "
         f"{network['architecture']} on {network['encoder']}{choice} trained on the same images "
-        f"without SAM as rounds start from it, {network['dice']:.3f}; "
-        f"{difference:+.3f} over groups, shrunk"
+        f"without SAM as rounds start from it, has {network['dice']:.3f}. The mean difference over "
+        f"groups, with two more groups that say 0, is {difference:+.3f}."
     )
     worse = []
     for name, own in sam["classes"].items():
@@ -114,22 +114,24 @@ def outlook(
         if None not in (ours, theirs) and ours - theirs < UNLIKELY:
             worse.append(f"{name} {ours:.2f} for {theirs:.2f}")
     if worse and len(sam["classes"]) > 1:
-        numbers += f" (worse: {', '.join(worse)})"
+        numbers += f" SAM is worse at {', '.join(worse)}."
     if network["steps"] == 0 or network["empty"] == 1:
         why = "its masks are all empty" if network["steps"] else "federate.pretrain_steps is 0"
-        text = f"whether SAM helps is open, as the network to compare with learnt nothing ({why})"
+        text = f"Whether SAM helps is open: the network to compare with learnt nothing ({why})."
         return Outlook("open", difference, text)
     if difference > LIKELY:
-        return Outlook("likely", difference, f"SAM is likely to help: {numbers}")
-    if difference < UNLIKELY:
+        return Outlook("likely", difference, f"SAM is likely to help. {numbers}")
+    if difference < UNLIKELY or sam["empty"] == 1:
+        found = " All of its masks are empty." if sam["empty"] == 1 else ""
         advice = (
-            "its labels by themselves are likely to harm; more sam.epochs, another sam.variant or "
-            "more labelled images may mend it"
+            " Its labels by themselves are likely to harm; more sam.epochs, another sam.variant or "
+            "more labelled images may mend it."
         )
-        return Outlook("unlikely", difference, f"SAM is not likely to help: {numbers}; {advice}")
+        text = f"SAM is not likely to help. {numbers}{found}{advice}"
+        return Outlook("unlikely", difference, text)
     text = (
-        f"whether SAM helps is open: {numbers}; it may help at hospitals whose images are "
-        "unlike the server's"
+        f"Whether SAM helps is open. {numbers} SAM may help at hospitals whose images are unlike "
+        "the server's."
     )
     return Outlook("open", difference, text)
 

@@ -94,7 +94,7 @@ def init(folder: Path, out: Path, *, force: bool = False) -> InitResult:
     size, classes = _size([side for side, _ in looks]), _classes(folder, found)
     kinds = " and ".join(sorted({kind for _, kind in looks}))
     data = tuple(_data(folder, out, pattern, (classes, size)))
-    others = (*_model(out), *_augment(kinds), *_teacher(out))
+    others = (*_model(out), *_augment(kinds), *_teacher(out), *_federate())
     for partition in _partitions(found):
         result = InitResult(out, f"{found.text()}; {kinds}", (*data, *partition, *others))
         try:
@@ -253,8 +253,8 @@ def _augment(kinds: str) -> Iterator[Choice]:
     """Choose the views of scans, which are taken one way up; photographs keep the default."""
     if kinds != "grey":
         return
-    why = "grey images are mostly scans, taken one way up, so none is drawn upside down"
-    yield Choice("augment", "flips", "horizontal", f"{why}; none if left and right must stay")
+    why = "grey images are mostly scans, taken one way up, in which left and right are not alike"
+    yield Choice("augment", "flips", "none", f"{why}; horizontal where they are")
     yield Choice("augment", "turns", False, "for the same reason, no quarter turns")
 
 
@@ -275,6 +275,12 @@ def _teacher(out: Path) -> Iterator[Choice]:
     better = f"`samfed fetch sam_{wanted[-1]}`" if wanted else f"timm's {_CPU_TEACHER}.safetensors"
     why = f"the tiny SAM that comes along; {hardware} takes more: put {better} into {WEIGHTS}"
     yield Choice("sam", "variant", "vit_t", why)
+
+
+def _federate() -> Iterator[Choice]:
+    """Choose what is as good or better for every method (docs/benchmarks.md)."""
+    why = "their mean varies less than the last round's model, which is chosen by nothing"
+    yield Choice("federate", "average_rounds", 3, why)
 
 
 def _relative(path: Path, out: Path) -> str:

@@ -151,8 +151,6 @@ def test_a_model_that_wavers_everywhere_loses_every_conflict() -> None:
 def test_nothing_is_kept_back_where_nothing_was_measured_at_home() -> None:
     for nothing in (Calibration(), Calibration(client_consistency=0.9), Calibration(groups=2)):
         assert nothing.at_site(0.1) == nothing
-    unknown = Calibration()
-    assert unknown.at_site(0.1) == unknown
 
 
 def test_sam_alone_is_calibrated_and_raised_too() -> None:
@@ -250,6 +248,22 @@ def test_a_model_that_lacks_little_is_left_alone() -> None:
     assert [room_left(lack) for lack in (0.0, 0.05, 0.1, 0.3)] == [0, pytest.approx(1 / 256), 1, 1]
 
 
+def test_no_source_is_expected_to_reach_all_or_nothing() -> None:
+    """A model that is sure of all lacks 0.02; one that never keeps its word still has 0.05."""
+    sure = Sources(surely(square(), 0.999), surely(square(), 0.999))
+    assert float(expected_lack(sure, Calibration())) == pytest.approx(0.02)
+    assert float(expected_lack(sure, Calibration(client_offset=-0.99))) == pytest.approx(0.95)
+
+
+def test_an_empty_target_promises_what_both_empty_labels_do() -> None:
+    """Of SAM's 0.6 are right and of the model's 0.5: t = 2 x 1.5^3 / (2 x 1.5^3 + 1) = 0.871."""
+    nothing = two_classes(torch.full((1, 8, 8), 0.01))
+    fitted = Calibration(sam_empty=0.6, client_empty=0.5)
+    made = agree(Sources(nothing, nothing), config=AgreementConfig(), calibration=fitted)
+    expected = (0.871 * 0.6 + 0.129 * 0.5) ** 2 * (1 + 3 * 0.871) / 4
+    assert float(made.weight.mean()) == pytest.approx(expected, abs=1e-3)
+
+
 def test_where_sam_sees_nothing_the_clients_object_stands() -> None:
     """An empty label is right half of the time; the client expects a Dice of 0.9."""
     nothing = two_classes(torch.full((1, 8, 8), 0.05))
@@ -298,6 +312,12 @@ def test_a_class_whose_targets_do_harm_is_left_out() -> None:
     assert fitted.unused == [2]
     result = agree(Sources(sam, sam), config=AgreementConfig(), calibration=fitted)
     assert (result.weight > 0).flatten().tolist() == [True, True, False, True]
+    # where it is not the likeliest one, too, if it has a chance of more than 0.1 in the target
+    chances = [[0.58, 0.02, 0.36, 0.04], [0.80, 0.02, 0.16, 0.02], *[[0.02, 0.96, 0.01, 0.01]] * 2]
+    unsure = torch.tensor(chances).T[None, :, None]
+    result = agree(Sources(unsure, unsure), config=AgreementConfig(), calibration=fitted)
+    assert 0.1 < float(result.target[0, 2, 0, 0]) < 0.45
+    assert (result.weight > 0).flatten().tolist() == [False, True, True, True]
 
 
 def test_where_no_class_is_used_nothing_counts() -> None:
@@ -359,10 +379,11 @@ def test_the_dice_to_be_expected() -> None:
     assert float(expected_dice(two_classes(torch.zeros(1, 2, 2)), 0.3)) == pytest.approx(0.3)
 
 
-def test_raising_makes_the_label_that_has_most_dice() -> None:
+@pytest.mark.parametrize("power", [3, 12])  # one step does for the first
+def test_raising_makes_the_label_that_has_most_dice(power: int) -> None:
     """Nothing that is cut off elsewhere has a higher expected Dice than where odds are raised."""
     generator = torch.Generator().manual_seed(1)
-    chances = torch.rand((1, 64, 64), generator=generator) ** 3
+    chances = torch.rand((1, 64, 64), generator=generator) ** power
 
     def dice(label: Tensor) -> float:
         return float(2 * chances[label].sum() / (chances.sum() + label.sum()))

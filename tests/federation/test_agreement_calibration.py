@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -222,6 +224,43 @@ def test_harm_on_few_groups_is_no_reason() -> None:
     assert few.target_dice == pytest.approx(many.target_dice, abs=0.02)
     assert few.target_gain[0] == pytest.approx(many.target_gain[0] * (1 / 2) / (10 / 12), rel=0.1)
     assert (few.unused, many.unused) == ([], [1])
+
+
+def test_a_class_that_sam_invents_beside_a_good_one_is_not_used() -> None:
+    """Trust is one number an image: class 1, in which SAM is the better one, carries class 2."""
+    truth = truth_of()
+    sam = truth.clone()
+    sam[:, :2, :6] = 2
+    model = wrong_in(truth, 0.2)
+    sides = [spread(label, torch.full(label.shape, 0.9), 3) for label in (sam, model)]
+    found = fit(*sides, truth)
+    assert found.target_dice[0] > found.model_dice[0] + 0.05
+    assert found.target_dice[1] < 0.1 < 0.9 < found.model_dice[1]
+    assert found.unused == [2]
+
+
+def test_no_half_is_judged_by_what_was_fitted_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second patient SAM's masks are wrong, and so are its empty ones."""
+    truth = truth_of()
+    truth[:4] = 0
+    sam = truth.clone()
+    sam[10:] = truth[10:].roll(3, dims=2)
+    sam[10:14] = 0
+    groups = ["a"] * 10 + ["b"] * 10
+    used = []
+
+    def record(sources: Sources, *, config: AgreementConfig, calibration: Calibration) -> Any:
+        used.append((bool((sources.sam_label == truth[:10]).all()), calibration))
+        return agree(sources, config=config, calibration=calibration)
+
+    monkeypatch.setattr("pipeline.federation.calibration.agree", record)
+    fit(said(sam), said(truth), truth, groups)
+    by_half = dict(used)
+    assert set(by_half) == {True, False}
+    first, second = by_half[True], by_half[False]
+    assert first.sam_inverse_temperature < 0.7 < second.sam_inverse_temperature
+    assert first.sam_empty < 0.3 < 0.8 < second.sam_empty
+    assert first.sam_offset < -0.1 < second.sam_offset
 
 
 def test_a_class_that_is_invented_counts_against_its_source() -> None:

@@ -57,7 +57,7 @@ def public_of(groups: str) -> PublicSet:
 @pytest.mark.parametrize("most", [256, 1000, 1024])
 def test_no_more_pixels_are_taken_than_is_said(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Of 4 x 256 pixels."""
-    monkeypatch.setattr("pipeline.federation.description._MOST_PIXELS", most)
+    monkeypatch.setattr("pipeline.federation.description.MOST_PIXELS", most)
     pixels = calibration_pixels(Sure(), public_of("abcd"))
     assert most / 2 < len(pixels.truth) == len(pixels.logits) <= most
     assert [int((pixels.image == number).sum()) for number in range(4)] == [

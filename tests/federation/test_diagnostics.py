@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from pipeline.config import AugmentConfig, Config
+from pipeline.doubts import Doubt, untold
 from pipeline.federation.diagnostics import (
-    client_warnings,
-    first_told,
+    client_doubts,
+    drifts,
+    inconsistent_labels,
     link_warnings,
-    quality_warnings,
     round_note,
-    round_warnings,
 )
 from pipeline.federation.messages import ClientEntry
 from pipeline.federation.rounds import finite
@@ -37,45 +37,63 @@ def entry(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def lines(doubts: list[Doubt]) -> list[str]:
+    return [doubt.text for doubt in doubts]
+
+
 def test_a_good_client_is_not_mentioned() -> None:
-    assert client_warnings(settings(), "a", entry()) == {}
+    assert client_doubts(settings(), {"a": entry()}) == []
 
 
-def test_poor_agreement_and_few_pixels_name_the_client() -> None:
-    found = client_warnings(settings(), "a", entry(agreement=0.2, coverage=0.1))
-    assert first_told(found, []) == [
-        "a: foreground Dice of SAM and client is 0.20, below 0.30",
-        "a: share of pixels kept is 0.10, below 0.30",
+def test_poor_agreement_and_few_pixels_name_the_clients() -> None:
+    reports = {
+        "a": entry(agreement=0.2, coverage=0.1),
+        "b": entry(),
+        "c": entry(agreement=0.25),
+        "d": entry(agreement=None),
+    }
+    assert lines(client_doubts(settings(), reports)) == [
+        "foreground Dice of SAM and client is below 0.30: a (0.20), c (0.25); look at SAM's labels "
+        "there with `samfed cache show`",
+        "share of pixels kept is below 0.30: a (0.10); agreement.rule adaptive leaves the rest out",
     ]
-    assert client_warnings(settings(method="sam_only"), "a", entry(agreement=0.2)) == {}
+    assert client_doubts(settings(method="sam_only"), reports) == []
 
 
 def test_labels_that_do_harm_are_named_once_with_teacher_class_and_numbers() -> None:
     """All clients measure the same on the server's images, unless their networks are their own."""
-    harm = {"target_dice_1": 0.31, "model_dice_1": 0.48, "target_gain_1": -0.15}
-    found = client_warnings(settings(), "a", entry(**harm))
-    found |= client_warnings(settings(), "b", entry(**harm))
-    assert first_told(found, []) == [
-        "labels of foreground with the help of vit_t are not used: their Dice is 0.31 on the "
-        "calibration part, and 0.48 that of the model alone"
+    harm = entry(target_dice_1=0.31, model_dice_1=0.48, target_gain_1=-0.15)
+    assert lines(client_doubts(settings(), {"a": harm, "b": harm})) == [
+        "labels of foreground are not used: on the calibration part those that vit_t and the model "
+        "agree on have Dice 0.31, the model alone 0.48; a better teacher would help, see `samfed "
+        "evaluate-sam`"
     ]
-    assert client_warnings(settings(method="sam_soft"), "a", entry(**harm)) == {}
+    own = parse_config({"model": {"clients": [{}]}}, source="test")
+    assert lines(client_doubts(own, {"a": harm, "b": entry()})) == [
+        "labels of foreground are not used: on the calibration part those that vit_t and the model "
+        "agree on have less Dice than the model alone: a (0.31 for 0.48); a better teacher would "
+        "help, see `samfed evaluate-sam`"
+    ]
+    assert client_doubts(settings(method="sam_soft"), {"a": harm}) == []
     no_guard = parse_config({"agreement": {"rule": "sam_soft"}}, source="test")
-    assert client_warnings(no_guard, "a", entry(**harm)) == {}
-    assert client_warnings(settings(), "a", entry(**harm | {"target_gain_1": -0.05})) == {}
-    assert client_warnings(settings(), "a", entry(target_gain_1=-0.15, model_dice_1=0.4)) == {}
+    assert client_doubts(no_guard, {"a": harm}) == []
+    assert client_doubts(settings(), {"a": harm | {"target_gain_1": -0.05}}) == []
+    assert client_doubts(settings(), {"a": entry(target_gain_1=-0.15, model_dice_1=0.4)}) == []
 
 
 def test_a_warning_comes_once_a_run_for_each_client_and_kind() -> None:
-    history = [{"warnings": ["a: foreground Dice of SAM and client is 0.25, below 0.30"]}]
+    told = ["foreground Dice of SAM and client is below 0.30: a (0.25), b (0.10); look"]
     poor = entry(agreement=0.2, coverage=0.1)
-    found = client_warnings(settings(), "a", poor) | client_warnings(settings(), "aa", poor)
-    assert first_told(found, history) == [
-        "a: share of pixels kept is 0.10, below 0.30",
-        "aa: foreground Dice of SAM and client is 0.20, below 0.30",
-        "aa: share of pixels kept is 0.10, below 0.30",
+    doubts = client_doubts(settings(), {"a": poor, "aa": poor})
+    found = untold(doubts, told)
+    assert [line.split(";")[0] for line in found] == [
+        "foreground Dice of SAM and client is below 0.30: aa (0.20)",
+        "share of pixels kept is below 0.30: a (0.10), aa (0.10)",
     ]
-    assert first_told(found, [*history, {"warnings": first_told(found, history)}]) == []
+    assert untold(doubts, told + found) == []
+    general = Doubt("labels are not used", "a better teacher would help")
+    assert untold([general], told) == ["labels are not used; a better teacher would help"]
+    assert untold([general], [*told, general.text]) == []
 
 
 def test_a_link_slower_than_computing_by_hand() -> None:
@@ -97,24 +115,27 @@ def test_a_link_that_nobody_waits_for_is_not_mentioned() -> None:
     assert link_warnings(settings(), {"a": toy}) == []
 
 
-def test_a_client_that_drifts_is_named() -> None:
+def test_clients_that_drift_are_named() -> None:
     clients = {name: entry(drift=drift) for name, drift in zip("abcd", (1, 1, 1, 3.1), strict=True)}
-    assert list(round_warnings(settings(), clients).values()) == [
-        "d: drifts, it changed the model by 310.0%, more than 3 times the median client's 100.0%"
-    ]
-    assert round_warnings(settings(warn_drift=4.0), clients) == {}
-    assert round_warnings(settings(), {name: clients[name] for name in "ad"}) == {}
+    (line,) = lines(drifts(settings(), clients))
+    assert line.startswith(
+        "clients changed the model more than 3 times as much as the median client: d (310.0%); "
+        "that one changed it by 100.0%; look at"
+    )
+    assert drifts(settings(warn_drift=4.0), clients) == []
+    assert drifts(settings(), {name: clients[name] for name in "ad"}) == []
     broken = clients | {"d": entry(drift=math.nan)}
-    assert round_warnings(settings(), broken) == {}
+    assert drifts(settings(), broken) == []
 
 
-def test_inconsistent_sam_names_the_client() -> None:
+def test_inconsistent_sam_names_the_clients() -> None:
     entries = [ClientEntry("a", 9, 2, 0.6), ClientEntry("b", 9, 2, 0.8), ClientEntry("c", 9, 0)]
-    assert quality_warnings(settings(), entries) == [
-        "a: SAM is inconsistent, its labels of mirrored images have Dice 0.60, below 0.70"
+    assert lines(inconsistent_labels(settings(), entries)) == [
+        "SAM is inconsistent, its labels of mirrored images have a Dice below 0.70: a (0.60); look "
+        "at SAM's labels there with `samfed cache show`"
     ]
     upright = settings().model_copy(update={"augment": AugmentConfig(flips="none")})
-    assert quality_warnings(upright, entries) == []
+    assert inconsistent_labels(upright, entries) == []
 
 
 def test_what_is_not_finite_becomes_null() -> None:

@@ -18,8 +18,8 @@ from pipeline.data.prepare import prepare
 from pipeline.labelling.quality import (
     FLIPPED_IMAGES,
     flip_sample,
+    label_doubts,
     measure,
-    quality_warnings,
     statistics,
     statistics_table,
 )
@@ -89,7 +89,7 @@ def test_no_foreground_anywhere_and_nothing_mirrored() -> None:
     assert (found["empty"], found["area"], found["flips"]) == (1, 0, 0)
     assert statistics_table({"a": found}).split()[-1] == "-"
     strict = Config(precompute=PrecomputeConfig(warn_consistency=1, warn_empty=1))
-    assert quality_warnings("a", found, strict) == []
+    assert label_doubts({"a": found}, strict) == []
 
 
 def test_a_row_that_was_never_measured() -> None:
@@ -108,12 +108,15 @@ def test_the_sample_is_the_images_own() -> None:
 
 def test_warnings_name_the_client() -> None:
     config = Config()
-    assert quality_warnings("site_b", FAIR, config) == []  # on the limit is not below it
-    assert quality_warnings("site_b", FAIR | {"flip_dice": 0.52, "empty": 0.6}, config) == [
-        "site_b: SAM contradicts itself: the labels of 16 mirrored images match its own with Dice "
-        "0.52, below precompute.warn_consistency 0.7; look at them before you trust them",
-        "site_b: SAM finds nothing in 60% of 40 images, above precompute.warn_empty 0.5; look at "
-        "them before you trust its labels",
+    assert label_doubts({"site_b": FAIR}, config) == []  # on the limit is not below it
+    poor = FAIR | {"flip_dice": 0.52, "empty": 0.6}
+    owners = {"site_a": poor | {"empty": 0.0}, "site_b": poor, "site_c": FAIR}
+    assert [doubt.text for doubt in label_doubts(owners, config)] == [
+        "SAM contradicts itself: its labels of mirrored images match those of the images with a "
+        "Dice below precompute.warn_consistency 0.7: site_a (0.52), site_b (0.52); look at some of "
+        "them with `samfed cache show` before you trust them",
+        "SAM finds nothing in more images than precompute.warn_empty 0.5: site_b (60% of 40); look "
+        "at some of them with `samfed cache show` before you trust them",
     ]
 
 
@@ -121,7 +124,7 @@ def test_mirror_images_say_nothing_of_a_teacher_that_never_saw_any() -> None:
     poor = FAIR | {"flip_dice": 0.52}
     for flips, count in (("none", 0), ("horizontal", 1), ("both", 1)):
         config = Config(augment=AugmentConfig(flips=flips))
-        assert len(quality_warnings("site_b", poor, config)) == count
+        assert len(label_doubts({"site_b": poor}, config)) == count
 
 
 def test_the_table() -> None:
@@ -200,7 +203,8 @@ def test_stage_one_mirrors_a_sample_and_keeps_what_it_finds(
     assert first.statistics["site"]["flip_dice"] == pytest.approx(
         brute_force(config, "site", images)
     )
-    assert [line.split(":")[0] for line in first.warnings] == ["server", "site"]
+    (line,) = first.warnings
+    assert all(f" {owner} (" in line for owner in ("server", "site"))
     assert [record.getMessage() for record in caplog.records] == first.warnings
     before = content(config.cache.root / "sam")
     teacher = OneSided()

@@ -258,14 +258,14 @@ def test_the_outlook_by_hand(
     found = outlook(*summaries, (sam, network), groups)
     assert found.difference == pytest.approx(difference)
     assert found.kind == kind
-    assert f"Dice {sum(sam) / 2:.3f}, and unet on e, trained on the same images" in found.text
-    assert "0.500" in found.text
+    assert f"Dice {sum(sam) / 2:.3f}. unet on e, trained on the same images" in found.text
+    assert "it, has 0.500. The mean difference over groups, with two more groups" in found.text
 
 
 def test_the_outlook_names_classes_in_which_sam_is_worse() -> None:
     sam, network = measured(0.6, rv=0.9, lv=0.31), measured(0.5, rv=0.5, lv=0.48)
     found = outlook(sam, network, ([0.6], [0.5]), "a")
-    assert "shrunk (worse: lv 0.31 for 0.48)" in found.text
+    assert "SAM is worse at lv 0.31 for 0.48." in found.text
 
 
 @pytest.mark.parametrize(("steps", "empty"), [(0, 0.5), (10, 1.0)])
@@ -274,6 +274,14 @@ def test_a_network_that_learnt_nothing_is_no_rival(steps: int, empty: float) -> 
     found = outlook(measured(0.9), network, ([0.9] * 4, [0.0] * 4), "abcd")
     assert found.kind == "open"
     assert "learnt nothing" in found.text
+
+
+def test_labels_that_are_all_empty_are_not_likely_to_help() -> None:
+    """With one group and a network of 0.25 the difference alone would leave it open."""
+    found = outlook(measured(0.0) | {"empty": 1.0}, measured(0.25), ([0.0], [0.25]), "a")
+    assert found.difference > -0.1
+    assert found.kind == "unlikely"
+    assert "All of its masks are empty." in found.text
 
 
 def test_the_outlook_says_that_it_chose_among_networks() -> None:
@@ -295,7 +303,7 @@ def test_the_outlook_shows_the_number_that_decides_it() -> None:
     dice = [0.1] * 8 + [0.9] * 3, [0.5] * 11
     found = outlook(measured(0.3), measured(0.5), dice, "aaaaaaaabcd")
     assert found.kind == "likely"
-    assert f"{(-0.4 + 3 * 0.4) / 6:+.3f} over groups" in found.text
+    assert f"say 0, is {(-0.4 + 3 * 0.4) / 6:+.3f}." in found.text
 
 
 def summary(dice: float, **changes: Any) -> dict[str, Any]:

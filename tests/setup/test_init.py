@@ -93,8 +93,11 @@ def test_classes_grey_images_one_site_and_the_names_of_masks(folder: Path) -> No
     config = load_config(Path("params.yaml"))
     assert said["found"].endswith("; grey")
     assert config.data.num_classes == 3
-    assert (config.augment.flips, config.augment.turns) == ("horizontal", False)
-    assert "none is drawn upside down" in Path("params.yaml").read_text()
+    assert (config.augment.flips, config.augment.turns) == ("none", False)
+    assert (
+        "in which left and right are not alike; horizontal where they are"
+        in Path("params.yaml").read_text()
+    )
     assert config.data.mask_pattern.startswith("{id}_segmentation")
     assert (config.partition.scheme, config.partition.server_site) == ("iid", None)
     assert call("prepare").exit_code == 0

@@ -1,0 +1,42 @@
+"""Doubts about labels and updates: one line for each kind, which names all whom it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A reason to look at something before it is trusted."""
+
+    what: str  # what was found, a whole sentence where ``of`` is empty; also tells the kinds apart
+    advice: str
+    of: Mapping[str, str] = field(default_factory=dict)  # the number found, by owner
+
+    @property
+    def text(self) -> str:
+        """The doubt as one line."""
+        names = ", ".join(f"{owner} ({number})" for owner, number in self.of.items())
+        return f"{self.what}{':' * bool(names)} {names}".rstrip() + f"; {self.advice}"
+
+
+def untold(doubts: Iterable[Doubt], told: Sequence[str]) -> list[str]:
+    """Return the lines of what no earlier line told: each kind of doubt once for an owner.
+
+    Args:
+        told: earlier lines, of which other ones do not matter.
+    """
+    found = []
+    for doubt in doubts:
+        earlier = [line for line in told if line.startswith(doubt.what)]
+        if not doubt.of and not earlier:
+            found.append(doubt.text)
+        new = {
+            owner: number
+            for owner, number in doubt.of.items()
+            if not any(f" {owner} (" in line for line in earlier)
+        }
+        if new:
+            found.append(replace(doubt, of=new).text)
+    return found
