@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Doubt:
     """A reason to look at something before it is trusted."""
 
-    what: str  # what was found, a whole sentence where ``of`` is empty; also tells the kinds apart
+    what: str  # what was found, without its numbers: it tells the kinds apart
+    of: Mapping[str, str]  # the number that was found, by owner
     advice: str
-    of: Mapping[str, str] = field(default_factory=dict)  # the number found, by owner
 
     @property
     def text(self) -> str:
         """The doubt as one line."""
         names = ", ".join(f"{owner} ({number})" for owner, number in self.of.items())
-        return f"{self.what}{':' * bool(names)} {names}".rstrip() + f"; {self.advice}"
+        return f"{self.what}: {names}; {self.advice}"
 
 
 def untold(doubts: Iterable[Doubt], told: Sequence[str]) -> list[str]:
@@ -30,8 +30,6 @@ def untold(doubts: Iterable[Doubt], told: Sequence[str]) -> list[str]:
     found = []
     for doubt in doubts:
         earlier = [line for line in told if line.startswith(doubt.what)]
-        if not doubt.of and not earlier:
-            found.append(doubt.text)
         new = {
             owner: number
             for owner, number in doubt.of.items()

@@ -200,7 +200,8 @@ def _draw_server(groups: Groups, config: PartitionConfig, rng: Generator) -> tup
     if not train:
         raise ConfigError(
             f"partition.server_images: of {total} images the calibration part takes all (at least "
-            f"{wanted}, by group); raise server_images, or lower calibration_min or _fraction"
+            f"{wanted}, in whole groups, of which there are {len(chosen)}); raise server_images, "
+            "or lower calibration_min or _fraction"
         )
     return train, calibration
 

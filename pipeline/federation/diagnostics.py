@@ -35,7 +35,7 @@ def inconsistent_labels(config: Config, entries: Sequence[ClientEntry]) -> list[
     if not found or config.augment.flips == "none":
         return []
     what = f"SAM is inconsistent, its labels of mirrored images have a Dice below {limit:.2f}"
-    return [Doubt(what, _LOOK, found)]
+    return [Doubt(what, found, _LOOK)]
 
 
 def client_doubts(config: Config, reports: Mapping[str, Entry]) -> list[Doubt]:
@@ -58,7 +58,7 @@ def client_doubts(config: Config, reports: Mapping[str, Entry]) -> list[Doubt]:
             if entry.get(key) is not None and entry[key] < limit
         }
         if poor:
-            found.append(Doubt(f"{meaning} is below {limit:.2f}", advice, poor))
+            found.append(Doubt(f"{meaning} is below {limit:.2f}", poor, advice))
     if limits.rule == "adaptive":  # the others have no guard
         found += _unused_labels(config, reports)
     return found
@@ -78,17 +78,14 @@ def _unused_labels(config: Config, reports: Mapping[str, Entry]) -> Iterator[Dou
                 harm[name] = target, model
         if not harm:
             continue
+        pairs = {name: f"Dice {ours:.2f} for {alone:.2f}" for name, (ours, alone) in harm.items()}
+        if not config.heterogeneous:
+            pairs = {"all clients": next(iter(pairs.values()))}
         what = (
-            f"labels of {title} are not used: on the calibration part those that "
-            f"{config.sam.variant} and the model agree on"
+            f"labels of {title} are not used, as on the calibration part those that "
+            f"{config.sam.variant} and the model agree on are worse than the model alone"
         )
-        advice = "a better teacher would help, see `samfed evaluate-sam`"
-        if config.heterogeneous:
-            pairs = {name: f"{ours:.2f} for {alone:.2f}" for name, (ours, alone) in harm.items()}
-            yield Doubt(f"{what} have less Dice than the model alone", advice, pairs)
-        else:
-            ours, alone = next(iter(harm.values()))
-            yield Doubt(f"{what} have Dice {ours:.2f}, the model alone {alone:.2f}", advice)
+        yield Doubt(what, pairs, "a better teacher would help, see `samfed evaluate-sam`")
 
 
 def link_warnings(config: Config, clients: Mapping[str, Entry]) -> list[str]:
@@ -129,7 +126,7 @@ def drifts(config: Config, reports: Mapping[str, Entry]) -> list[Doubt]:
         f"that one changed it by {usual:.1%}; look at their masks and images, or hold them back "
         "with federate.proximal_weight or fewer federate.local_steps"
     )
-    return [Doubt(what, advice, found)]
+    return [Doubt(what, found, advice)]
 
 
 def round_note(entry: Entry) -> str:

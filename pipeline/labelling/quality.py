@@ -113,8 +113,8 @@ def label_doubts(statistics: Mapping[str, Statistics], config: Config) -> list[D
         f"Dice below precompute.warn_consistency {limits.warn_consistency:g}"
     )
     nothing = f"SAM finds nothing in more images than precompute.warn_empty {limits.warn_empty:g}"
-    found = [Doubt(contradicts, look, flipped)] * bool(flipped and mirrored)
-    return found + [Doubt(nothing, look, empty)] * bool(empty)
+    found = [Doubt(contradicts, flipped, look)] * bool(flipped and mirrored)
+    return found + [Doubt(nothing, empty, look)] * bool(empty)
 
 
 def statistics_table(statistics: dict[str, Statistics]) -> str:

@@ -309,8 +309,9 @@ def test_sizes_too_large() -> None:
 
 def test_calibration_that_takes_all() -> None:
     assert refusal(single(20), server_images=4, calibration_min=4) == (
-        "partition.server_images: of 4 images the calibration part takes all (at least 4, by "
-        "group); raise server_images, or lower calibration_min or _fraction"
+        "partition.server_images: of 4 images the calibration part takes all (at least 4, in "
+        "whole groups, of which there are 4); raise server_images, or lower calibration_min or "
+        "_fraction"
     )
 
 
