@@ -335,17 +335,14 @@ def sam_calibrated(distribution: Tensor, fitted: Calibration) -> Tensor:
 def _sam_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:
     """Return SAM's distributions, calibrated and raised for Dice, and its E (B,)."""
     raised = raised_for_dice(sam_calibrated(distribution, fitted), fitted.sam_empty)
-    found = (raised.label > 0).flatten(1).any(dim=1)  # of empty labels sam_empty says it all
-    dice = raised.dice + fitted.sam_offset * found
+    dice = raised.dice + fitted.sam_offset
     return raised.distribution, dice.clamp(_LEAST_DICE, _MOST_DICE)
 
 
 def _client_side(distribution: Tensor, fitted: Calibration) -> tuple[Tensor, Tensor]:
     """Return the model's calibrated distributions and its E (B,)."""
     client = tempered(distribution, fitted.client_inverse_temperature)
-    label = likeliest(client)
-    found = (label > 0).flatten(1).any(dim=1)
-    dice = expected_dice(client, fitted.client_empty, label) + fitted.client_offset * found
+    dice = expected_dice(client, fitted.client_empty) + fitted.client_offset
     return client, dice.clamp(_LEAST_DICE, _MOST_DICE) * fitted.client_kept
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -353,18 +352,6 @@ def test_tempering_keeps_a_label_that_has_less_than_one_half() -> None:
     three = torch.tensor([0.4, 0.35, 0.25])[None, :, None, None]
     for inverse_temperature in (0.5, 2.0):
         assert torch.allclose(tempered(three, inverse_temperature), three)
-
-
-def test_an_empty_label_is_believed_as_often_as_it_was_right() -> None:
-    """What labels with foreground lack on the calibration part says nothing of it."""
-    nothing, square = torch.full((1, 4, 4), 0.01), torch.full((1, 4, 4), 0.01)
-    square[:, 1:3, 1:3] = 0.99
-    fitted = Calibration(client_empty=0.9, client_offset=-0.3, sam_empty=0.9, sam_offset=-0.3)
-    client_empty = Sources(two_classes(square), two_classes(nothing))
-    assert float(expected_lack(client_empty, fitted)) == pytest.approx(0.1)
-    found = Sources(two_classes(nothing), two_classes(square))
-    same = agree(found, config=AgreementConfig(), calibration=replace(fitted, sam_offset=0.0))
-    assert torch.equal(agree(found, config=AgreementConfig(), calibration=fitted).target, same[0])
 
 
 def test_the_dice_to_be_expected() -> None:
