@@ -33,7 +33,8 @@ def untold(doubts: Iterable[Doubt], told: Sequence[str]) -> list[str]:
         new = {
             owner: number
             for owner, number in doubt.of.items()
-            if not any(f" {owner} (" in line for line in earlier)
+            # what comes before tells "b" from the end of "site b"
+            if not any(f"{start}{owner} (" in line for line in earlier for start in (": ", ", "))
         }
         if new:
             found.append(replace(doubt, of=new).text)

@@ -43,15 +43,11 @@ def client_doubts(config: Config, reports: Mapping[str, Entry]) -> list[Doubt]:
     if not METHODS[config.federate.method].uses_agreement:
         return []
     limits, found = config.agreement, list[Doubt]()
-    for key, limit, meaning, advice in (
-        ("agreement", limits.warn_agreement, "foreground Dice of SAM and client", _LOOK),
-        (
-            "coverage",
-            limits.warn_coverage,
-            "share of pixels kept",
-            f"agreement.rule {limits.rule} leaves the rest out",
-        ),
-    ):
+    checks = [("agreement", limits.warn_agreement, "foreground Dice of SAM and client", _LOOK)]
+    if limits.rule != "adaptive":  # which leaves out what the guard does, and says so
+        keep = "another agreement.rule keeps more, or a lower agreement.threshold if it has one"
+        checks.append(("coverage", limits.warn_coverage, "share of pixels kept", keep))
+    for key, limit, meaning, advice in checks:
         poor = {
             name: f"{entry[key]:.2f}"
             for name, entry in reports.items()
@@ -78,12 +74,14 @@ def _unused_labels(config: Config, reports: Mapping[str, Entry]) -> Iterator[Dou
                 harm[name] = target, model
         if not harm:
             continue
-        pairs = {name: f"Dice {ours:.2f} for {alone:.2f}" for name, (ours, alone) in harm.items()}
+        pairs = {
+            name: f"Dice {ours:.2f}, the model {alone:.2f}" for name, (ours, alone) in harm.items()
+        }
         if not config.heterogeneous:
             pairs = {"all clients": next(iter(pairs.values()))}
         what = (
-            f"labels of {title} are not used, as on the calibration part those that "
-            f"{config.sam.variant} and the model agree on are worse than the model alone"
+            f"labels of {title} are not used, as on the calibration part targets made with the "
+            f"help of {config.sam.variant} are worse than the model alone"
         )
         yield Doubt(what, pairs, "a better teacher would help, see `samfed evaluate-sam`")
 
@@ -123,8 +121,8 @@ def drifts(config: Config, reports: Mapping[str, Entry]) -> list[Doubt]:
         return []
     what = f"clients changed the model more than {limit:g} times as much as the median client"
     advice = (
-        f"that one changed it by {usual:.1%}; look at their masks and images, or hold them back "
-        "with federate.proximal_weight or fewer federate.local_steps"
+        f"the median client changed it by {usual:.1%}; look at their masks and images, or hold "
+        "them back with federate.proximal_weight or fewer federate.local_steps"
     )
     return [Doubt(what, found, advice)]
 

@@ -253,8 +253,8 @@ def _augment(kinds: str) -> Iterator[Choice]:
     """Choose the views of scans, which are taken one way up; photographs keep the default."""
     if kinds != "grey":
         return
-    why = "grey images are mostly scans, taken one way up, in which left and right are not alike"
-    yield Choice("augment", "flips", "none", f"{why}; horizontal where they are")
+    why = "grey images are mostly scans, taken one way up, and mostly left and right differ"
+    yield Choice("augment", "flips", "none", f"{why}; horizontal if they do not")
     yield Choice("augment", "turns", False, "for the same reason, no quarter turns")
 
 
@@ -278,8 +278,8 @@ def _teacher(out: Path) -> Iterator[Choice]:
 
 
 def _federate() -> Iterator[Choice]:
-    """Choose what is as good or better for every method (docs/benchmarks.md)."""
-    why = "their mean varies less than the last round's model, which is chosen by nothing"
+    """Choose the mean of the last rounds, as the tables of docs/benchmarks.md have it."""
+    why = "the mean of the last three rounds' models varies less than the last one"
     yield Choice("federate", "average_rounds", 3, why)
 
 

@@ -247,6 +247,13 @@ def test_a_model_that_lacks_little_is_left_alone() -> None:
     assert [room_left(lack) for lack in (0.0, 0.05, 0.1, 0.3)] == [0, pytest.approx(1 / 256), 1, 1]
 
 
+def test_what_a_source_keeps_counts_for_its_empty_labels_too() -> None:
+    """Empty labels of the model were right at 0.9, and its others lack 0.3 of their promise."""
+    both = Sources(surely(square(), 0.9), two_classes(torch.full((1, 8, 8), 0.01)))
+    lacks = expected_lack(both, Calibration(client_empty=0.9, client_offset=-0.3))
+    assert float(lacks) == pytest.approx(0.4)
+
+
 def test_no_source_is_expected_to_reach_all_or_nothing() -> None:
     """A model that is sure of all lacks 0.02; one that never keeps its word still has 0.05."""
     sure = Sources(surely(square(), 0.999), surely(square(), 0.999))

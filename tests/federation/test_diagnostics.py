@@ -55,7 +55,11 @@ def test_poor_agreement_and_few_pixels_name_the_clients() -> None:
     assert lines(client_doubts(settings(), reports)) == [
         "foreground Dice of SAM and client is below 0.30: a (0.20), c (0.25); look at SAM's labels "
         "there with `samfed cache show`",
-        "share of pixels kept is below 0.30: a (0.10); agreement.rule adaptive leaves the rest out",
+    ]
+    hard = parse_config({"agreement": {"rule": "consensus"}}, source="test")
+    assert lines(client_doubts(hard, reports))[1:] == [
+        "share of pixels kept is below 0.30: a (0.10); another agreement.rule keeps more, or a "
+        "lower agreement.threshold if it has one",
     ]
     assert client_doubts(settings(method="sam_only"), reports) == []
 
@@ -64,17 +68,17 @@ def test_labels_that_do_harm_are_named_once_with_teacher_class_and_numbers() -> 
     """All clients measure the same on the server's images, unless their networks are their own."""
     harm = entry(target_dice_1=0.31, model_dice_1=0.48, target_gain_1=-0.15)
     kind = (
-        "labels of foreground are not used, as on the calibration part those that vit_t and the "
-        "model agree on are worse than the model alone"
+        "labels of foreground are not used, as on the calibration part targets made with the help "
+        "of vit_t are worse than the model alone"
     )
     advice = "a better teacher would help, see `samfed evaluate-sam`"
     shared = client_doubts(settings(), {"a": harm, "b": harm})
-    assert lines(shared) == [f"{kind}: all clients (Dice 0.31 for 0.48); {advice}"]
+    assert lines(shared) == [f"{kind}: all clients (Dice 0.31, the model 0.48); {advice}"]
     later = client_doubts(settings(), {"a": harm | {"model_dice_1": 0.5}})
     assert untold(later, lines(shared)) == []
     own = parse_config({"model": {"clients": [{}]}}, source="test")
     found = client_doubts(own, {"a": harm, "b": entry()})
-    assert lines(found) == [f"{kind}: a (Dice 0.31 for 0.48); {advice}"]
+    assert lines(found) == [f"{kind}: a (Dice 0.31, the model 0.48); {advice}"]
     assert client_doubts(settings(method="sam_soft"), {"a": harm}) == []
     no_guard = parse_config({"agreement": {"rule": "sam_soft"}}, source="test")
     assert client_doubts(no_guard, {"a": harm}) == []
@@ -83,13 +87,14 @@ def test_labels_that_do_harm_are_named_once_with_teacher_class_and_numbers() -> 
 
 
 def test_a_warning_comes_once_a_run_for_each_client_and_kind() -> None:
-    told = ["foreground Dice of SAM and client is below 0.30: a (0.25), b (0.10); look"]
+    told = ["foreground Dice of SAM and client is below 0.30: a (0.25), site b (0.10); look"]
     poor = entry(agreement=0.2, coverage=0.1)
-    doubts = client_doubts(settings(), {"a": poor, "aa": poor})
+    hard = parse_config({"agreement": {"rule": "consensus"}}, source="test")
+    doubts = client_doubts(hard, {"a": poor, "aa": poor, "b": poor, "site b": poor})
     found = untold(doubts, told)
     assert [line.split(";")[0] for line in found] == [
-        "foreground Dice of SAM and client is below 0.30: aa (0.20)",
-        "share of pixels kept is below 0.30: a (0.10), aa (0.10)",
+        "foreground Dice of SAM and client is below 0.30: aa (0.20), b (0.20)",
+        "share of pixels kept is below 0.30: a (0.10), aa (0.10), b (0.10), site b (0.10)",
     ]
     assert untold(doubts, told + found) == []
 
@@ -118,7 +123,7 @@ def test_clients_that_drift_are_named() -> None:
     (line,) = lines(drifts(settings(), clients))
     assert line.startswith(
         "clients changed the model more than 3 times as much as the median client: d (310.0%); "
-        "that one changed it by 100.0%; look at"
+        "the median client changed it by 100.0%; look at"
     )
     assert drifts(settings(warn_drift=4.0), clients) == []
     assert drifts(settings(), {name: clients[name] for name in "ad"}) == []

@@ -95,9 +95,10 @@ def test_classes_grey_images_one_site_and_the_names_of_masks(folder: Path) -> No
     assert config.data.num_classes == 3
     assert (config.augment.flips, config.augment.turns) == ("none", False)
     assert (
-        "in which left and right are not alike; horizontal where they are"
+        "and mostly left and right differ; horizontal if they do not"
         in Path("params.yaml").read_text()
     )
+    assert config.federate.average_rounds == 3
     assert config.data.mask_pattern.startswith("{id}_segmentation")
     assert (config.partition.scheme, config.partition.server_site) == ("iid", None)
     assert call("prepare").exit_code == 0
