@@ -35,7 +35,7 @@ from pipeline.stores.teacher_card import CARD_FILE, load_card
 
 #: Raised whenever the same settings and data would give other models: a run of another version
 #: cannot be continued. ``tests/federation/test_golden_run.py`` guards it.
-RESULT_VERSION = 14
+RESULT_VERSION = 15
 
 
 @dataclass(frozen=True)

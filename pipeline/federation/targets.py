@@ -32,7 +32,6 @@ from pipeline.methods import METHODS, Target
 from pipeline.segmentation.networks import (
     logits_of,
     normalise,
-    predict_masks,
     predict_probabilities,
 )
 
@@ -151,7 +150,8 @@ def measure_consistency(model: nn.Module, images: Tensor, config: Config) -> flo
     rng = Streams(config.seed).rng("consistency views")
     # one by one, as the images of a batch share draws
     changed = torch.cat([strong_copies(image[None], rng, config.augment) for image in some])
-    label, other = (predict_masks(model, each) for each in (some, changed))
+    # in the precision of the rounds, as all that targets are made of
+    label, other = (predict_probabilities(model, each).argmax(dim=1) for each in (some, changed))
     return float(foreground_dice(label, other).mean())
 
 

@@ -26,7 +26,7 @@ ADVICE = (
     "the same settings and data give another result now: raise RESULT_VERSION in "
     "pipeline/federation/inputs.py, so that no earlier run goes on with it, and pin these numbers"
 )
-VERSION = 14  # with which the numbers below were made
+VERSION = 15  # with which the numbers below were made
 #: By kind of networks: of the last round, the means over clients, and the norm of all weights.
 GOLDEN: dict[str, dict[str, float]] = {
     "equal": {

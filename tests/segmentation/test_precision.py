@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.deciding import deciding_settings
 from pipeline.errors import ConfigError
 from pipeline.federation.server import federate
+from pipeline.federation.targets import measure_consistency
 from pipeline.federation.workplace import build_networks
 from pipeline.params import with_settings
 from pipeline.segmentation.networks import (
@@ -91,6 +92,19 @@ def test_every_training_pass_is_in_bfloat16(prepared: Config, method: str, netwo
     assert passes.seen[True, True] > local + config.federate.pretrain_steps * networks
     assert passes.seen[True, False] == 0
     assert passes.seen[False, False] > 0
+
+
+def test_what_targets_are_made_of_is_measured_in_bfloat16(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tmp_path, federate={"precision": "bf16"})
+    network = build_for_training(config, config.model, torch.device("cpu"))
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    passes = Passes()
+    hook = register_module_forward_pre_hook(passes)
+    try:
+        measure_consistency(network, images, config)
+    finally:
+        hook.remove()
+    assert dict(passes.seen) == {(False, True): 2}
 
 
 def test_masks_do_not_hang_on_the_precision_of_training(tmp_path: Path) -> None:
