@@ -160,6 +160,15 @@ def test_local_workers_are_stopped_without_a_word() -> None:
     assert [*found.values()] == [["something else"]]
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Let SIGINT interrupt, as it does at a terminal: a shell's job starts with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_signal_before_dask_began_with_a_call(
     workers: Workers, caplog: pytest.LogCaptureFixture
 ) -> None:
