@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from pipeline.config import Config
+
+LOOK = "look at SAM's labels there with `samfed cache show`"
+
 
 @dataclass(frozen=True)
 class Doubt:
@@ -39,3 +43,26 @@ def untold(doubts: Iterable[Doubt], told: Sequence[str]) -> list[str]:
         if new:
             found.append(replace(doubt, of=new).text)
     return found
+
+
+def contradictions(flip_dice: Mapping[str, float | None], config: Config) -> list[Doubt]:
+    """Doubt SAM where its labels of mirrored images are not those of the images.
+
+    Mirror images say nothing against a teacher that was trained without any (``augment.flips``).
+
+    Args:
+        flip_dice: the mean Dice of both labels by owner, 0..1, None where nobody measured it.
+    """
+    limit = config.precompute.warn_consistency
+    found = {
+        owner: f"{dice:.2f}"
+        for owner, dice in flip_dice.items()
+        if dice is not None and dice < limit
+    }
+    if not found or config.augment.flips == "none":
+        return []
+    what = (
+        "SAM contradicts itself: its labels of mirrored images match those of the images with a "
+        f"Dice below precompute.warn_consistency {limit:g}"
+    )
+    return [Doubt(what, found, LOOK)]

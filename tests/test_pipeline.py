@@ -430,9 +430,9 @@ def test_inconsistent_sam_is_named_in_the_first_round(labelled: Config) -> None:
     limit = found["flip_dice"] + 1e-6
     strict = labelled.precompute.model_copy(update={"warn_consistency": limit})
     history = federate(labelled.model_copy(update={"precompute": strict})).history()
-    (warning,) = (w for w in history[0]["warnings"] if w.startswith("SAM is inconsistent"))
+    (warning,) = (w for w in history[0]["warnings"] if w.startswith("SAM contradicts itself"))
     assert " site_b (0." in warning
-    assert not any("inconsistent" in w for w in history[1]["warnings"])
+    assert not any("contradicts" in w for w in history[1]["warnings"])
 
 
 def test_what_only_warns_does_not_end_a_run(finished: Config, run: RunFolder) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from statistics import mean, median
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.doubts import Doubt
+from pipeline.doubts import LOOK, Doubt
 from pipeline.federation.agreement import is_harm
-from pipeline.federation.messages import ClientEntry
 from pipeline.methods import METHODS
 
 LEAST_LINK_SECONDS = 10.0  # a round; a shorter wait is no reason to change anything
@@ -18,32 +17,13 @@ FEWEST_TO_COMPARE = 3  # clients: a median of two says nothing of either
 
 Entry = dict[str, Any]
 
-_LOOK = "look at SAM's labels there with `samfed cache show`"
-
-
-def inconsistent_labels(config: Config, entries: Sequence[ClientEntry]) -> list[Doubt]:
-    """Name the clients on whose mirrored images SAM contradicted itself in stage one.
-
-    Nobody is named where SAM was trained without mirrored images.
-    """
-    limit = config.precompute.warn_consistency
-    found = {
-        entry.name: f"{entry.flip_dice:.2f}"
-        for entry in entries
-        if entry.flip_dice is not None and entry.flip_dice < limit
-    }
-    if not found or config.augment.flips == "none":
-        return []
-    what = f"SAM is inconsistent, its labels of mirrored images have a Dice below {limit:.2f}"
-    return [Doubt(what, found, _LOOK)]
-
 
 def client_doubts(config: Config, reports: Mapping[str, Entry]) -> list[Doubt]:
     """Doubt labels of clients with poor agreement or few kept pixels, and classes not used."""
     if not METHODS[config.federate.method].uses_agreement:
         return []
     limits, found = config.agreement, list[Doubt]()
-    checks = [("agreement", limits.warn_agreement, "foreground Dice of SAM and client", _LOOK)]
+    checks = [("agreement", limits.warn_agreement, "foreground Dice of SAM and client", LOOK)]
     if limits.rule != "adaptive":  # which leaves out what the guard does, and says so
         keep = "another agreement.rule keeps more, or a lower agreement.threshold if it has one"
         checks.append(("coverage", limits.warn_coverage, "share of pixels kept", keep))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.disk import writer_lock
-from pipeline.doubts import untold
+from pipeline.doubts import contradictions, untold
 from pipeline.errors import DataError
 from pipeline.federation.averaging import Averaging
 from pipeline.federation.description import (
@@ -22,13 +22,7 @@ from pipeline.federation.description import (
     public_moments,
     training_of,
 )
-from pipeline.federation.diagnostics import (
-    client_doubts,
-    drifts,
-    inconsistent_labels,
-    link_warnings,
-    round_note,
-)
+from pipeline.federation.diagnostics import client_doubts, drifts, link_warnings, round_note
 from pipeline.federation.engines import Connect, in_process
 from pipeline.federation.exchange import Exchange
 from pipeline.federation.inputs import RunInputs, load_inputs
@@ -203,7 +197,7 @@ class Server:
         weights = self.strategy.finish(this)
         trained = {client: this.reports[client] for client in this.left}
         doubts = [*drifts(config, this.reports), *client_doubts(config, trained)]
-        doubts += inconsistent_labels(config, entries)
+        doubts += contradictions({entry.name: entry.flip_dice for entry in entries}, config)
         past = self.run.history()[: before.round]
         this.warnings += untold(doubts, [line for entry in past for line in entry["warnings"]])
         if number == 1:

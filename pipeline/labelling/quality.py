@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.doubts import Doubt
+from pipeline.doubts import LOOK, Doubt, contradictions
 from pipeline.segmentation.metrics import dice_score
 from pipeline.stores.arrays import Bytes
 from pipeline.stores.label_store import RowKey, RowQuality
@@ -92,29 +92,16 @@ def _mean(values: Any) -> float | None:
 
 
 def label_doubts(statistics: Mapping[str, Statistics], config: Config) -> list[Doubt]:
-    """Return the reasons to look at SAM's labels before using them, with the owners they name.
-
-    Mirror images say nothing against a teacher that was trained without any (``augment.flips``).
-    """
-    limits, mirrored = config.precompute, config.augment.flips != "none"
-    flipped = {
-        owner: f"{own['flip_dice']:.2f}"
-        for owner, own in statistics.items()
-        if own["flip_dice"] is not None and own["flip_dice"] < limits.warn_consistency
-    }
+    """Return the reasons to look at SAM's labels before using them, with the owners they name."""
+    limit = config.precompute.warn_empty
     empty = {
         owner: f"{own['empty']:.0%} of {own['images']}"
         for owner, own in statistics.items()
-        if own["empty"] > limits.warn_empty
+        if own["empty"] > limit
     }
-    look = "look at some of them with `samfed cache show` before you trust them"
-    contradicts = (
-        "SAM contradicts itself: its labels of mirrored images match those of the images with a "
-        f"Dice below precompute.warn_consistency {limits.warn_consistency:g}"
-    )
-    nothing = f"SAM finds nothing in more images than precompute.warn_empty {limits.warn_empty:g}"
-    found = [Doubt(contradicts, flipped, look)] * bool(flipped and mirrored)
-    return found + [Doubt(nothing, empty, look)] * bool(empty)
+    nothing = f"SAM finds nothing in more images than precompute.warn_empty {limit:g}"
+    found = contradictions({owner: own["flip_dice"] for owner, own in statistics.items()}, config)
+    return found + [Doubt(nothing, empty, LOOK)] * bool(empty)
 
 
 def statistics_table(statistics: dict[str, Statistics]) -> str:

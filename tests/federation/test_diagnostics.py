@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import AugmentConfig, Config
+from pipeline.config import Config
 from pipeline.doubts import Doubt, untold
 from pipeline.federation.diagnostics import (
     client_doubts,
     drifts,
-    inconsistent_labels,
     link_warnings,
     round_note,
 )
-from pipeline.federation.messages import ClientEntry
 from pipeline.federation.rounds import finite
 from pipeline.federation.schedule import Rates, participants
 from pipeline.params import parse_config
@@ -129,16 +127,6 @@ def test_clients_that_drift_are_named() -> None:
     assert drifts(settings(), {name: clients[name] for name in "ad"}) == []
     broken = clients | {"d": entry(drift=math.nan)}
     assert drifts(settings(), broken) == []
-
-
-def test_inconsistent_sam_names_the_clients() -> None:
-    entries = [ClientEntry("a", 9, 2, 0.6), ClientEntry("b", 9, 2, 0.8), ClientEntry("c", 9, 0)]
-    assert lines(inconsistent_labels(settings(), entries)) == [
-        "SAM is inconsistent, its labels of mirrored images have a Dice below 0.70: a (0.60); look "
-        "at SAM's labels there with `samfed cache show`"
-    ]
-    upright = settings().model_copy(update={"augment": AugmentConfig(flips="none")})
-    assert inconsistent_labels(upright, entries) == []
 
 
 def test_what_is_not_finite_becomes_null() -> None:

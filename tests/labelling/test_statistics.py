@@ -113,10 +113,10 @@ def test_warnings_name_the_client() -> None:
     owners = {"site_a": poor | {"empty": 0.0}, "site_b": poor, "site_c": FAIR}
     assert [doubt.text for doubt in label_doubts(owners, config)] == [
         "SAM contradicts itself: its labels of mirrored images match those of the images with a "
-        "Dice below precompute.warn_consistency 0.7: site_a (0.52), site_b (0.52); look at some of "
-        "them with `samfed cache show` before you trust them",
+        "Dice below precompute.warn_consistency 0.7: site_a (0.52), site_b (0.52); look at SAM's "
+        "labels there with `samfed cache show`",
         "SAM finds nothing in more images than precompute.warn_empty 0.5: site_b (60% of 40); look "
-        "at some of them with `samfed cache show` before you trust them",
+        "at SAM's labels there with `samfed cache show`",
     ]
 
 
