@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,11 @@ def untold(doubts: Iterable[Doubt], told: Sequence[str]) -> list[str]:
     return found
 
 
+def below(value: float) -> str:
+    """Show a value that is below a limit with two digits, rounded down: 0.696 is not 0.70."""
+    return f"{math.floor(value * 100 + 1e-9) / 100:.2f}"
+
+
 def contradictions(flip_dice: Mapping[str, float | None], config: Config) -> list[Doubt]:
     """Doubt SAM where its labels of mirrored images are not those of the images.
 
@@ -55,9 +61,7 @@ def contradictions(flip_dice: Mapping[str, float | None], config: Config) -> lis
     """
     limit = config.precompute.warn_consistency
     found = {
-        owner: f"{dice:.2f}"
-        for owner, dice in flip_dice.items()
-        if dice is not None and dice < limit
+        owner: below(dice) for owner, dice in flip_dice.items() if dice is not None and dice < limit
     }
     if not found or config.augment.flips == "none":
         return []

@@ -8,7 +8,7 @@ from statistics import mean, median
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.doubts import LOOK, Doubt
+from pipeline.doubts import LOOK, Doubt, below
 from pipeline.federation.agreement import is_harm
 from pipeline.methods import METHODS
 
@@ -29,7 +29,7 @@ def client_doubts(config: Config, reports: Mapping[str, Entry]) -> list[Doubt]:
         checks.append(("coverage", limits.warn_coverage, "share of pixels kept", keep))
     for key, limit, meaning, advice in checks:
         poor = {
-            name: f"{entry[key]:.2f}"
+            name: below(entry[key])
             for name, entry in reports.items()
             if entry.get(key) is not None and entry[key] < limit
         }

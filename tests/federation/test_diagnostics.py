@@ -47,11 +47,11 @@ def test_poor_agreement_and_few_pixels_name_the_clients() -> None:
     reports = {
         "a": entry(agreement=0.2, coverage=0.1),
         "b": entry(),
-        "c": entry(agreement=0.25),
+        "c": entry(agreement=0.2999),  # which is not 0.30
         "d": entry(agreement=None),
     }
     assert lines(client_doubts(settings(), reports)) == [
-        "foreground Dice of SAM and client is below 0.30: a (0.20), c (0.25); look at SAM's labels "
+        "foreground Dice of SAM and client is below 0.30: a (0.20), c (0.29); look at SAM's labels "
         "there with `samfed cache show`",
     ]
     hard = parse_config({"agreement": {"rule": "consensus"}}, source="test")
