@@ -8,6 +8,7 @@ import math
 import shutil
 import signal
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from pipeline.data.prepare import prepare
 from pipeline.errors import ConfigError, DataError, IdentityError, StageError
 from pipeline.federation.inputs import load_client, load_inputs
 from pipeline.federation.runs import RunFolder
-from pipeline.federation.server import federate
+from pipeline.federation.server import EXAMPLES, LIKENESS, federate
 from pipeline.federation.targets import sam_distribution
 from pipeline.labelling.precompute import precompute
 from pipeline.labelling.quality import statistics
@@ -111,8 +112,10 @@ def test_history_tells_what_agreement_did(run: RunFolder) -> None:
 
 def test_stopping_after_a_round_changes_nothing(labelled: Config, run: RunFolder) -> None:
     rounds, told = list[int](), list[dict[str, object]]()
+    shown: dict[str, list[int]] = defaultdict(list)
 
     def stop(what: str, done: int, total: int, note: str = "") -> None:
+        shown[what].append(done)
         if what.endswith("rounds"):
             rounds.append(done)
             if rounds == [0, 1]:
@@ -123,6 +126,8 @@ def test_stopping_after_a_round_changes_nothing(labelled: Config, run: RunFolder
     resumed = federate(labelled, mode="resume", progress=stop, track=told.append)
     assert told == resumed.history()  # round 1 too
     assert rounds == [0, 1, 1, 2]  # round 1 was not computed again
+    assert shown[EXAMPLES] == [0, 1, 2, 3, 4]  # what comes after the rounds may take minutes
+    assert shown[LIKENESS] == [0, 1, 2, 3, 4]  # too few images to be asked for their sums
     assert resumed.model_path.read_bytes() == run.model_path.read_bytes()
     history = resumed.path / "history.jsonl"
     history.write_bytes(history.read_bytes().splitlines(keepends=True)[0])

@@ -46,6 +46,8 @@ from pipeline.segmentation.likeness import (
 )
 
 TRAINING = "clients' training in this round"
+EXAMPLES = "clients' examples with the final model"
+LIKENESS = "clients' images under the final model"
 
 log = logging.getLogger("samfed.federation")
 
@@ -251,7 +253,10 @@ class Server:
         names = [entry.name for entry in self.engine.entries]
         ask = {"weights": self.strategy.shared(after.weights), "calibration": calibration}
         # each client keeps its own
-        for reply in self._evaluate(after, names, part=None, final=True, **ask):
+        self._show(EXAMPLES, 0, len(names))
+        replies = self._evaluate(after, names, part=None, final=True, **ask)
+        for done, reply in enumerate(replies, start=1):
+            self._show(EXAMPLES, done, len(names))
             if reply.fault:
                 log.warning("%s: kept nothing, %s; run again", reply.client, reply.fault)
         if self.strategy.shared(after.weights) is not None:
@@ -301,5 +306,8 @@ class Server:
             for name in names
             if not self.config.privacy.on
         ]
-        for _, reply in asked(self.engine, requests):
+        if requests:
+            self._show(LIKENESS, 0, len(requests))
+        for done, (_, reply) in enumerate(asked(self.engine, requests), start=1):
+            self._show(LIKENESS, done, len(requests))
             yield reply
